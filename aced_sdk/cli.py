@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `aced` command: the verbs of the Python API, one command each. `deepspeed`, `torchrun` and `srun` launch it alike."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aced_sdk.errors import AcedError
+
+app = typer.Typer(
+    name="aced",
+    help="Distil efficient vision encoders with active data curation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigFile = Annotated[Path, typer.Argument(help="a DistillConfig as YAML")]
+Folder = Annotated[Path, typer.Argument(help="folder of a run or of a student")]
+
+
+@app.command()
+def distill(config: ConfigFile) -> None:
+    """Distil a student, and save it under the run's directory."""
+    import aced_sdk
+
+    settings = aced_sdk.DistillConfig.from_yaml(config)
+    typer.echo(str(aced_sdk.plan(settings)), err=True)
+    run = aced_sdk.distill(settings)
+    typer.echo(json.dumps({"directory": str(run.directory), "step": run.step} | run.metrics))
+
+
+@app.command()
+def resume(directory: Folder) -> None:
+    """Go on with a run from its newest checkpoint."""
+    import aced_sdk
+
+    run = aced_sdk.resume(directory)
+    typer.echo(json.dumps({"directory": str(run.directory), "step": run.step} | run.metrics))
+
+
+@app.command()
+def cache(
+    model: Annotated[str, typer.Argument(help="folder or hub name of a dual encoder")],
+    shards: Annotated[list[str], typer.Argument(help="tars, folders of tars, or brace patterns")],
+    directory: Annotated[Path | None, typer.Option(help="where to; default: the cache home")] = None,
+) -> None:
+    """Embed a pool with a frozen model."""
+    import aced_sdk
+
+    made = aced_sdk.cache_embeddings(model=model, data=shards, directory=directory)
+    typer.echo(json.dumps({"directory": str(made.directory), "pairs": len(made.usable), "usable": int(made.usable.sum())}))
+
+
+@app.command()
+def evaluate(
+    student: Folder,
+    data_root: Annotated[Path, typer.Option(help="folder with one folder per task")],
+    tasks: Annotated[str, typer.Option(help="comma-separated task names")] = "stable_eval",
+) -> None:
+    """Zero-shot and retrieval on held-out tasks."""
+    import aced_sdk
+
+    typer.echo(json.dumps(aced_sdk.evaluate(student, tasks.split(","), data_root).to_dict()))
+
+
+@app.command()
+def plan(config: ConfigFile) -> None:
+    """What a run will cost, before it starts."""
+    import aced_sdk
+
+    typer.echo(str(aced_sdk.plan(aced_sdk.DistillConfig.from_yaml(config))))
+
+
+@app.command()
+def report(directory: Folder) -> None:
+    """Write a run's report.html from its events."""
+    import aced_sdk
+
+    typer.echo(str(aced_sdk.report(directory)))
+
+
+def main() -> None:
+    """Entry point; vlm and export add their commands when they are installed."""
+    for entry in entry_points(group="aced.commands"):
+        entry.load()(app)
+    try:
+        app()
+    except AcedError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 - re-raised unless it tells its remedy
+        # The ONNX runtime's errors are no AcedErrors, for it must not import this package; they read alike.
+        if hasattr(error, "remedy"):
+            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            sys.exit(1)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-weights of the candidates of a super-batch, given what has been picked so far.
+
+A score is a sum of losses, each with a sign: learnability is student minus reference, easy reference is minus the
+reference, hard learner is the student alone (ACED, arXiv 2411.18674, section 3; JEST, arXiv 2406.17711, section 3).
+The N x N matrix of pair losses is never built: a running vector takes up two slabs [K, N] for each K newly picked
+items, and the slabs themselves are computed a few rows at a time.
+
+Shape suffixes: N candidates, K newly picked items, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aced_sdk.config import LossForm, Score
+from aced_sdk.errors import CurationError
+from aced_sdk.towers.embeddings import Embeddings
+
+# Elements of one slab: on a CPU it should stay near the caches, on a GPU (256 MiB in float32) it should fill it.
+_CPU_SLAB = 2**20
+_GPU_SLAB = 2**26
+_LEAST_ROWS = 64
+# Rows looked at together where a whole pool, perhaps memory-mapped, goes by.
+ROWS_AT_ONCE = 65_536
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact to the last bits of float64 (torch's default turns linear at 20, an error of 2e-9)."""
+    return F.softplus(x, threshold=40.0)
+
+
+def number(value: float | Tensor) -> float:
+    """A scale or bias as a float, learned or not."""
+    return float(value.detach().item()) if isinstance(value, Tensor) else float(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One model's loss inside a score, counted with `sign`."""
+
+    sign: float
+    image_ND: Tensor
+    text_ND: Tensor
+    scale: float
+    bias: float
+
+    def diagonal(self) -> Tensor:
+        """scale * <image_i, text_i>, without the bias, [N]."""
+        return self.scale * (self.image_ND * self.text_ND).sum(dim=1)
+
+    def slabs(self, rows_K: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Similarities (scaled, without the bias) of the picked rows with all N candidates, a few rows at a time.
+
+        Yields (0, picked images x all texts) and (1, picked texts x all images), each [at most K, N].
+        """
+        slab = _GPU_SLAB if self.image_ND.is_cuda else _CPU_SLAB
+        step = max(_LEAST_ROWS, slab // len(self.image_ND))
+        for direction, (ours, others) in enumerate(((self.image_ND, self.text_ND), (self.text_ND, self.image_ND))):
+            for rows in torch.split(rows_K, step):
+                yield direction, (self.scale * ours[rows]) @ others.T
+
+
+class Weights(Protocol):
+    """Log-weights of the candidates that follow the picked set."""
+
+    def current(self) -> Tensor:
+        """[N] log-weights given everything added so far. Entries of picked items mean nothing."""
+
+    def add(self, rows_K: Tensor) -> None:
+        """Take int64 [K] newly picked items into account."""
+
+
+class SigmoidWeights:
+    """The marginal change of the summed sigmoid loss when a candidate joins the picked set (JEST, Algorithm 1).
+
+    Pair loss l_ij = softplus(-z_ij (scale <img_i, txt_j> + bias)), z = 1 on the diagonal and -1 elsewhere;
+    weight_i = S_ii + sum over picked k of (S_ik + S_ki), with S the signed sum of the models' l.
+    """
+
+    def __init__(self, terms: list[Term]) -> None:
+        self._terms = terms
+        self._weights = torch.stack([term.sign * softplus(-(term.diagonal() + term.bias)) for term in terms]).sum(dim=0)
+
+    def current(self) -> Tensor:
+        return self._weights
+
+    def add(self, rows_K: Tensor) -> None:
+        for term in self._terms:
+            for _, slab in term.slabs(rows_K):
+                self._weights.add_(softplus(slab.add_(term.bias)).sum(dim=0), alpha=term.sign)
+
+
+class SoftmaxWeights:
+    """The candidate's softmax loss with the partition taken over the picked set.
+
+    weight_i = signed sum over models of -t s_ii + (LSE_k t s_ik + LSE_k t s_ki) / 2, k over the picked; before anything
+    is picked the first term stands alone. The bias cancels in a softmax and is not read.
+    """
+
+    def __init__(self, terms: list[Term]) -> None:
+        self._terms = terms
+        self._diagonal = torch.stack([-term.sign * term.diagonal() for term in terms]).sum(dim=0)
+        self._partitions = [self._diagonal.new_full((2, len(self._diagonal)), -math.inf) for _ in terms]
+        self._empty = True
+
+    def current(self) -> Tensor:
+        if self._empty:
+            return self._diagonal
+        halves = [0.5 * term.sign * part.sum(dim=0) for term, part in zip(self._terms, self._partitions, strict=True)]
+        return self._diagonal + torch.stack(halves).sum(dim=0)
+
+    def add(self, rows_K: Tensor) -> None:
+        self._empty = False
+        for term, partition in zip(self._terms, self._partitions, strict=True):
+            for direction, slab in term.slabs(rows_K):
+                partition[direction] = torch.logaddexp(partition[direction], slab.logsumexp(dim=0))
+
+
+def weights_of(student: Embeddings | None, reference: Embeddings | None, score: Score, loss: LossForm) -> Weights:
+    """The running log-weights for a score, with nothing picked yet.
+
+    They are kept in float32, or in float64 if any embedding is float64.
+
+    Raises:
+        CurationError: if a model that the score needs is missing, shapes or devices differ, or a value is not finite.
+    """
+    needed: list[tuple[str, float, Embeddings | None]]
+    if score == "learnability":
+        needed = [("student", 1.0, student), ("reference", -1.0, reference)]
+    elif score == "easy_reference":
+        needed = [("reference", -1.0, reference)]
+    elif score == "hard_learner":
+        needed = [("student", 1.0, student)]
+    else:
+        raise CurationError(
+            f"unknown score {score!r}", remedy="use learnability, easy_reference or hard_learner", field="score"
+        )
+    if loss not in ("sigmoid", "softmax"):
+        raise CurationError(f"unknown loss {loss!r}", remedy="use sigmoid or softmax", field="loss")
+    models: list[tuple[str, float, Embeddings]] = []
+    for name, sign, embeddings in needed:
+        if embeddings is None:
+            raise CurationError(
+                f"the score {score!r} needs the {name}'s embeddings", remedy=f"pass {name}=Embeddings(...)", field=name
+            )
+        check(name, embeddings)
+        models.append((name, sign, embeddings))
+    _check_alike(models)
+    wide = any(side.dtype == torch.float64 for _, _, model in models for side in (model.image, model.text))
+    dtype = torch.float64 if wide else torch.float32
+    terms = [
+        Term(sign, model.image.to(dtype), model.text.to(dtype), number(model.scale), number(model.bias))
+        for _, sign, model in models
+    ]
+    return SigmoidWeights(terms) if loss == "sigmoid" else SoftmaxWeights(terms)
+
+
+def check(name: str, embeddings: Embeddings) -> None:
+    """Refuse embeddings that cannot be scored.
+
+    Raises:
+        CurationError: if image and text are not both [N, D] with N > 0, or anything is not finite.
+    """
+    image, text = embeddings.image, embeddings.text
+    if image.ndim != 2 or image.shape != text.shape or len(image) == 0:
+        raise CurationError(
+            f"the {name}'s image and text embeddings have shapes {list(image.shape)} and {list(text.shape)}",
+            remedy="give both as [N, D], row i of the text belonging to image i",
+            field=name,
+        )
+    if not (math.isfinite(number(embeddings.scale)) and math.isfinite(number(embeddings.bias))):
+        raise CurationError(
+            f"the {name}'s scale or bias is not finite ({number(embeddings.scale)}, {number(embeddings.bias)})",
+            remedy="check the model: its learned temperature has diverged",
+            field=name,
+        )
+    blocks = zip(torch.split(image, ROWS_AT_ONCE), torch.split(text, ROWS_AT_ONCE), strict=True)
+    finite = [torch.isfinite(images).all(dim=1) & torch.isfinite(texts).all(dim=1) for images, texts in blocks]
+    bad = int((~torch.cat(finite)).sum())
+    if bad:
+        raise CurationError(
+            f"{bad} of {len(image)} rows of the {name}'s embeddings are not finite",
+            remedy="leave these pairs out, or check the model that embedded them (overflow in half precision?)",
+            field=name,
+        )
+
+
+def _check_alike(models: list[tuple[str, float, Embeddings]]) -> None:
+    first_name, _, first = models[0]
+    for name, _, other in models[1:]:
+        if len(other) != len(first):
+            raise CurationError(
+                f"the {first_name} embeds {len(first)} pairs and the {name} {len(other)}",
+                remedy="pass both models' embeddings of the same pairs, in the same order",
+                field=name,
+            )
+        if other.image.device != first.image.device:
+            raise CurationError(
+                f"the {first_name} is on {first.image.device} and the {name} on {other.image.device}",
+                remedy="move both to one device",
+                field=name,
+            )

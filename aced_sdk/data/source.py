@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rows of the pool to tensors: decoded on the fly, or prepared once and memory-mapped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aced_sdk.config import Data
+from aced_sdk.data.pool import Pool, UnusablePair
+from aced_sdk.errors import DataError
+from aced_sdk.files import whole_folder, write_json
+from aced_sdk.towers import DualEncoder
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class SuperBatch:
+    """Pairs ready for a tower, and the rows they came from.
+
+    Attributes:
+        images: uint8 [B, 3, H, W].
+        tokens: int64 [B, L].
+        rows: int64 [B], numbers in the pool.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, picked: Tensor) -> SuperBatch:
+        """The pairs at these places (int64 [K])."""
+        return SuperBatch(self.images[picked], self.tokens[picked], self.rows[picked])
+
+
+class Source(Protocol):
+    """Where a stream takes its pairs from."""
+
+    def usable(self) -> Rows:
+        """Rows that may be asked for; a decoding source learns of broken ones only when it meets them."""
+
+    def fetch(self, rows: Rows) -> SuperBatch:
+        """The usable pairs among `rows`, in order."""
+
+
+class Decoding:
+    """Decodes, resizes and tokenises when asked, on several threads.
+
+    Raises:
+        DataError: in `fetch`, when more than `max_bad_fraction` of at least 1,000 pairs were unusable.
+    """
+
+    def __init__(self, pool: Pool, encoder: DualEncoder, config: Data) -> None:
+        self.pool = pool
+        self.encoder = encoder
+        self.config = config
+        self.seen = 0
+        self.bad: Counter[str] = Counter()
+        self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
+
+    def usable(self) -> Rows:
+        return np.arange(len(self.pool), dtype=np.int64)
+
+    def fetch(self, rows: Rows) -> SuperBatch:
+        pairs = self.decode(rows)
+        good = [place for place, pair in enumerate(pairs) if pair is not None]
+        images = [pair[0] for pair in pairs if pair is not None]
+        texts = [pair[1] for pair in pairs if pair is not None]
+        if not good:
+            height, width = self.encoder.preprocess_config.size
+            empty = torch.empty(0, self.encoder.context_length, dtype=torch.int64)
+            return SuperBatch(
+                torch.empty(0, 3, height, width, dtype=torch.uint8), empty, torch.empty(0, dtype=torch.int64)
+            )
+        return SuperBatch(torch.stack(images), self.encoder.tokenize(texts), torch.from_numpy(rows[good]))
+
+    def decode(self, rows: Sequence[int] | Rows) -> list[tuple[Tensor, str] | None]:
+        """Resized uint8 picture and caption per row; None for an unusable pair, which is counted."""
+        pairs = list(self._threads.map(self._one, [int(row) for row in rows]))
+        self.seen += len(pairs)
+        self.bad.update(pair for pair in pairs if isinstance(pair, str))
+        self._check()
+        return [None if isinstance(pair, str) else pair for pair in pairs]
+
+    def _one(self, row: int) -> tuple[Tensor, str] | str:
+        try:
+            text = self.pool.text(row)
+            return self.encoder.resize(self.pool.image(row, self.config.max_pixels)), text
+        except UnusablePair as reason:
+            return str(reason)
+
+    def _check(self) -> None:
+        check_bad(self.bad, self.seen, self.config.max_bad_fraction)
+
+
+def check_bad(bad: Counter[str], seen: int, bound: float) -> None:
+    """Stop where too many pairs are unusable.
+
+    Raises:
+        DataError: above `bound`, once 1,000 pairs were seen or nothing at all was usable.
+    """
+    count = bad.total()
+    if seen and count > bound * seen and (seen >= 1000 or count == seen):
+        reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(4))
+        raise DataError(
+            f"{count} of {seen} pairs are unusable ({reasons})",
+            remedy="mend the shards, or raise the bound if that is expected",
+            field="data.max_bad_fraction",
+        )
+
+
+class Prepared:
+    """Pictures resized and captions tokenised once, memory-mapped; for pools that fit on a local disk.
+
+    The folder is bound to the shards' contents, the preprocessing and the tokenizer; another binding gets another folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._images = np.load(folder / "images.npy", mmap_mode="r")
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._usable = np.load(folder / "usable.npy")
+
+    def usable(self) -> Rows:
+        return np.flatnonzero(self._usable).astype(np.int64)
+
+    def fetch(self, rows: Rows) -> SuperBatch:
+        images = torch.from_numpy(self._images[rows])
+        tokens = torch.from_numpy(self._tokens[rows].astype(np.int64))
+        return SuperBatch(images, tokens, torch.from_numpy(np.ascontiguousarray(rows)))
+
+
+def prepare(
+    pool: Pool, encoder: DualEncoder, config: Data, root: Path, progress: Callable[[int, int], None] | None = None
+) -> Prepared:
+    """The prepared folder for this pool and encoder under `root`, made if it is not there.
+
+    Raises:
+        DataError: if more pairs are unusable than the config allows, or the disk is full.
+    """
+    import hashlib
+
+    probe = encoder.tokenize(["A probe, of the tokenizer's ways: 0123 naïve"])
+    binding = "|".join(
+        [pool.fingerprint, encoder.preprocess_config.model_dump_json(), str(probe.tolist()), str(config.max_pixels)]
+    )
+    folder = root / hashlib.sha256(binding.encode()).hexdigest()[:16]
+    if (folder / "manifest.json").is_file():
+        return Prepared(folder)
+    decoder = Decoding(pool, encoder, config)
+    count = len(pool)
+    height, width = encoder.preprocess_config.size
+    try:
+        with whole_folder(folder) as temporary:
+            images = np.lib.format.open_memmap(temporary / "images.npy", "w+", np.uint8, (count, 3, height, width))
+            tokens = np.zeros((count, encoder.context_length), dtype=np.int32)
+            usable = np.zeros(count, dtype=np.bool_)
+            for start in range(0, count, 512):
+                rows = np.arange(start, min(start + 512, count), dtype=np.int64)
+                batch = decoder.fetch(rows)
+                images[batch.rows.numpy()] = batch.images.numpy()
+                tokens[batch.rows.numpy()] = batch.tokens.numpy()
+                usable[batch.rows.numpy()] = True
+                if progress:
+                    progress(int(rows[-1]) + 1, count)
+            images.flush()
+            np.save(temporary / "tokens.npy", tokens)
+            np.save(temporary / "usable.npy", usable)
+            write_json(
+                temporary / "manifest.json", {"pairs": count, "unusable": dict(decoder.bad), "pool": pool.fingerprint}
+            )
+    except OSError as error:
+        raise DataError(
+            f"cannot prepare the pool under {root}: {error.strerror or error}",
+            remedy="free disk space, or set data.prepared to another disk or to null",
+            field="data.prepared",
+        ) from error
+    return Prepared(folder)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a step is taken and kept. Knows no distillation: the loop here and vlm's tuning stand on the same engines."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from aced_sdk.config import Engine as EngineConfig
+from aced_sdk.config import Optimizer as OptimizerConfig
+from aced_sdk.engine.base import Engine, thread_limit
+from aced_sdk.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of
+from aced_sdk.engine.events import Callback, Event
+from aced_sdk.engine.launch import Launch, read_launch
+from aced_sdk.engine.schedule import factor
+from aced_sdk.errors import UnsupportedError
+
+
+def build_engine(
+    module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, factors: dict[str, float] | None = None
+) -> Engine:
+    """The engine that the config names, holding `module` and an AdamW over its trainable parameters.
+
+    Args:
+        module: what is trained.
+        config: kind, precision, ZeRO stage, device.
+        optimizer: AdamW's numbers.
+        factors: parameter-name prefix to factor on the learning rate.
+
+    Raises:
+        EngineError: if the launch environment is inconsistent.
+        UnsupportedError: for the plain engine among several processes.
+    """
+    launch = read_launch()
+    if config.kind == "deepspeed":
+        from aced_sdk.engine.deepspeed_engine import DeepSpeed
+
+        return DeepSpeed(module, config, optimizer, launch, factors)
+    if launch.world_size > 1:
+        raise UnsupportedError(
+            f"the plain engine is for one process, and {launch.world_size} were launched",
+            remedy="set engine.kind to 'deepspeed'",
+            field="engine.kind",
+        )
+    from aced_sdk.engine.single import SingleProcess
+
+    return SingleProcess(module, config, optimizer, factors)
+
+
+__all__ = [
+    "Callback",
+    "Engine",
+    "Event",
+    "Launch",
+    "build_engine",
+    "checkpoints",
+    "factor",
+    "load_checkpoint",
+    "read_launch",
+    "save_checkpoint",
+    "step_of",
+    "thread_limit",
+]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: whole folders, newest found, old ones pruned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aced_sdk.engine.base import Engine
+from aced_sdk.errors import EngineError
+from aced_sdk.files import whole_folder, write_json
+
+
+def save_checkpoint(
+    directory: Path, step: int, engine: Engine, state: dict[str, Any], tensors: dict[str, Tensor], keep: int
+) -> Path:
+    """Write `checkpoints/step-00000100` and drop all but the newest `keep`.
+
+    Args:
+        directory: the run's folder.
+        step: steps taken.
+        engine: its weights and optimizer go along.
+        state: JSON values of the loop.
+        tensors: generator states, counts and the like.
+        keep: how many checkpoints stay.
+    """
+    target = directory / "checkpoints" / f"step-{step:08d}"
+    try:
+        with whole_folder(target) as folder:
+            engine.save(folder)
+            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "loop.safetensors")
+            write_json(folder / "state.json", {"step": step} | state)
+    except OSError as error:
+        raise EngineError(
+            f"the checkpoint of step {step} cannot be written to {directory}: {error.strerror or error}",
+            remedy="free disk space or check permissions, then resume: older checkpoints are untouched",
+        ) from error
+    for old in checkpoints(directory)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in (directory / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that a checkpoint folder's name tells."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore the engine; returns the loop's JSON values (with `step`) and tensors.
+
+    Raises:
+        EngineError: if the folder is torn or does not fit.
+    """
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "loop.safetensors")
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"the checkpoint {folder} cannot be read: {error}", remedy="resume from an older checkpoint"
+        ) from error
+    engine.load(folder)
+    return state, tensors

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation as a call, and as a callback of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from aced_sdk.engine.events import Callback, Evaluated, Event, RunStarted, StepDone
+from aced_sdk.errors import EvaluationError
+from aced_sdk.evaluation.metrics import run_task
+from aced_sdk.evaluation.tasks import STABLE_EVAL, Task, expand_names, load_task
+from aced_sdk.towers import DualEncoder, load
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Metrics by task, as shares in 0..1.
+
+    Attributes:
+        tasks: task to metric to value.
+        main: the metric of each task that enters means: `acc1`, or the mean of both directions' recall at 1.
+        skipped: unusable samples by task and reason.
+    """
+
+    tasks: dict[str, dict[str, float]]
+    skipped: dict[str, dict[str, int]]
+
+    @property
+    def main(self) -> dict[str, float]:
+        return {name: main_metric(metrics) for name, metrics in self.tasks.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Per task, grouped as in StableEval (tasks that belong to none stand under `other`), and the plain mean."""
+        main = self.main
+        grouped: dict[str, list[float]] = {}
+        for name, value in main.items():
+            group = next((g for g, names in STABLE_EVAL.items() if name in names), "other")
+            grouped.setdefault(group, []).append(value)
+        return {
+            "tasks": self.tasks,
+            "main": main,
+            "grouped": {group: mean(values) for group, values in grouped.items()},
+            "mean": mean(main.values()),
+            "skipped": self.skipped,
+        }
+
+
+def main_metric(metrics: dict[str, float]) -> float:
+    """Top-1 accuracy, or for retrieval the mean of both recalls at 1."""
+    if "acc1" in metrics:
+        return metrics["acc1"]
+    return (metrics["image_to_text_r1"] + metrics["text_to_image_r1"]) / 2
+
+
+def evaluate(
+    folder_or_model: str | PathLike[str] | DualEncoder,
+    tasks: Sequence[str] = ("stable_eval",),
+    data_root: str | Path = ".",
+) -> EvaluationReport:
+    """Zero-shot classification and retrieval on held-out tasks.
+
+    Args:
+        folder_or_model: a student's folder, or an encoder.
+        tasks: task names (folders under `data_root`), or `stable_eval` for the 27 of ACED.
+        data_root: tasks in CLIP_benchmark's WebDataset layout (`classnames.txt`, `test/*.tar` with KEY.png and KEY.cls;
+            `dataset_type.txt` = retrieval with KEY.txt).
+
+    Raises:
+        EvaluationError: if a task is missing or has no usable sample.
+    """
+    names = expand_names(list(tasks))
+    if not names:
+        raise EvaluationError("no task is named", remedy="name tasks, or 'stable_eval'", field="tasks")
+    encoder = folder_or_model if isinstance(folder_or_model, DualEncoder) else load(folder_or_model)
+    loaded = [load_task(name, Path(data_root), encoder) for name in names]
+    return EvaluationReport({t.name: run_task(encoder, t) for t in loaded}, {t.name: t.skipped for t in loaded})
+
+
+class EvaluateEvery:
+    """A callback that evaluates the student in training every so many steps and tells the other callbacks."""
+
+    def __init__(self, encoder: DualEncoder, tasks: Sequence[Task], every: int, listeners: Sequence[Callback]) -> None:
+        self.encoder = encoder
+        self.tasks = tasks
+        self.every = every
+        self.listeners = listeners
+        self._steps = 0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self._steps = event.steps
+        if isinstance(event, StepDone) and (event.step % self.every == 0 or event.step == self._steps):
+            metrics = {task.name: run_task(self.encoder, task) for task in self.tasks}
+            for listener in self.listeners:
+                listener(Evaluated(event.step, metrics, event.trained, event.scored))

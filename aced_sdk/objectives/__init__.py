@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step minimises: contrastive and distillation losses over embeddings."""
+
+from aced_sdk.objectives.build import LossTerms, Objective, build_objective
+from aced_sdk.objectives.contrastive import sigmoid_loss, softmax_loss
+from aced_sdk.objectives.distillation import feature_matching, interactive, relational, sigmoid_kd, softmax_kd
+
+__all__ = [
+    "LossTerms",
+    "Objective",
+    "build_objective",
+    "feature_matching",
+    "interactive",
+    "relational",
+    "sigmoid_kd",
+    "sigmoid_loss",
+    "softmax_kd",
+    "softmax_loss",
+]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MACs, memory, disk and time of a run, from its config and the shapes of its models."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from aced_sdk.config import DistillConfig, Frozen
+from aced_sdk.data import Pool
+from aced_sdk.engine import thread_limit
+from aced_sdk.towers import DualEncoder, build, load
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it starts. One backward pass counts as two forward passes.
+
+    Attributes:
+        pairs: size of the pool.
+        trained: examples that steps will train on.
+        scored: examples that the student will score for selection.
+        macs: of all steps together, scoring included.
+        cost_over_iid: cost of a step as a multiple of a step without curation, frozen embeddings cached.
+        memory: bytes of weights, gradients and AdamW moments on one device; activations come on top.
+        disk: bytes of embedding caches, prepared pictures and checkpoints.
+        seconds: of all steps on this machine, extrapolated from a timed forward pass; preparation comes on top.
+    """
+
+    pairs: int
+    trained: int
+    scored: int
+    macs: int
+    cost_over_iid: float
+    memory: int
+    disk: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pairs:,} pairs; {self.trained:,} examples trained, {self.scored:,} scored; {self.macs / 1e12:.3g} TMACs, "
+            f"{self.cost_over_iid:.2f} x an IID step; {_size(self.memory)} of weights and optimizer per device; "
+            f"{_size(self.disk)} on disk; about {self.seconds / 60:.1f} min of steps on this machine"
+        )
+
+
+def plan(config: DistillConfig) -> Plan:
+    """Estimate a run without starting it.
+
+    Raises:
+        ModelError: if the student's architecture or a frozen model cannot be used.
+        DataError: if the shards cannot be read.
+    """
+    pool = Pool(config.data.shards)
+    encoder = build(config.student, config.seed)
+    profile = encoder.profile()
+    steps, curation = config.schedule.steps, config.curation
+    trained = steps * curation.sub_batch
+    scored = steps * curation.candidates if curation.needs_student else 0
+    widths = {frozen.model: load(frozen.model).embedding_dim for frozen in _frozen(config)}
+    height, width = encoder.preprocess_config.size
+    per_pair = 3 * height * width + 4 * encoder.context_length if config.data.prepared else 0
+    disk = len(pool) * (per_pair + sum(2 * 2 * dim for dim in widths.values()))
+    return Plan(
+        pairs=len(pool),
+        trained=trained,
+        scored=scored,
+        macs=profile.macs * (3 * trained + scored),
+        cost_over_iid=(3 * trained + scored) / (3 * trained),
+        memory=16 * profile.parameters,
+        disk=disk + config.engine.keep_checkpoints * 12 * profile.parameters,
+        seconds=_forward_seconds(encoder, config) * (3 * trained + scored),
+    )
+
+
+def _frozen(config: DistillConfig) -> list[Frozen]:
+    named = [config.reference if config.curation.needs_reference else None, config.effective_teacher]
+    return [frozen for frozen in named if frozen is not None]
+
+
+def _forward_seconds(encoder: DualEncoder, config: DistillConfig) -> float:
+    """Seconds of one example's forward pass in a batch; the best of three."""
+    count = min(64, config.curation.sub_batch)
+    images = torch.zeros(count, 3, *encoder.preprocess_config.size, dtype=torch.uint8)
+    tokens = encoder.tokenize(["a picture"]).repeat(count, 1)
+    best = float("inf")
+    with torch.no_grad(), thread_limit(config.engine.threads):
+        for _ in range(3):
+            started = time.perf_counter()
+            encoder(images, tokens)
+            best = min(best, time.perf_counter() - started)
+    return best / count
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

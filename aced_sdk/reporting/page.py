@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building blocks of self-contained HTML pages: one file, no script, nothing fetched when it is opened."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from aced_sdk.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+PALETTE = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#868e96", "#c2255c", "#1864ab", "#e67700")
+"""Line colours in their order; told apart also by those who see fewer colours, with the marks beside them."""
+
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def write_page(target: Path, template: str, *, folders: Sequence[Path] = (), **values: Any) -> Path:
+    """Render a template and write the page, whole or not at all.
+
+    Args:
+        target: the HTML file.
+        template: file name of a Jinja template; it usually extends `page.html.j2`.
+        folders: where to look for templates before this package's own.
+        values: what the template shows; text is escaped, `Markup` is not.
+
+    Returns:
+        `target`.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([*folders, _TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "count": count, "duration": duration}
+    text = environment.get_template(template).render(values)
+    with whole_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return target
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in 0..1 as a percentage; a dash for None."""
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def count(number: float | None) -> str:
+    """A whole number with a thin space between thousands; a dash for None."""
+    return "–" if number is None else f"{round(number):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them: `8.2 s`, `3 min 05 s`, `2 h 10 min`; a dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def image_uri(picture: Image.Image | str | Path) -> str:
+    """A picture (or the file of one) as a `data:` address holding a PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    if isinstance(picture, Image.Image):
+        picture.save(buffer, format="PNG", optimize=True)
+    else:
+        with Image.open(picture) as opened:
+            opened.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def figure_svg(figure: Figure, label: str) -> Markup:
+    """A matplotlib figure as inline SVG that scales with the page.
+
+    Args:
+        figure: made from `matplotlib.figure.Figure`; pyplot and its global state are not needed.
+        label: what it shows, for those who cannot see it.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    svg = text[text.index("<svg") :]
+    return Markup('<svg role="img" aria-label="{}"').format(label) + Markup(svg.removeprefix("<svg"))
+
+
+def line_chart(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    label: str,
+    x: str,
+    y: str,
+    colours: Mapping[str, str] | None = None,
+    dashed: Sequence[str] = (),
+    as_percent: bool = False,
+    from_zero: bool = True,
+) -> Markup:
+    """Lines over one axis as inline SVG.
+
+    Args:
+        lines: name to points (x, y).
+        label: what the chart shows, in words.
+        x: label of the horizontal axis, with its unit.
+        y: label of the vertical axis, with its unit.
+        colours: name to colour; a name without one takes the next of `PALETTE`.
+        dashed: names of lines to draw dashed, such as a base rate.
+        as_percent: y values are shares in 0..1 and are shown times 100.
+        from_zero: the vertical axis begins at zero.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    figure = Figure(figsize=(5.6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, points) in enumerate(lines.items()):
+        xs, ys = [point[0] for point in points], [point[1] * (100 if as_percent else 1) for point in points]
+        few = len(points) <= 40
+        axes.plot(
+            xs,
+            ys,
+            label=name,
+            color=(colours or {}).get(name, PALETTE[number % len(PALETTE)]),
+            linestyle="--" if name in dashed else "-",
+            linewidth=1.8,
+            marker=_MARKS[number % len(_MARKS)] if few and name not in dashed else None,
+            markersize=4,
+        )
+    axes.set_xlabel(x, fontsize=9.5, color="#495057")
+    axes.set_ylabel(y, fontsize=9.5, color="#495057")
+    axes.tick_params(labelsize=9, colors="#495057", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
+    axes.yaxis.set_major_formatter(FuncFormatter(_short_number))
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color="#e9ecef", linewidth=0.9)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#ced4da")
+    if len(lines) > 1:
+        figure.legend(loc="outside upper left", ncols=min(len(lines), 4), fontsize=9, frameon=False, handlelength=1.6)
+    return figure_svg(figure, label)
+
+
+def _short_number(value: float, _position: int | None = None) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bars of a run: one for each preparation, one for the steps. A callback of the loop."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from aced_sdk.engine.events import Event, RunStarted, StepDone
+from aced_sdk.reporting.progress import Progress
+
+
+class RunBar:
+    """Shows one bar at a time; off a terminal or on another rank it shows nothing."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._stack = ExitStack()
+        self._bar: Progress | None = None
+        self._what = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def watch(self, what: str, done: int, total: int) -> None:
+        """Hear of a preparation."""
+        if what != self._what or self._bar is None:
+            self._open(what, total, "pairs", 0)
+        if self._bar is not None:
+            self._bar.advance(done - self._bar.done)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self._open(self.title, event.steps, "steps", event.step)
+        elif isinstance(event, StepDone) and self._bar is not None:
+            self._bar.advance(event.step - self._bar.done, loss=event.loss)
+
+    def _open(self, what: str, total: int, unit: str, done: int) -> None:
+        self._stack.close()
+        self._what = what
+        self._bar = self._stack.enter_context(Progress(what, total, unit, done=done))

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dual encoders through open_clip and timm: build, load, save, preprocess, tokenise, profile."""
+
+from aced_sdk.towers.dual_encoder import DualEncoder
+from aced_sdk.towers.embeddings import Embeddings
+from aced_sdk.towers.folder import Manifest, build, load, read_config, read_manifest, save
+from aced_sdk.towers.profile import Profile
+from aced_sdk.towers.transforms import Preprocess
+
+__all__ = [
+    "DualEncoder",
+    "Embeddings",
+    "Manifest",
+    "Preprocess",
+    "Profile",
+    "build",
+    "load",
+    "read_config",
+    "read_manifest",
+    "save",
+]

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dual encoder with everything that belongs to it: weights, preprocessing, tokenizer, and the folder they live in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from aced_sdk.errors import ModelError
+from aced_sdk.towers.embeddings import Embeddings
+from aced_sdk.towers.profile import Profile, profile_model
+from aced_sdk.towers.transforms import Preprocess
+
+
+class DualEncoder(nn.Module):
+    """An image tower and a text tower over open_clip, one contract for students, references and teachers.
+
+    Made by `build` (new weights) or `load` (a folder or hub name); not by hand.
+
+    Attributes:
+        model: the open_clip model; its state dict is what folders hold.
+        model_cfg: the `model_cfg` of open_clip_config.json.
+        preprocess_config: geometry and normalisation.
+        folder: where it was loaded from; None for a new one.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        model_cfg: dict[str, Any],
+        preprocess: Preprocess,
+        tokenizer: Any,
+        folder: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.model_cfg = model_cfg
+        self.preprocess_config = preprocess
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self._resize = preprocess.resizer()
+        if "timm_model_name" in model_cfg["vision_cfg"]:
+            model.visual.to(memory_format=torch.channels_last)  # type: ignore[union-attr, call-overload]
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(3, 1, 1), persistent=False)
+
+    # -- inputs -------------------------------------------------------------------------------------------------
+
+    def resize(self, image: Image.Image) -> Tensor:
+        """The picture as the tower sees it, before normalisation: uint8 [3, H, W]."""
+        return self._resize(image)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Exactly what open_clip's validation transform gives: normalised float32 [3, H, W]."""
+        return self.normalise(self.resize(image))
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Token ids, int64 [N, context_length], padded and cut as the text tower expects."""
+        tokens: Tensor = self.tokenizer([texts] if isinstance(texts, str) else list(texts))
+        return tokens
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Float pixels with the tower's mean and deviation from uint8 ones; float pixels are taken as normalised."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        return (pixels.to(torch.float32) / 255 - self.mean) / self.std
+
+    # -- embeddings ---------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Embeddings:
+        """Embed N pairs with gradient.
+
+        Args:
+            images: uint8 [N, 3, H, W] as `resize` gives, or float as `preprocess` gives.
+            tokens: int64 [N, L] as `tokenize` gives.
+        """
+        out = self.model(self.normalise(images), tokens)
+        bias = out.get("logit_bias")
+        return Embeddings(
+            image=out["image_features"].float(),
+            text=out["text_features"].float(),
+            scale=out["logit_scale"],
+            bias=0.0 if bias is None else bias,
+        )
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor | Sequence[Image.Image], batch_size: int | None = None) -> Tensor:
+        """L2-normalised float32 [N, D] for pictures, or for a batch of their tensors (uint8 or preprocessed)."""
+        parts = []
+        size = batch_size or self._image_batch()
+        with _evaluating(self):
+            for start in range(0, len(images), size):
+                part = images[start : start + size]
+                if not isinstance(part, Tensor):
+                    part = torch.stack([self.resize(image) for image in part])
+                pixels = self.normalise(part.to(self.mean.device))
+                parts.append(self.model.encode_image(pixels, normalize=True).float())  # type: ignore[operator]
+        return torch.cat(parts) if parts else torch.empty(0, self.embedding_dim)
+
+    def _image_batch(self) -> int:
+        """Pictures per forward pass without gradient: on a CPU no more than its caches take, which is faster."""
+        height, width = self.preprocess_config.size
+        return 256 if self.mean.device.type != "cpu" else min(256, max(8, 200_000 // (height * width)))
+
+    @torch.no_grad()
+    def encode_text(self, texts: Tensor | str | Sequence[str], batch_size: int = 256) -> Tensor:
+        """L2-normalised float32 [N, D] for texts, or for their tokens."""
+        tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        embeddings = torch.empty(len(tokens), self.embedding_dim)
+        pad = self._pad_id
+        # Towers that mask their padding are spared it: short texts go together, cut to the longest of them.
+        lengths = (tokens != pad).sum(dim=1) if pad is not None else torch.full((len(tokens),), tokens.shape[1])
+        order = lengths.argsort(stable=True)
+        with _evaluating(self):
+            for start in range(0, len(tokens), batch_size):
+                rows = order[start : start + batch_size]
+                part = tokens[rows, : max(1, int(lengths[rows].max()))].to(self.mean.device)
+                embeddings[rows] = self.model.encode_text(part, normalize=True).float().cpu()  # type: ignore[operator]
+        return embeddings.to(self.mean.device)
+
+    @property
+    def _pad_id(self) -> int | None:
+        """The padding token of a Hugging Face text tower, which masks it; None for open_clip's own towers."""
+        if "hf_model_name" not in self.model_cfg["text_cfg"]:
+            return None
+        return int(self.model.text.config.pad_token_id)  # type: ignore[union-attr, arg-type]
+
+    def __fspath__(self) -> str:
+        """The folder it lies in, so that a student can be named wherever a folder can.
+
+        Raises:
+            ModelError: if it was never saved or loaded.
+        """
+        if self.folder is None:
+            raise ModelError("this encoder lies in no folder yet", remedy="save it with aced_sdk.towers.save first")
+        return str(self.folder)
+
+    # -- facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, the width of both embeddings."""
+        return int(self.model_cfg["embed_dim"])
+
+    @property
+    def scale(self) -> float:
+        """The learned factor on cosine similarities."""
+        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator, union-attr]
+
+    @property
+    def bias(self) -> float:
+        """The learned bias of the sigmoid loss; 0 where there is none."""
+        bias = self.model.logit_bias
+        return 0.0 if bias is None else float(bias.detach())  # type: ignore[operator, union-attr]
+
+    @property
+    def context_length(self) -> int:
+        """L, the number of tokens of a text."""
+        return int(self.model_cfg["text_cfg"].get("context_length", 77))
+
+    def profile(self) -> Profile:
+        """Multiply-accumulates of one picture and one text, and parameters, per tower."""
+        size = self.preprocess_config.size
+        return profile_model(self.model, size, self.tokenize("a picture"))
+
+    def fingerprint(self) -> str:
+        """Hex digest of weights and preprocessing: what cached embeddings are bound to."""
+        digest = hashlib.sha256(self.preprocess_config.model_dump_json().encode())
+        digest.update(f"context_length={self.context_length}".encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+class _evaluating:
+    """Evaluation mode for a block, the former mode after it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.training = module.training
+
+    def __enter__(self) -> None:
+        self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.module.train(self.training)

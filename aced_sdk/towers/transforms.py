@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preprocessing: open_clip's validation transform, cut in two so that the uint8 half can be cached and exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import field_validator
+from torch import Tensor
+
+from aced_sdk.config import Config
+
+
+class Preprocess(Config):
+    """The `preprocess_cfg` of open_clip_config.json."""
+
+    size: tuple[int, int]
+    mode: Literal["RGB"] = "RGB"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["squash", "shortest", "longest"] = "shortest"
+    fill_color: int = 0
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _square(cls, size: Any) -> Any:
+        return (size, size) if isinstance(size, int) else size
+
+    def resizer(self) -> Callable[[Image.Image], Tensor]:
+        """A function from a picture to uint8 [3, H, W]: the geometry, before scaling to 0..1 and normalisation."""
+        from open_clip.transform import image_transform
+
+        size = self.size[0] if self.size[0] == self.size[1] else self.size
+        whole = image_transform(
+            size,
+            is_train=False,
+            mean=self.mean,
+            std=self.std,
+            resize_mode=self.resize_mode,
+            interpolation=self.interpolation,
+            fill_color=self.fill_color,
+        )
+        geometry = whole.transforms[:-2]  # the last two are ToTensor and Normalize, done on the device later
+
+        def resize(image: Image.Image) -> Tensor:
+            if image.mode in ("P", "LA", "PA"):
+                image = image.convert("RGBA")  # resampling palette indices would be meaningless
+            if image.mode == "RGBA":
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, image)
+            image = image.convert("RGB")
+            for step in geometry:
+                image = step(image)
+            return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+        return resize

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to a trained, saved student."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aced_sdk.cache import EmbeddingCache, default_directory, open_cache, write_cache
+from aced_sdk.config import DistillConfig, Frozen, StaticFilter
+from aced_sdk.curation import DrawStatistics, static_filter
+from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
+from aced_sdk.engine import Callback, build_engine, checkpoints, read_launch, step_of, thread_limit
+from aced_sdk.engine.events import RunEnded, RunStarted
+from aced_sdk.errors import CacheError, ConfigError, UnsupportedError
+from aced_sdk.objectives import build_objective
+from aced_sdk.towers import DualEncoder, build, load, save
+from aced_sdk.training.loop import Parts, Trainee, train
+
+CONFIG = "config.yaml"
+Watch = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        directory: config, events, checkpoints and the student's folder.
+        student: the trained encoder; it can be named wherever a folder can (`aced.load(run.student)`).
+        step: steps taken.
+        metrics: trained and scored examples, and the last held-out figures, task to metric to value.
+    """
+
+    directory: Path
+    student: DualEncoder
+    step: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def start(
+    config: DistillConfig,
+    listen: Callable[[DualEncoder], Sequence[Callback]] = lambda _: (),
+    resume_from: Path | None = None,
+    watch: Watch | None = None,
+) -> Run:
+    """Train from the beginning or from a checkpoint, and save `directory/student`.
+
+    Args:
+        config: the run.
+        listen: from the student to the callbacks that hear every event; a callback may look at the student.
+        resume_from: a checkpoint folder of this run.
+        watch: hears of preparations (what, done, total).
+    """
+    if read_launch().world_size > 1:
+        raise UnsupportedError(
+            "this version distils in one process, and several were launched",
+            remedy="launch one process; exact curation across ranks is not there yet",
+            field="engine",
+        )
+    with thread_limit(config.engine.threads):
+        return _start(config, listen, resume_from, watch or (lambda *_: None))
+
+
+def _start(
+    config: DistillConfig, listen: Callable[[DualEncoder], Sequence[Callback]], resume_from: Path | None, watch: Watch
+) -> Run:
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    pool = Pool(config.data.shards)
+    encoder = build(config.student, config.seed)
+    reference = frozen_embeddings(config.reference, pool, config, watch) if config.curation.needs_reference else None
+    teacher_model = config.effective_teacher
+    if teacher_model is None:
+        teacher = None
+    elif reference is not None and teacher_model == config.reference:
+        teacher = reference
+    else:
+        teacher = frozen_embeddings(teacher_model, pool, config, watch)
+
+    source: Source
+    if config.data.prepared is not None:
+        source = prepare(
+            pool, encoder, config.data, config.data.prepared, lambda n, of: watch("resize pictures", n, of)
+        )
+    else:
+        source = Decoding(pool, encoder, config.data)
+    rows = _rows(config, source, reference, [cache for cache in (reference, teacher) if cache is not None])
+    bad = known_bad(pool)
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    parts = Parts(
+        engine=build_engine(Trainee(encoder), config.engine, config.optimizer),
+        batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
+        reference=reference,
+        teacher=teacher,
+        objective=build_objective(config.objective),
+        statistics=DrawStatistics(len(pool)),
+        bad=None if bad is None else torch.from_numpy(bad),
+        generator=generator,
+        callbacks=list(listen(encoder)),
+    )
+    encoder.train()
+    facts = {
+        "pairs": len(rows),
+        "macs": encoder.profile().macs,
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+    }
+    parts.emit(RunStarted(step_of(resume_from) if resume_from else 0, config.schedule.steps, config.hash(), facts))
+    done = train(config, parts, resume_from)
+    encoder.eval()
+    save(encoder, config.directory / "student", facts=student_facts(config, done.trained, done.scored))
+    parts.emit(RunEnded(done.step, time.perf_counter() - started, done.trained, done.scored))
+    return Run(config.directory, encoder, done.step, {"trained": done.trained, "scored": done.scored})
+
+
+def student_facts(config: DistillConfig, trained: int, scored: int) -> dict[str, Any]:
+    """What a student's manifest says of its making."""
+    return {
+        "config": config.hash(),
+        "curation": config.curation.method,
+        "seed": config.seed,
+        "trained": trained,
+        "scored": scored,
+        "versions": {name: version(name) for name in ("torch", "open_clip_torch", "aced-sdk")},
+    }
+
+
+def frozen_embeddings(frozen: Frozen | None, pool: Pool, config: DistillConfig, watch: Watch) -> EmbeddingCache:
+    """The cached embeddings of a frozen model, made where they are missing."""
+    if frozen is None:
+        raise ConfigError("a frozen model is needed, and none is named", remedy="set reference", field="reference")
+    encoder = load(frozen.model)
+    fingerprint = encoder.fingerprint()
+    directory = frozen.cache or default_directory(fingerprint, pool)
+    try:
+        return open_cache(directory, fingerprint, pool)
+    except CacheError:
+        # Absent or incomplete: write what is missing. A cache of another model is refused by write_cache.
+        return write_cache(
+            encoder, pool, directory, config.data, progress=lambda n, of: watch("cache embeddings", n, of)
+        )
+
+
+def known_bad(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+    """bool [N]: whose KEY.json says `"noisy": true`; None where no sample says anything."""
+    marks = [pool.metadata(row).get("noisy") for row in range(len(pool))]
+    if all(mark is None for mark in marks):
+        return None
+    return np.array([mark is True for mark in marks])
+
+
+def _rows(config: DistillConfig, source: Source, reference: EmbeddingCache | None, caches: list[EmbeddingCache]) -> Any:
+    """Rows that may be drawn: usable in the source and in every cache; for a static filter only the top share."""
+    rows = source.usable()
+    for cache in caches:
+        rows = rows[cache.usable.numpy()[rows]]
+    if isinstance(config.curation, StaticFilter) and reference is not None:
+        kept = static_filter(reference.rows(torch.from_numpy(rows), torch.device("cpu")), config.curation.share)
+        rows = rows[np.sort(kept.cpu().numpy())]
+    if len(rows) < config.curation.candidates:
+        raise ConfigError(
+            f"a step draws {config.curation.candidates} candidates, and the pool has {len(rows)} usable pairs",
+            remedy="make the batches smaller or the pool larger",
+            field="curation.super_batch"
+            if config.curation.candidates != config.curation.sub_batch
+            else "curation.sub_batch",
+        )
+    return rows
+
+
+def last_step(directory: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None before the first."""
+    found = checkpoints(directory)
+    return found[-1] if found else None

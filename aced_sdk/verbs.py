@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of the package: each composes the rooms below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+
+from aced_sdk.cache import EmbeddingCache, default_directory, write_cache
+from aced_sdk.config import Data, DistillConfig, write_yaml
+from aced_sdk.data import Pool
+from aced_sdk.engine import Callback, step_of
+from aced_sdk.engine.events import Evaluated, Event
+from aced_sdk.errors import ConfigError, EngineError
+from aced_sdk.evaluation import EvaluateEvery, evaluate, load_task
+from aced_sdk.planning import Plan, plan
+from aced_sdk.reporting import JsonlWriter, read_events, report
+from aced_sdk.reporting.run_bar import RunBar
+from aced_sdk.towers import DualEncoder, load
+from aced_sdk.training.run import CONFIG, Run, last_step, start
+
+__all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "plan", "report", "resume"]
+
+
+def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
+    """Distil a student: select, train, evaluate, save.
+
+    Missing embedding caches are made first. Events go to `directory/events.jsonl` and to `callbacks`; the student lies in
+    `directory/student` at the end, in open_clip's layout.
+
+    Args:
+        config: the run; methods (IID, KD, I-ACID, H-ACID, ACED) differ in `curation` and `objective` alone.
+        callbacks: called with every typed event (`aced_sdk.engine.events`).
+
+    Raises:
+        ConfigError: if the directory holds a run already.
+        AcedError: whatever data, models or training may meet; each says its remedy.
+    """
+    if (config.directory / CONFIG).exists():
+        raise ConfigError(
+            f"{config.directory} holds a run already",
+            remedy="go on with aced.resume(directory), or name another directory",
+            field="directory",
+        )
+    try:
+        write_yaml(config.directory / CONFIG, config)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {config.directory}: {error.strerror}",
+            remedy="check permissions and space",
+            field="directory",
+        ) from error
+    return _run(config, callbacks, None)
+
+
+def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
+    """Go on with a run from its newest complete checkpoint, at the very step: the result is that of an unbroken run.
+
+    Raises:
+        EngineError: if there is no run, or its checkpoint is torn or of another model.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG).is_file():
+        raise EngineError(f"{directory} holds no run", remedy="start one with aced.distill(config)", field="directory")
+    config = DistillConfig.from_yaml(directory / CONFIG)
+    if config.directory.resolve() != directory.resolve():
+        config = config.replace(directory=directory)  # the folder was moved
+    return _run(config, callbacks, last_step(directory))
+
+
+def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None) -> Run:
+    events = config.directory / "events.jsonl"
+    with JsonlWriter(events) as writer, RunBar(f"distil {config.directory.name}") as bar:
+        writer.truncate_after(step_of(resume_from) if resume_from else -1)
+        evaluated = {
+            t: m for row in read_events(events) if row["event"] == "evaluated" for t, m in row["metrics"].items()
+        }
+
+        def remember(event: Event) -> None:
+            if isinstance(event, Evaluated):
+                evaluated.update(event.metrics)
+
+        listeners: list[Callback] = [writer, bar, remember, *callbacks]
+
+        def listen(encoder: DualEncoder) -> list[Callback]:
+            held_out = config.evaluation
+            if not held_out.tasks or held_out.data_root is None:
+                return listeners
+            tasks = [load_task(name, held_out.data_root, encoder) for name in held_out.tasks]
+            return [*listeners, EvaluateEvery(encoder, tasks, held_out.every or config.schedule.steps, listeners)]
+
+        run = start(config, listen, resume_from, bar.watch)
+    return replace(run, metrics=run.metrics | {"evaluation": evaluated})
+
+
+def cache_embeddings(
+    model: str | PathLike[str] | DualEncoder,
+    data: Data | str | PathLike[str] | Sequence[str | PathLike[str]],
+    directory: str | PathLike[str] | None = None,
+    batch_size: int = 256,
+) -> EmbeddingCache:
+    """Embed a pool with a frozen model, shard by shard; complete shards of an earlier, killed call are kept.
+
+    Args:
+        model: a dual encoder's folder, hub name, or the encoder itself.
+        data: the pool's `Data` config, or its shards.
+        directory: where to; by default a folder of the cache home named after model and pool.
+        batch_size: pictures per forward pass.
+
+    Raises:
+        CacheError: if the directory belongs to another model or other shards, or cannot be written.
+        DataError: if shards are missing or broken, or too many pairs are unusable.
+    """
+    if not isinstance(data, Data):
+        given = [data] if isinstance(data, str | PathLike) else data
+        data = Data(shards=tuple(fspath(shard) for shard in given))
+    encoder = model if isinstance(model, DualEncoder) else load(model)
+    pool = Pool(data.shards)
+    target = Path(directory) if directory is not None else default_directory(encoder.fingerprint(), pool)
+    with RunBar("cache embeddings") as bar:
+        return write_cache(
+            encoder, pool, target, data, batch_size, lambda done, total: bar.watch("cache embeddings", done, total)
+        )

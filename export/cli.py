@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `aced export` command."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Target(StrEnum):
+    """What `aced export` writes."""
+
+    onnx = "onnx"
+    transformers = "transformers"
+
+
+class PartName(StrEnum):
+    """A tower."""
+
+    vision = "vision"
+    text = "text"
+
+
+class PrecisionName(StrEnum):
+    """A number format."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+def register(app: typer.Typer) -> None:
+    """Add `export` to the `aced` command."""
+    app.command("export")(_export)
+
+
+def _export(
+    student: Annotated[Path, typer.Argument(help="saved student folder")],
+    directory: Annotated[Path, typer.Argument(help="folder to write")],
+    to: Annotated[Target, typer.Option(help="layout of the folder")] = Target.onnx,
+    part: Annotated[list[PartName] | None, typer.Option(help="tower, may be repeated; both if left out")] = None,
+    precision: Annotated[list[PrecisionName] | None, typer.Option(help="may be repeated; all if left out")] = None,
+    opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
+    min_cosine: Annotated[float, typer.Option(help="fp16 and int8 below this cosine to torch are refused")] = 0.99,
+    measure: Annotated[bool, typer.Option(help="take times")] = True,
+) -> None:
+    """Export a student: ONNX with verified parity, or a transformers folder."""
+    if to is Target.transformers:
+        from export.transformers_folder import to_transformers
+
+        facts = to_transformers(student, directory).model_dump()
+        for name, value in facts.items():
+            typer.echo(f"{name:28} {value:.1e}")
+    else:
+        from export.save import to_onnx
+
+        report = to_onnx(
+            student,
+            directory,
+            [p.value for p in part or PartName],
+            [p.value for p in precision or PrecisionName],
+            opset=opset,
+            min_cosine=min_cosine,
+            measure=measure,
+        )
+        typer.echo(f"{'part':8}{'format':8}{'MB':>8}{'max abs':>10}{'min cosine':>12}{'ms at 1':>9}{'ms at 32':>10}")
+        for graph in report.graphs:
+            times = [f"{graph.latency_ms[n]:.2f}" if n in graph.latency_ms else "-" for n in (1, 32)]
+            typer.echo(
+                f"{graph.part:8}{graph.precision:8}{graph.bytes / 1e6:8.1f}{graph.max_abs:10.1e}"
+                f"{graph.min_cosine:12.5f}{times[0]:>9}{times[1]:>10}"
+            )
+        for part_name, own in report.torch_latency_ms.items():
+            typer.echo(f"{part_name:8}{'torch':8}{'':30}{own[1]:9.2f}{own[32]:10.2f}")
+    typer.echo(f"written to {directory}")

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported dual encoder in a small process: onnxruntime, numpy, Pillow and tokenizers, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from export.cleaning import CLEANINGS, clean_text
+from export.errors import FolderError, InputError
+from export.pictures import Geometry, Picture, open_picture
+
+MANIFEST = "export.json"
+FORMAT = 1
+MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn
+
+Item = TypeVar("Item")
+Floats = NDArray[np.float32]
+
+
+class OnnxEncoder:
+    """Pictures and texts to embeddings, from a folder that `export.to_onnx` wrote.
+
+    May be used from several threads at once. int8 graphs quantise activations per batch, so that their embeddings of a
+    picture depend a little on the rest of its batch.
+
+    Args:
+        directory: the exported folder.
+        precision: which graphs to run: "fp32", "fp16" or "int8", as exported.
+        threads: threads of one call; None leaves it to onnxruntime.
+        providers: onnxruntime execution providers in order of preference; None is the CPU.
+        check: compare the files with the hashes of `export.json`.
+        max_pixels: pictures with more pixels are refused before they are decoded.
+
+    Raises:
+        FolderError: if the folder is missing, altered, or has no such precision.
+        InputError: if an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        precision: str = "fp32",
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+        *,
+        check: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        folder = Path(directory)
+        self._manifest = read_manifest(folder)
+        self.precision = precision
+        self.max_pixels = max_pixels
+        graphs = {graph["part"]: graph for graph in self._manifest["graphs"] if graph["precision"] == precision}
+        if not graphs:
+            there = sorted({graph["precision"] for graph in self._manifest["graphs"]})
+            raise FolderError(
+                f"{folder} has no graphs of precision '{precision}'",
+                remedy=f"take one of: {', '.join(there)}, or export it too",
+                field="precision",
+            )
+        options = _session_options(threads, precision)
+        chosen = _providers(providers)
+        text = self._manifest["text"]
+        wanted = [graph["file"] for graph in graphs.values()]
+        wanted += ["preprocessor_config.json"] * ("vision" in graphs) + ["tokenizer.json"] * ("text" in graphs)
+        if check:
+            check_files(folder, {name: self._manifest["files"].get(name, "") for name in wanted})
+        self._inputs = {part: graph["input"] for part, graph in graphs.items()}
+        self._sessions = {part: _session(folder / graph["file"], options, chosen) for part, graph in graphs.items()}
+        if "vision" in graphs:
+            self.geometry = Geometry.read(folder / "preprocessor_config.json")
+        if "text" in graphs:
+            self._cleaning: str = text["cleaning"]
+            self._tokenizer = _tokenizer(folder / "tokenizer.json")
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, the width of both embeddings."""
+        return int(self._manifest["embedding_dim"])
+
+    @property
+    def scale(self) -> float:
+        """The learned factor on cosine similarities."""
+        return float(self._manifest["scale"])
+
+    @property
+    def bias(self) -> float:
+        """The learned bias of the sigmoid loss; 0 where there is none."""
+        return float(self._manifest["bias"])
+
+    def encode_image(self, images: Sequence[Picture], batch_size: int = 32) -> Floats:
+        """L2-normalised float32 [N, D].
+
+        Args:
+            images: PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]. Transparency is
+                laid on white; EXIF orientation is not applied, as in training.
+            batch_size: at most so many pictures are decoded and in memory at once.
+
+        Raises:
+            InputError: naming the picture that cannot be used.
+            FolderError: if no vision graph was exported.
+        """
+        if isinstance(images, (str, bytes, Path, Image.Image, np.ndarray)):
+            raise InputError("one picture was given, not a list of them", remedy="put it into a list", field="images")
+        return self._encode("vision", images, batch_size, self.preprocess)
+
+    def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Floats:
+        """L2-normalised float32 [N, D].
+
+        Raises:
+            InputError: if something is no text.
+            FolderError: if no text graph was exported.
+        """
+        return self._encode("text", [texts] if isinstance(texts, str) else texts, batch_size, self.tokenize)
+
+    def zero_shot(
+        self, images: Sequence[Picture], classnames: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
+    ) -> Floats:
+        """Logits float32 [N, C]: scale * cosine + bias, with each class's text embedding the mean over the templates.
+
+        The largest is the predicted class; a softmax over C gives probabilities (a sigmoid each after a sigmoid loss).
+
+        Args:
+            images: as for `encode_image`.
+            classnames: C names.
+            templates: texts with `{}` where the name belongs.
+
+        Raises:
+            InputError: if there are no classes or a template has no place for the name.
+        """
+        if not classnames or not templates:
+            raise InputError("no class or no template was given", remedy="give one of each", field="classnames")
+        for template in templates:
+            if "{}" not in template:
+                raise InputError(f"'{template}' has no {{}}", remedy="write {} for the class name", field="templates")
+        prompts = [template.replace("{}", name) for name in classnames for template in templates]
+        each = self.encode_text(prompts).reshape(len(classnames), len(templates), -1)
+        classes = _normalised(each.mean(axis=1))
+        return np.asarray(self.scale * (self.encode_image(images) @ classes.T) + self.bias, np.float32)
+
+    def preprocess(self, images: Sequence[Picture], first: int = 0) -> Floats:
+        """The vision graph's input, float32 [N, 3, H, W]; `first` is the number of the first picture in messages."""
+        self._graph("vision")
+        opened = (open_picture(image, f"images[{first + n}]", self.max_pixels) for n, image in enumerate(images))
+        return self.geometry.normalise(np.stack([self.geometry.pixels(image) for image in opened]))
+
+    def tokenize(self, texts: Sequence[str], first: int = 0) -> NDArray[np.int64]:
+        """The text graph's input, int64 [N, context_length]; `first` is the number of the first text in messages."""
+        self._graph("text")
+        for n, text in enumerate(texts):
+            if not isinstance(text, str):
+                place = f"texts[{first + n}]"
+                raise InputError(f"{place} is a {type(text).__name__}", remedy="give strings", field=place)
+        cleaned = [clean_text(text, self._cleaning) for text in texts]
+        return np.array([encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)], np.int64)
+
+    def run(self, part: str, inputs: NDArray[Any]) -> Floats:
+        """The raw graph: embeddings float32 [N, D] before normalisation.
+
+        Args:
+            part: "vision" or "text".
+            inputs: what `preprocess` or `tokenize` gives.
+        """
+        (output,) = self._graph(part).run(None, {self._inputs[part]: inputs})
+        return np.asarray(output, np.float32)
+
+    def _graph(self, part: str) -> Any:
+        if part not in self._sessions:
+            raise FolderError(
+                f"this export has no {part} graph of precision {self.precision}",
+                remedy=f"export with parts=('{part}', ...)",
+                field="parts",
+            )
+        return self._sessions[part]
+
+    def _encode(
+        self, part: str, items: Sequence[Item], batch_size: int, prepare: Callable[[Sequence[Item], int], NDArray[Any]]
+    ) -> Floats:
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}", remedy="give at least 1", field="batch_size")
+        self._graph(part)
+        out = [self.run(part, prepare(batch, first)) for first, batch in _batches(items, batch_size)]
+        return _normalised(np.concatenate(out)) if out else np.empty((0, self.embedding_dim), np.float32)
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
+    for start in range(0, len(items), size):
+        yield start, items[start : start + size]
+
+
+def _normalised(embeddings: Floats) -> Floats:
+    norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    return np.asarray(embeddings / np.maximum(norms, 1e-12), np.float32)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`export.json` of an exported folder.
+
+    Raises:
+        FolderError: if it is missing, unreadable or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise FolderError(
+            f"{folder} is no export: it has no {MANIFEST}", remedy="make one with export.to_onnx", field="directory"
+        ) from None
+    except ValueError as error:
+        raise FolderError(f"{path} is not JSON: {error}", remedy="export the student again") from None
+    known = {"kind": "onnx_dual_encoder", "format": FORMAT}
+    if not isinstance(manifest, dict) or {key: manifest.get(key) for key in known} != known:
+        raise FolderError(f"{path} is not an export of format {FORMAT}", remedy="export again, or update this package")
+    missing = {"graphs", "files", "text", "embedding_dim", "scale", "bias"} - manifest.keys()
+    if missing:
+        raise FolderError(f"{path} lacks {', '.join(sorted(missing))}", remedy="export the student again")
+    if manifest["text"] and manifest["text"].get("cleaning") not in CLEANINGS:
+        raise FolderError(f"{path} names an unknown text cleaning", remedy="update this package")
+    return manifest
+
+
+def check_files(folder: Path, hashes: dict[str, str]) -> None:
+    """Compare files with their sha256.
+
+    Raises:
+        FolderError: naming the first file that is missing or not the one that was written.
+    """
+    for name, expected in hashes.items():
+        try:
+            with (folder / name).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError:
+            raise FolderError(f"{folder / name} is missing", remedy="export the student again") from None
+        if found != expected:
+            raise FolderError(f"{folder / name} is not the file that was exported", remedy="export the student again")
+
+
+def _session_options(threads: int | None, precision: str) -> Any:
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads is {threads}", remedy="give at least 1, or None", field="threads")
+        options.intra_op_num_threads = threads
+    if precision == "fp16":
+        # The layout passes above this level only serve float32, and some of them crash on half precision.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    return options
+
+
+def _providers(providers: Sequence[str] | None) -> list[str]:
+    chosen = list(providers) if providers is not None else ["CPUExecutionProvider"]
+    there = onnxruntime.get_available_providers()
+    for name in chosen:
+        if name not in there:
+            raise InputError(
+                f"onnxruntime has no provider '{name}' here", remedy=f"take from: {', '.join(there)}", field="providers"
+            )
+    return chosen
+
+
+def _session(path: Path, options: Any, providers: list[str]) -> Any:
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise FolderError(f"onnxruntime cannot load {path}: {error}", remedy="export the student again") from error
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise FolderError(f"{path} cannot be read: {error}", remedy="export the student again") from error

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong with exports is said: which file, which input, which option."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import export
+from aced_sdk import towers
+from aced_sdk.config import Student
+from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
+from export import check, graphs
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    }
+    return towers.save(towers.build(Student(architecture=architecture), seed=0), tmp_path_factory.mktemp("s") / "s")
+
+
+@pytest.fixture(scope="module")
+def pristine(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("o") / "o"
+    export.to_onnx(student, folder, precisions=("fp32",), measure=False)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "copy"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["onnx/vision_model.onnx", "onnx/text_model.onnx", "tokenizer.json", "preprocessor_config.json"]
+)
+@pytest.mark.parametrize("harm", [flip, Path.unlink], ids=["flipped", "missing"])
+def test_altered_files_are_refused(folder: Path, name: str, harm: Callable[[Path], None]) -> None:
+    harm(folder / name)
+    with pytest.raises(export.FolderError, match=name):
+        export.OnnxEncoder(folder)
+    with pytest.raises(export.ExportError, match=name):
+        export.verify(folder)
+
+
+def test_check_may_be_left_out(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
+    assert export.OnnxEncoder(folder, check=False).encode_text(["a"]).shape == (1, 8)
+
+
+@pytest.mark.parametrize("name", ["onnx/vision_model.onnx", "tokenizer.json", "preprocessor_config.json"])
+def test_garbage_is_named_even_unchecked(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"{garbage")
+    with pytest.raises(export.FolderError, match=name):
+        export.OnnxEncoder(folder, check=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not an export of format 1"),
+        ('{"kind": "onnx_dual_encoder", "format": 2}', "not an export of format 1"),
+        ('{"kind": "onnx_dual_encoder", "format": 1}', "lacks bias"),
+    ],
+)
+def test_bad_manifests(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "export.json").write_text(content)
+    with pytest.raises(export.FolderError, match=message):
+        export.OnnxEncoder(tmp_path)
+
+
+def test_no_export_there(tmp_path: Path) -> None:
+    with pytest.raises(export.FolderError, match=r"export\.to_onnx"):
+        export.OnnxEncoder(tmp_path / "nothing")
+
+
+def test_unknown_options(pristine: Path) -> None:
+    with pytest.raises(export.FolderError, match=r"precision 'int4'.*fp32.*\[field: precision\]"):
+        export.OnnxEncoder(pristine, "int4")
+    with pytest.raises(export.InputError, match=r"provider 'NoSuchProvider'.*CPUExecutionProvider"):
+        export.OnnxEncoder(pristine, providers=["NoSuchProvider"])
+    with pytest.raises(export.InputError, match="threads is 0"):
+        export.OnnxEncoder(pristine, threads=0)
+    encoder = export.OnnxEncoder(pristine)
+    with pytest.raises(export.InputError, match="batch_size is 0"):
+        encoder.encode_text(["a"], batch_size=0)
+    with pytest.raises(export.InputError, match=r"has no \{\}"):
+        encoder.zero_shot([Image.new("RGB", (4, 4))], ["cat"], ["a photo"])
+    with pytest.raises(export.InputError, match="no class"):
+        encoder.zero_shot([Image.new("RGB", (4, 4))], [])
+
+
+def test_bad_inputs_are_named(pristine: Path, tmp_path: Path) -> None:
+    encoder = export.OnnxEncoder(pristine, max_pixels=10_000)
+    good = Image.new("RGB", (20, 20))
+    stream = io.BytesIO()
+    Image.effect_noise((90, 90), 50).save(stream, "PNG")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(stream.getvalue()[:400])
+    for bad, message in (
+        (cut, r"images\[3\] .*cut\.png.* cannot be decoded"),
+        (tmp_path / "absent.png", r"images\[3\] .*absent\.png"),
+        (b"no picture", r"images\[3\] cannot be decoded"),
+        (Image.new("RGB", (200, 51)), r"images\[3\] has 200 x 51 pixels, the bound is 10000"),
+        (np.zeros((4, 4, 3), np.float32), r"images\[3\] is an array of float32"),
+        (np.zeros((0, 4, 3), np.uint8), r"images\[3\]"),
+        (None, r"images\[3\] is a NoneType"),
+    ):
+        with pytest.raises(export.InputError, match=message) as caught:
+            encoder.encode_image([good, good, good, bad], batch_size=2)  # type: ignore[list-item]
+        assert "Remedy: " in str(caught.value)
+    with pytest.raises(export.InputError, match=r"texts\[5\] is a int"):
+        encoder.encode_text(["a"] * 5 + [3], batch_size=2)  # type: ignore[list-item]
+    with pytest.raises(export.InputError, match="not a list"):
+        encoder.encode_image(good)  # type: ignore[arg-type]
+
+
+def test_errors_survive_pickling() -> None:
+    error = pickle.loads(pickle.dumps(export.InputError("a cause", remedy="a remedy", field="images[0]")))  # noqa: S301
+    assert isinstance(error, export.InputError)
+    assert str(error) == "a cause. Remedy: a remedy [field: images[0]]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"parts": ("audio",)}, "parts"),
+        ({"parts": ()}, "parts"),
+        ({"parts": "vision"}, "parts"),
+        ({"precisions": ("fp32", "fp32")}, "precisions"),
+        ({"precisions": ("int4",)}, "precisions"),
+        ({"opset": 17}, "opset"),
+        ({"min_cosine": 1.5}, "min_cosine"),
+    ],
+)
+def test_bad_arguments(student: Path, tmp_path: Path, arguments: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        export.to_onnx(student, tmp_path / "o", **arguments)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_places_that_cannot_be_used(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("mine")
+    for verb in (export.to_onnx, export.to_transformers):
+        with pytest.raises(export.ExportError, match="something else"):
+            verb(student, tmp_path)
+        with pytest.raises(ModelError, match="no model folder"):
+            verb(tmp_path, tmp_path / "o")
+        with pytest.raises(UnsupportedError, match="lies on a hub"):
+            verb("hf-hub:someone/something", tmp_path / "o")
+    with pytest.raises(export.ExportError, match=r"pictures\[0\].*diary\.txt"):
+        export.to_onnx(student, tmp_path / "o", pictures=[tmp_path / "diary.txt"])
+    assert (tmp_path / "diary.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
+
+
+def test_bad_graphs_leave_the_older_export(student: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (folder / "export.json").read_bytes()
+    exact = onnx.load(folder / "onnx/vision_model.onnx")
+    monkeypatch.setattr("export.save.float32_graph", lambda *_: exact)
+    with pytest.raises(export.ExportError, match="int8 vision graph has a cosine of") as caught:
+        export.to_onnx(student, folder, parts=("vision",), precisions=("int8",), min_cosine=1.0, measure=False)
+    assert caught.value.field == "min_cosine"
+    weights = next(tensor for tensor in exact.graph.initializer if len(tensor.dims) == 2)
+    weights.raw_data = bytes(len(weights.raw_data))
+    with pytest.raises(export.ExportError, match="float32 vision graph differs from torch"):
+        export.to_onnx(student, folder, parts=("vision",), precisions=("fp32",), measure=False)
+    assert (folder / "export.json").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert export.verify(folder).graphs
+
+
+def test_a_graph_that_trains_is_refused(pristine: Path) -> None:
+    model = onnx.load(pristine / "onnx/vision_model.onnx")
+    graphs.check_inference(model, "vision")
+    output = model.graph.output[0].name
+    last = next(node for node in model.graph.node if output in node.output)
+    last.output[list(last.output).index(output)] = "before"
+    model.graph.node.append(onnx.helper.make_node("Dropout", ["before"], [output]))
+    with pytest.raises(export.ExportError, match="still trains: it has a Dropout"):
+        graphs.check_inference(model, "vision")
+
+
+def test_unequal_inputs_are_refused(student: Path, pristine: Path) -> None:
+    manifest = export.Manifest(**json.loads((pristine / "export.json").read_text()))
+    vision, text = manifest.graphs
+    encoder = towers.load(student)
+    with pytest.raises(export.ExportError, match="prepares text input 1 differently"):
+        check.check_graph(pristine, text, encoder, [], ["a cat", "cafÃ©"], 0.99)
+    other = towers.build(Student(architecture=encoder.model_cfg, resize="longest"), seed=0)
+    with pytest.raises(export.ExportError, match="prepares vision input 0 differently"):
+        check.check_graph(pristine, vision, other, check.pictures(), [], 0.99)
+
+
+def test_unfinished_export_is_no_export(folder: Path) -> None:
+    manifest = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(manifest | {"report": None}))
+    with pytest.raises(export.ExportError, match="never ended"):
+        export.verify(folder)

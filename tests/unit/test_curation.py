@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selectors by config, what they refuse, what they cost, and the statistics of draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aced_sdk.config import Iid, Independent, Joint, StaticFilter
+from aced_sdk.curation import (
+    DrawStatistics,
+    Embeddings,
+    gumbel_noise,
+    pair_scores,
+    select,
+    select_independent,
+    select_joint,
+    select_random,
+    static_filter,
+)
+from aced_sdk.curation import scores as scores_module
+from aced_sdk.errors import CurationError
+
+
+def model(items: int, seed: int, dim: int = 8, scale: float = 12.0, bias: float = -6.0) -> Embeddings:
+    noise = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(2, items, dim, generator=noise)
+    return Embeddings(F.normalize(image, dim=1), F.normalize(image + text, dim=1), scale, bias)
+
+
+STUDENT, REFERENCE = model(40, 0), model(40, 1, dim=12)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def test_select_follows_the_config() -> None:
+    joint = Joint(super_batch=40, sub_batch=8, num_chunks=4, score="learnability", loss="softmax", gain=2.0)
+    expected = select_joint(STUDENT, REFERENCE, size=8, num_chunks=4, loss="softmax", gain=2.0, generator=generator())
+    assert select(joint, STUDENT, REFERENCE, generator()).tolist() == expected.tolist()
+    independent = Independent(super_batch=40, sub_batch=8, score="easy_reference", gain=3.0)
+    alone = select_independent(None, REFERENCE, size=8, score="easy_reference", gain=3.0, generator=generator())
+    assert select(independent, None, REFERENCE, generator()).tolist() == alone.tolist()
+    for config in (Iid(sub_batch=5), StaticFilter(sub_batch=5)):
+        assert select(config, None, None, generator()).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_models_a_score_does_not_use_are_not_needed() -> None:
+    noise = gumbel_noise(4, 40, generator())
+    for score, pair in (("easy_reference", (None, REFERENCE)), ("hard_learner", (STUDENT, None))):
+        rows = select_joint(*pair, size=8, num_chunks=4, score=score, gumbel=noise)
+        assert (
+            rows.tolist() == select_joint(STUDENT, REFERENCE, size=8, num_chunks=4, score=score, gumbel=noise).tolist()
+        )
+
+
+def with_nan(embeddings: Embeddings) -> Embeddings:
+    text = embeddings.text.clone()
+    text[[3, 9], 0] = torch.tensor([math.nan, math.inf])
+    return replace(embeddings, text=text)
+
+
+@pytest.mark.parametrize(
+    ("student", "reference", "options", "message", "field"),
+    [
+        (STUDENT, REFERENCE, {"size": 41, "num_chunks": 1}, "41 was asked of 40", "size"),
+        (STUDENT, REFERENCE, {"size": 10}, "does not divide into 4", "num_chunks"),
+        (STUDENT, REFERENCE, {"num_chunks": 0}, "does not divide", "num_chunks"),
+        (STUDENT, REFERENCE, {"size": 0}, "does not divide", "num_chunks"),
+        (None, REFERENCE, {}, "needs the student's", "student"),
+        (STUDENT, None, {}, "needs the reference's", "reference"),
+        (None, None, {"score": "easy_reference"}, "needs the reference's", "reference"),
+        (STUDENT, with_nan(REFERENCE), {}, "2 of 40 rows of the reference's", "reference"),
+        (with_nan(STUDENT), REFERENCE, {}, "2 of 40 rows of the student's", "student"),
+        (STUDENT, replace(REFERENCE, scale=math.inf), {}, "scale or bias is not finite", "reference"),
+        (STUDENT, model(39, 1), {}, "40 pairs and the reference 39", "reference"),
+        (replace(STUDENT, text=STUDENT.text[:5]), REFERENCE, {}, "shapes", "student"),
+        (STUDENT, REFERENCE, {"gumbel": torch.zeros(3, 40)}, "shape", "gumbel"),
+        (STUDENT, REFERENCE, {"gumbel": torch.full((4, 40), math.nan)}, "finite weight", "gumbel"),
+        (STUDENT, REFERENCE, {"gain": 0.0}, "gain", "gain"),
+        (STUDENT, REFERENCE, {"score": "easiest"}, "unknown score", "score"),
+        (STUDENT, REFERENCE, {"loss": "hinge"}, "unknown loss", "loss"),
+    ],
+)
+def test_select_joint_refuses(
+    student: Embeddings | None, reference: Embeddings | None, options: dict[str, Any], message: str, field: str
+) -> None:
+    with pytest.raises(CurationError, match=message) as caught:
+        select_joint(student, reference, **({"size": 8, "num_chunks": 4} | options))
+    assert caught.value.field == field
+    assert caught.value.remedy
+
+
+def test_other_selectors_refuse() -> None:
+    with pytest.raises(CurationError, match="shape"):
+        select_independent(STUDENT, REFERENCE, size=8, gumbel=torch.zeros(2, 40))
+    with pytest.raises(CurationError, match="positive"):
+        select_independent(STUDENT, REFERENCE, size=0)
+    with pytest.raises(CurationError, match="9 items were asked of 8"):
+        select_random(9, 8)
+    with pytest.raises(CurationError, match="share"):
+        static_filter(REFERENCE, 0.0)
+    with pytest.raises(CurationError, match="not finite"):
+        static_filter(with_nan(REFERENCE), 0.5)
+
+
+def test_half_precision_and_autocast_do_not_change_the_arithmetic() -> None:
+    noise = gumbel_noise(4, 40, generator())
+    half = [replace(m, image=m.image.bfloat16(), text=m.text.bfloat16()) for m in (STUDENT, REFERENCE)]
+    widened = [replace(m, image=m.image.float(), text=m.text.float()) for m in half]
+    expected = select_joint(*widened, size=16, num_chunks=4, gumbel=noise).tolist()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert select_joint(*half, size=16, num_chunks=4, gumbel=noise).tolist() == expected
+        assert scores_module.weights_of(*half, "learnability", "sigmoid").current().dtype == torch.float32
+
+
+def test_matrix_precision_is_given_back() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        select_joint(STUDENT, REFERENCE, size=8, num_chunks=2)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_learned_scale_is_read_and_gets_no_gradient() -> None:
+    noise = gumbel_noise(4, 40, generator())
+    learned = replace(
+        STUDENT,
+        image=STUDENT.image.clone().requires_grad_(),
+        scale=torch.tensor(12.0, requires_grad=True),
+        bias=torch.tensor(-6.0, requires_grad=True),
+    )
+    rows = select_joint(learned, REFERENCE, size=8, num_chunks=4, gumbel=noise)
+    assert rows.tolist() == select_joint(STUDENT, REFERENCE, size=8, num_chunks=4, gumbel=noise).tolist()
+    assert (
+        not scores_module.weights_of(replace(learned, image=STUDENT.image), REFERENCE, "learnability", "sigmoid")
+        .current()
+        .requires_grad
+    )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_no_square_matrix_is_built(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    items, size, chunks = 1000, 400, 4
+    student, reference = model(items, 2), model(items, 3)
+    with LargestTensor() as largest:
+        whole = select_joint(student, reference, size=size, num_chunks=chunks, loss=loss, generator=generator())
+    assert items < largest.elements <= size // chunks * items
+    # Slabs are themselves cut: the picks stay.
+    monkeypatch.setattr(scores_module, "_CPU_SLAB", 7 * items)
+    monkeypatch.setattr(scores_module, "_LEAST_ROWS", 1)
+    with LargestTensor() as largest:
+        cut = select_joint(student, reference, size=size, num_chunks=chunks, loss=loss, generator=generator())
+    assert largest.elements <= 8 * items
+    assert cut.tolist() == whole.tolist()
+
+
+def test_static_filter_keeps_the_easiest(monkeypatch: pytest.MonkeyPatch) -> None:
+    cosine = (REFERENCE.image * REFERENCE.text).sum(1)
+    best = cosine.argsort(descending=True).tolist()
+    for loss in ("sigmoid", "softmax"):
+        assert static_filter(REFERENCE, 0.2, loss).tolist() == best[:8]
+    assert static_filter(REFERENCE, 1.0).tolist() == best
+    assert static_filter(REFERENCE, 0.001).tolist() == best[:1]
+    expected = F.logsigmoid(12.0 * cosine - 6.0)
+    monkeypatch.setattr("aced_sdk.curation.selectors.ROWS_AT_ONCE", 7)
+    torch.testing.assert_close(pair_scores(REFERENCE), expected)
+    assert (
+        pair_scores(replace(REFERENCE, image=REFERENCE.image.half(), text=REFERENCE.text.half())).dtype == torch.float32
+    )
+
+
+def test_draw_statistics() -> None:
+    noisy = np.zeros(20, dtype=bool)
+    noisy[:5] = True
+    statistics = DrawStatistics(20, noisy=noisy)
+    empty = statistics.summary()
+    assert (empty.draws, empty.unique_coverage, empty.noisy_drawn, empty.noisy_pool) == (0, 0.0, None, 0.25)
+    statistics.update(torch.tensor([0, 7, 7, 7]))
+    statistics.update(np.array([7, 8]))
+    summary = statistics.summary()
+    assert summary.draws == 6
+    assert summary.unique_coverage == 3 / 20
+    assert summary.top_decile_share == 5 / 6
+    assert summary.noisy_drawn == 1 / 6
+    entropy = -(4 / 6 * math.log(4 / 6) + 2 * (1 / 6) * math.log(1 / 6))
+    assert summary.effective_pool_size == pytest.approx(math.exp(entropy))
+    assert statistics.counts.dtype == np.int32
+    assert statistics.counts[7] == 4
+
+
+def test_an_even_draw_uses_the_whole_pool() -> None:
+    statistics = DrawStatistics(50)
+    statistics.update(torch.arange(50))
+    summary = statistics.summary()
+    assert summary.effective_pool_size == pytest.approx(50)
+    assert summary.unique_coverage == 1
+    assert summary.top_decile_share == pytest.approx(0.1)
+    assert summary.noisy_drawn is None
+
+
+def test_draw_statistics_go_on_from_a_checkpoint() -> None:
+    first = DrawStatistics(10)
+    first.update(np.array([1, 2, 2]))
+    state = first.state_dict()
+    first.update(np.array([3]))
+    second = DrawStatistics(10)
+    second.load_state_dict(state)
+    second.update(np.array([3]))
+    assert second.summary() == first.summary()
+    assert second.counts.tolist() == first.counts.tolist()
+    with pytest.raises(CurationError, match="counts of 10 pairs"):
+        DrawStatistics(11).load_state_dict(state)
+    with pytest.raises(CurationError, match="no counts"):
+        second.load_state_dict({})
+
+
+def test_draw_statistics_refuse() -> None:
+    statistics = DrawStatistics(10)
+    for rows in ([10], [-1]):
+        with pytest.raises(CurationError, match="pool of 10"):
+            statistics.update(np.array(rows))
+    assert statistics.summary().draws == 0
+    with pytest.raises(CurationError, match="noise marks"):
+        DrawStatistics(10, noisy=np.zeros(3, dtype=bool))
+    with pytest.raises(CurationError, match="0 pairs"):
+        DrawStatistics(0)
+    with pytest.raises(ValueError, match="read-only"):
+        statistics.counts[0] = 1

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX runtime: its text cleaning and tokens, its pixels, its batching, and the packages it does without."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
+from PIL import Image
+
+import export
+from aced_sdk import towers
+from aced_sdk.config import Student
+from aced_sdk.towers import Preprocess
+from export.check import TEXTS, pictures
+from export.cleaning import CLEANINGS, clean_text
+from export.pictures import Geometry
+from export.tokenizer import clip_tokenizer
+
+FRESH = """
+import sys, time
+import export
+assert "onnxruntime" not in sys.modules
+encoder = export.OnnxEncoder(sys.argv[1])
+images = encoder.encode_image([sys.argv[2]] * 2)
+texts = encoder.encode_text(["a red square"])
+heavy = {"torch", "transformers", "open_clip", "aced_sdk", "onnx", "pydantic", "timm"} & set(sys.modules)
+print(images.shape, texts.shape, sorted(heavy))
+"""
+
+SIMPLE = SimpleTokenizer(context_length=16)
+# Scripts whose letters all Unicode tables in use agree on, and what captions and bad encodings bring along.
+ALPHABET = st.one_of(
+    st.characters(min_codepoint=0x20, max_codepoint=0x17F),
+    st.sampled_from(
+        "'’‘“”\"&;#<>/_-.,!?…  \t\n\r\x0b\x1b\x85\xa0\u200b\u200d\u2028\u3000ﬀﬁ①²ＦｕｌｌαβΣςжЯ猫写真カナ고양이قطة😀🎉❤️"
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("export")
+    architecture = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    }
+    towers.save(towers.build(Student(architecture=architecture), seed=0), base / "s")
+    export.to_onnx(base / "s", base / "o", precisions=("fp32",), measure=False)
+    return base / "o"
+
+
+def test_fresh_process_needs_no_torch(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "p.png"
+    pictures()[0].save(picture)
+    command = [sys.executable, "-c", FRESH, str(folder), str(picture)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.stdout.strip() == "(2, 8) (1, 8) []", result.stderr
+
+
+def test_import_is_light() -> None:
+    code = "import sys, export; export.OnnxEncoder; print(sorted({'torch', 'aced_sdk'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "[]"
+    assert {"OnnxEncoder", "to_onnx", "to_transformers", "verify", "ExportReport"} <= set(dir(export))
+    with pytest.raises(AttributeError, match="no attribute 'to_jax'"):
+        _ = export.to_jax
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(ALPHABET, max_size=40), st.sampled_from(CLEANINGS))
+def test_cleaning_equals_open_clip(text: str, cleaning: str) -> None:
+    from ftfy import TextFixerConfig, fix_text
+
+    undamaged = fix_text(text, TextFixerConfig(fix_encoding=False))
+    if fix_text(text) == undamaged:  # repair of wrong encodings is the one step left out
+        assert clean_text(text, cleaning) == get_clean_fn(cleaning)(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *TEXTS,
+        "&NTILDE; &amp;amp;lt; &#39;x&#x2019; &nosuch; &ETH;",
+        "a<b &eacute;\n&eacute;",
+        "\ud83d\udca9 \ud83d",
+        "ŉ ﬅ Ǆ",
+    ],
+)
+def test_cleaning_of_known_texts(text: str) -> None:
+    assert clean_text(text, "lower") == get_clean_fn("lower")(text)
+
+
+def test_wrongly_decoded_text_is_left_alone() -> None:
+    assert clean_text("CafÃ©", "lower") == "cafã©"
+
+
+@pytest.fixture(scope="module")
+def tokens() -> object:
+    tokenizer = clip_tokenizer(SIMPLE)
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=16, pad_id=0, pad_token="!")
+    return lambda text: tokenizer.encode(clean_text(text, "lower")).ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(ALPHABET, max_size=40))
+def test_tokens_equal_open_clip(text: str, tokens) -> None:  # type: ignore[no-untyped-def]
+    from ftfy import TextFixerConfig, fix_text
+
+    if fix_text(text) == fix_text(text, TextFixerConfig(fix_encoding=False)):
+        assert tokens(text) == SIMPLE([text])[0].tolist()
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "x" * 300, "1234567890", "don't DON'T 's", "<START_OF_TEXT>", "½ ⅷ ² ①"])
+def test_tokens_of_known_texts(text: str, tokens) -> None:  # type: ignore[no-untyped-def]
+    assert tokens(text) == SIMPLE([text])[0].tolist()
+
+
+@pytest.mark.parametrize("size", [(24, 24), (24, 32)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize_mode", ["squash", "shortest", "longest"])
+def test_pixels_equal_open_clip(resize_mode: str, interpolation: str, size: tuple[int, int]) -> None:
+    preprocess = Preprocess(
+        size=size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation=interpolation, resize_mode=resize_mode, fill_color=7
+    )
+    resample = 3 if interpolation == "bicubic" else 2
+    geometry = Geometry(*size, preprocess.mean, preprocess.std, resample, resize_mode, 7)
+    resize = preprocess.resizer()
+    for image in [*pictures(), Image.new("1", (3, 90), 1), Image.new("I;16", (20, 31), 300)]:
+        np.testing.assert_array_equal(geometry.pixels(image), resize(image).permute(1, 2, 0).numpy())
+
+
+def test_every_form_of_a_picture(folder: Path, tmp_path: Path) -> None:
+    encoder = export.OnnxEncoder(folder)
+    image = pictures()[0]
+    image.save(tmp_path / "p.png")
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    forms = [image, tmp_path / "p.png", str(tmp_path / "p.png"), stream.getvalue(), np.asarray(image)]
+    embeddings = encoder.encode_image(forms, batch_size=2)
+    np.testing.assert_allclose(embeddings, np.repeat(embeddings[:1], 5, axis=0), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
+    assert embeddings.dtype == np.float32
+
+
+def test_batching_and_empty_input(folder: Path) -> None:
+    encoder = export.OnnxEncoder(folder, threads=1)
+    images = pictures()
+    whole = encoder.encode_image(images)
+    np.testing.assert_allclose(encoder.encode_image(images, batch_size=3), whole, atol=1e-6)
+    assert encoder.encode_image([]).shape == encoder.encode_text([]).shape == (0, 8)
+    np.testing.assert_array_equal(encoder.encode_text("one"), encoder.encode_text(["one"]))
+    many = iter(encoder.encode_text([f"text {n}" for n in range(9)], batch_size=4))
+    np.testing.assert_allclose(next(many), encoder.encode_text(["text 0"])[0], atol=1e-6)
+
+
+def test_threads_share_an_encoder(folder: Path) -> None:
+    encoder = export.OnnxEncoder(folder, threads=1)
+    images = pictures()
+    want = encoder.encode_image(images), encoder.encode_text(TEXTS)
+    with ThreadPoolExecutor(4) as pool:
+        pairs = list(pool.map(lambda _: (encoder.encode_image(images), encoder.encode_text(TEXTS)), range(12)))
+    for image, text in pairs:
+        np.testing.assert_array_equal(image, want[0])
+        np.testing.assert_array_equal(text, want[1])

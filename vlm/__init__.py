@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captioning and VQA models on a distilled vision tower: build, tune, generate, score, save."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm.building import build as build
+    from vlm.config import Adapt as Adapt
+    from vlm.config import Align as Align
+    from vlm.config import Lora as Lora
+    from vlm.config import Projector as Projector
+    from vlm.config import TuneConfig as TuneConfig
+    from vlm.data import Sample as Sample
+    from vlm.data import load_llava as load_llava
+    from vlm.data import load_messages as load_messages
+    from vlm.generating import answer as answer
+    from vlm.generating import caption as caption
+    from vlm.saving import load as load
+    from vlm.saving import save as save
+    from vlm.scoring import Scores as Scores
+    from vlm.scoring import evaluate as evaluate
+    from vlm.tuning import TuneResult as TuneResult
+    from vlm.tuning import tune as tune
+
+_HOME = {
+    "Adapt": "config",
+    "Align": "config",
+    "Lora": "config",
+    "Projector": "config",
+    "Sample": "data",
+    "Scores": "scoring",
+    "TuneConfig": "config",
+    "TuneResult": "tuning",
+    "answer": "generating",
+    "build": "building",
+    "caption": "generating",
+    "evaluate": "scoring",
+    "load": "saving",
+    "load_llava": "data",
+    "load_messages": "data",
+    "save": "saving",
+    "tune": "tuning",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers are loaded by the first verb, not by the import
+    if name in _HOME:
+        return getattr(import_module(f"vlm.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'vlm' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user writes about a vision-language model and its tuning. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field
+
+from aced_sdk.config import Config, Engine, read_yaml, write_yaml
+
+
+class Projector(Config):
+    """The connector between the vision tower and the language model, in LLaVA's layout (two layers)."""
+
+    kind: Literal["mlp", "linear"] = Field(
+        "mlp", description="mlp: linear, GELU, linear (LLaVA-1.5). linear: the same two layers without the GELU, one linear map"
+    )
+
+
+class Lora(Config):
+    """Low-rank adapters on the language model's linear layers; never on the vision tower."""
+
+    rank: int = Field(8, gt=0, description="r")
+    alpha: float = Field(16, gt=0, description="the adapters' output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input")
+    layers: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
+        ("q", "k", "v", "o", "gate", "up", "down"), min_length=1, description="projections of every decoder layer that get one"
+    )
+
+    @property
+    def target_modules(self) -> str:
+        """A regex for peft that cannot hit the vision tower, whose layers have the same names."""
+        return rf".*language_model.*\.({'|'.join(self.layers)})_proj"
+
+
+class _Stage(Config):
+    steps: int = Field(gt=0, description="optimiser steps")
+    batch_size: int = Field(8, gt=0, description="rows a step; a row is one set of pictures with up to `TuneConfig.share` conversations")
+    micro_batch: int | None = Field(None, gt=0, description="rows a forward pass; None: the whole batch. Saves memory, changes nothing")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate; cosine to zero")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; matrices only")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+
+
+class Align(_Stage):
+    """Train the projector alone; tower and language model stay frozen."""
+
+    stage: Literal["align"] = "align"
+
+
+class Adapt(_Stage):
+    """Train the projector and LoRA adapters on the language model; the tower stays frozen."""
+
+    stage: Literal["adapt"] = "adapt"
+    lora: Lora = Lora()
+
+
+class TuneConfig(Config):
+    """Stages one after the other, and how their steps are taken."""
+
+    stages: tuple[Annotated[Align | Adapt, Field(discriminator="stage")], ...] = Field(min_length=1)
+    seed: int = Field(0, ge=0, description="of the adapters' first weights, the order of the data and dropout")
+    share: int = Field(
+        4, gt=0, description="conversations about the same pictures that share one pass over them; changes the cost, not the loss of each"
+    )
+    feature_cache_mb: int = Field(1024, ge=0, description="memory for the frozen tower's features of pictures seen; MiB")
+    engine: Engine = Engine(kind="single")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a config.
+
+        Raises:
+            ConfigError: if the file is missing, is not YAML, or holds a mistake (the field is named).
+        """
+        return cls(**read_yaml(path))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write every value, defaults too, so that the file still means the same under later defaults."""
+        write_yaml(path, self)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations about pictures: LLaVA's JSON, and rows of messages as trl and datasets hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aced_sdk.errors import DataError, UnsupportedError
+from vlm.chat import IMAGE
+from vlm.pictures import Picture, open_picture
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation.
+
+    Attributes:
+        key: its name in messages to the user.
+        turns: questions with their answers; the pictures stand before the first question.
+        images: paths or PIL pictures; none is a conversation without pictures.
+        kind: what scores are grouped by.
+        answers: further right answers to the last question.
+    """
+
+    key: str
+    turns: tuple[tuple[str, str], ...]
+    images: tuple[Picture, ...] = ()
+    kind: str = ""
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Samples(Sequence[Sample]):
+    """Conversations, and what was left out.
+
+    Attributes:
+        samples: what can be used.
+        skipped: one message for each conversation whose picture could not be read.
+    """
+
+    samples: tuple[Sample, ...]
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.samples[index]
+
+
+def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: float = 0.02) -> Samples:
+    """Read LLaVA's JSON: `[{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}]`.
+
+    `image` may be a list; `kind` and `answers` (a list of right answers) are read where they stand beside it.
+
+    Args:
+        json_path: the file.
+        image_root: folder that `image` is relative to.
+        max_bad_fraction: share of conversations with an unreadable picture above which nothing is returned.
+
+    Raises:
+        DataError: for a malformed conversation (it is named), or too many unreadable pictures.
+    """
+    try:
+        entries = json.loads(Path(json_path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{json_path} cannot be read: {error}", remedy="name a JSON file", field="json_path") from error
+    if not isinstance(entries, list):
+        raise DataError(f"{json_path} holds no list of conversations", remedy="write LLaVA's JSON", field="json_path")
+    root = Path(image_root)
+    samples = [_from_llava(entry, index, root) for index, entry in enumerate(entries)]
+    return readable(samples, max_bad_fraction)
+
+
+def load_messages(rows: Iterable[Mapping[str, Any]], max_bad_fraction: float = 0.02) -> Samples:
+    """Rows `{"messages": [{"role", "content"}], "images": [...]}` with content a text or a list of
+    `{"type": "image"}` and `{"type": "text", "text"}`.
+
+    Args:
+        rows: what trl's trainers take; `kind`, `answers` and `id` are read where they stand beside it.
+        max_bad_fraction: as in `load_llava`.
+
+    Raises:
+        DataError: for a malformed row (it is named), or too many unreadable pictures.
+    """
+    samples = []
+    for index, row in enumerate(rows):
+        key = str(row.get("id", index))
+        messages = [(str(message["role"]), _text_of(message["content"])) for message in row["messages"]]
+        samples.append(_sample(key, messages, tuple(row.get("images") or ()), row))
+    return readable(samples, max_bad_fraction)
+
+
+def _from_llava(entry: Any, index: int, root: Path) -> Sample:
+    key = str(entry.get("id", index)) if isinstance(entry, dict) else str(index)
+    try:
+        named = entry.get("image", [])
+        messages = [(str(turn["from"]), str(turn["value"])) for turn in entry["conversations"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"conversation '{key}' is not in LLaVA's form ({type(error).__name__}: {error})",
+            remedy='write {"id", "image", "conversations": [{"from", "value"}]}',
+        ) from error
+    images = tuple(root / name for name in ([named] if isinstance(named, str) else named))
+    return _sample(key, messages, images, entry)
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(IMAGE if part["type"] == "image" else str(part["text"]) for part in content)
+
+
+def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ...], extra: Mapping[str, Any]) -> Sample:
+    roles = [_ROLES.get(role, role) for role, _ in messages]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise DataError(f"conversation '{key}' has the turns {roles}", remedy="let a question and its answer take turns")
+    texts = [text for _, text in messages]
+    markers = [text.count(IMAGE) for text in texts]
+    if sum(markers) != len(images):
+        raise DataError(
+            f"conversation '{key}' has {sum(markers)} {IMAGE} markers and {len(images)} pictures",
+            remedy="write one marker for each picture",
+        )
+    if sum(markers) != markers[0]:
+        raise UnsupportedError(f"conversation '{key}' has a picture after its first question", remedy="put all pictures first")
+    texts = [text.replace(IMAGE, "").strip() for text in texts]
+    for text, role in zip(texts, roles, strict=True):
+        if not text:
+            what = "answer" if role == "assistant" else "question"
+            raise DataError(f"conversation '{key}' has an empty {what}", remedy="fill it in or remove the conversation")
+    turns = tuple(zip(texts[::2], texts[1::2], strict=True))
+    return Sample(key, turns, images, str(extra.get("kind", "")), tuple(str(a) for a in extra.get("answers", ())))
+
+
+def readable(samples: Sequence[Sample], max_bad_fraction: float) -> Samples:
+    """The samples whose pictures can be read; the others are counted.
+
+    Raises:
+        DataError: if more than `max_bad_fraction` of them cannot be read, or nothing is left.
+    """
+    verdicts: dict[str, str] = {}
+    kept, skipped = [], []
+    for sample in samples:
+        paths = [image for image in sample.images if isinstance(image, str | Path)]
+        for path in paths:
+            if str(path) not in verdicts:
+                verdicts[str(path)] = _complaint(path)
+        complaints = [verdicts[str(path)] for path in paths if verdicts[str(path)]]
+        if complaints:
+            skipped.append(f"conversation '{sample.key}': {complaints[0]}")
+        else:
+            kept.append(sample)
+    if not kept or len(skipped) > max_bad_fraction * len(samples):
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise DataError(
+            f"{len(skipped)} of {len(samples)} conversations cannot be used{first}",
+            remedy="check image_root and the files, or raise max_bad_fraction",
+            field="max_bad_fraction",
+        )
+    return Samples(tuple(kept), tuple(skipped))
+
+
+def _complaint(path: str | Path) -> str:
+    try:
+        open_picture(path)
+    except DataError as error:
+        return error.cause
+    return ""

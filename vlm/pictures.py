@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures as RGB, and the frozen tower's features of them, remembered while memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from aced_sdk.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+Picture = str | Path | Image.Image
+
+
+def open_picture(source: Picture) -> Image.Image:
+    """The whole picture as RGB; transparent parts become white, as they are for the student.
+
+    Raises:
+        DataError: if the file is missing, torn or no picture.
+    """
+    try:
+        image = Image.open(source) if isinstance(source, str | Path) else source
+        image.load()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"the picture {source} cannot be read: {error}", remedy="replace or remove the file") from error
+    if image.mode in ("P", "LA", "PA"):
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def same_picture(source: Picture) -> str | int:
+    """What tells two pictures apart: a path, or the object's identity."""
+    return id(source) if isinstance(source, Image.Image) else str(source)
+
+
+@torch.no_grad()
+def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """What the projector reads: [P, N, D] of pixels [P, 3, H, W], by the model's own layer and strategy."""
+    layer = model.config.vision_feature_layer
+    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    chosen = torch.cat([hidden[index] for index in ([layer] if isinstance(layer, int) else layer)], dim=-1)
+    return chosen[:, 1:] if model.config.vision_feature_select_strategy == "default" else chosen
+
+
+class Features:
+    """The frozen tower's features of a list of pictures, computed once each.
+
+    Args:
+        model: whose tower is asked.
+        processor: its image processor prepares the pictures.
+        pictures: the list that `of` numbers.
+        memory_mb: MiB to remember features in; those beyond are computed anew each time.
+    """
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: Sequence[Picture], memory_mb: int
+    ) -> None:
+        self._model = model
+        self._processor = processor
+        self._pictures = pictures
+        self._left = memory_mb * 2**20
+        self._known: dict[int, Tensor] = {}
+
+    def of(self, numbers: Sequence[int]) -> Tensor:
+        """Features [P, N, D] of the pictures with these numbers, in this order."""
+        missing = sorted({number for number in numbers if number not in self._known})
+        fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
+        for number, feature in fresh.items():
+            size = feature.numel() * feature.element_size()
+            if size <= self._left:
+                self._left -= size
+                self._known[number] = feature
+        if not numbers:
+            return torch.zeros(0, 1, self._model.model.multi_modal_projector.linear_1.in_features)
+        return torch.stack([self._known[n] if n in self._known else fresh[n] for n in numbers])
+
+    def _compute(self, numbers: Sequence[int]) -> list[Tensor]:
+        tower: Any = self._model.model.vision_tower
+        weight = tower.embeddings.patch_embedding.weight
+        images = [open_picture(self._pictures[number]) for number in numbers]
+        pixels = self._processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return list(tower_features(self._model, pixels.to(weight.device, weight.dtype)))

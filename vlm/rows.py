@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations as token rows. Conversations about the same pictures share one pass over them.
+
+A row is one prefix (the pictures) and several continuations. Every continuation sees the prefix and itself, at the
+positions it would have alone, so its loss is what it would be alone; only the cost differs. Rows are packed into bins.
+
+Shapes: R bins of a batch, L their length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aced_sdk.errors import DataError
+from vlm.data import Sample
+from vlm.pictures import Picture, same_picture
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+IGNORED = -100
+_ATTENTION = 500  # tokens at which attention costs about as much as everything else
+
+
+@dataclass(frozen=True)
+class Row:
+    """Lists as long as the row.
+
+    Attributes:
+        ids: what the model reads.
+        targets: the token to predict at each place; -100 where nothing is learned.
+        positions: place of each token in its own conversation.
+        segments: 0 for the shared prefix, then 1, 2, ... for the continuations.
+        pictures: numbers of the pictures in the prefix.
+        samples: how many conversations it holds.
+    """
+
+    ids: list[int]
+    targets: list[int]
+    positions: list[int]
+    segments: list[int]
+    pictures: list[int]
+    samples: int
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that the loss is taken over."""
+        return sum(target != IGNORED for target in self.targets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows as tensors, padded to the right.
+
+    Attributes:
+        ids: int64 [R, L].
+        targets: int64 [R, L], -100 where nothing is learned.
+        positions: int64 [R, L].
+        segments: int64 [R, L], as in `Row`.
+        owners: int64 [R, L], which row a token belongs to; -1 in the padding.
+        pictures: numbers of the pictures, in the order of their tokens.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor
+    segments: Tensor
+    owners: Tensor
+    pictures: list[int]
+
+
+def messages(sample: Sample) -> list[dict[str, object]]:
+    """The conversation as chat templates take it."""
+    turns: list[dict[str, object]] = []
+    for number, (question, answer) in enumerate(sample.turns):
+        images = [{"type": "image"} for _ in sample.images] if number == 0 else []
+        turns.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return turns
+
+
+def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and per place the token to predict there or -100.
+
+    Args:
+        sample: the conversation.
+        processor: its tokenizer, chat template and image token are used.
+        image_tokens: tokens that one picture takes.
+    """
+    out = processor.tokenizer.apply_chat_template(
+        messages(sample),
+        chat_template=processor.chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids: list[int] = []
+    learned: list[int] = []
+    for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True):
+        count = image_tokens if token == processor.image_token_id else 1
+        ids += [token] * count
+        learned += [mark] * count
+    end = max(place for place, mark in enumerate(learned) if mark)
+    targets = [ids[place + 1] if learned[place + 1] else IGNORED for place in range(end)]
+    return ids[:end], targets
+
+
+def make_rows(samples: Sequence[Sample], processor: LlavaProcessor, image_tokens: int, share: int, limit: int) -> tuple[list[Row], list[Picture]]:
+    """Rows, and the list of pictures that they number.
+
+    Args:
+        samples: conversations.
+        processor: as in `encode`.
+        image_tokens: as in `encode`.
+        share: conversations about the same pictures that may come into one row.
+        limit: tokens that the language model can read.
+
+    Raises:
+        DataError: if there is no conversation, or one is too long.
+    """
+    if not samples:
+        raise DataError("there are no conversations", remedy="check the data", field="data")
+    numbers: dict[str | int, int] = {}
+    pictures: list[Picture] = []
+    groups: dict[tuple[int, ...], list[tuple[list[int], list[int]]]] = defaultdict(list)
+    for sample in samples:
+        for image in sample.images:
+            if same_picture(image) not in numbers:
+                numbers[same_picture(image)] = len(pictures)
+                pictures.append(image)
+        encoded = encode(sample, processor, image_tokens)
+        if len(encoded[0]) > limit:
+            raise DataError(
+                f"conversation '{sample.key}' has {len(encoded[0])} tokens, the language model reads {limit}",
+                remedy="shorten or remove it; it is never cut, since that could cut a picture",
+            )
+        groups[tuple(numbers[same_picture(image)] for image in sample.images)].append(encoded)
+    rows = []
+    for key, group in groups.items():
+        size = share if key else 1
+        rows += [_row(group[start : start + size], list(key), processor.image_token_id) for start in range(0, len(group), size)]
+    return rows, pictures
+
+
+def _row(group: list[tuple[list[int], list[int]]], pictures: list[int], image_token: int) -> Row:
+    first = group[0][0]
+    prefix = len(first) - first[::-1].index(image_token) if pictures else 0
+    ids, targets = first[:prefix], [IGNORED] * prefix
+    positions, segments = list(range(prefix)), [0] * prefix
+    for number, (more_ids, more_targets) in enumerate(group, start=1):
+        ids += more_ids[prefix:]
+        targets += more_targets[prefix:]
+        positions += range(prefix, len(more_ids))
+        segments += [number] * (len(more_ids) - prefix)
+    return Row(ids, targets, positions, segments, pictures, len(group))
+
+
+def collate(rows: Sequence[Row], pad: int) -> Batch:
+    """Rows packed into bins of like length, so that hardly any padding is computed; rows do not see each other.
+
+    Args:
+        rows: in any order.
+        pad: token id that fills up a bin.
+    """
+    packings = [_pack(rows, count) for count in range(1, len(rows) + 1)]
+    width, bins = min(packings, key=lambda packing: len(packing[1]) * packing[0] * (1 + packing[0] / _ATTENTION))
+
+    def table(lists: Callable[[int], list[int]], fill: int) -> Tensor:
+        joined = [[value for number in held for value in lists(number)] for held in bins]
+        return torch.tensor([values + [fill] * (width - len(values)) for values in joined])
+
+    return Batch(
+        ids=table(lambda number: rows[number].ids, pad),
+        targets=table(lambda number: rows[number].targets, IGNORED),
+        positions=table(lambda number: rows[number].positions, 0),
+        segments=table(lambda number: rows[number].segments, 0),
+        owners=table(lambda number: [number] * len(rows[number].ids), -1),
+        pictures=[picture for held in bins for number in held for picture in rows[number].pictures],
+    )
+
+
+def _pack(rows: Sequence[Row], count: int) -> tuple[int, list[list[int]]]:
+    """The rows' numbers in `count` bins, the longest row first, each into the emptiest bin; and the fullest bin's length."""
+    filled = [(0, number) for number in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for row in sorted(range(len(rows)), key=lambda number: -len(rows[number].ids)):
+        length, number = heapq.heappop(filled)
+        bins[number].append(row)
+        heapq.heappush(filled, (length + len(rows[row].ids), number))
+    return max(filled)[0], bins
+
+
+def batch_at(rows: Sequence[Row], batch_size: int, step: int, seed: str) -> list[Row]:
+    """The rows of step `step`; every epoch is a new order.
+
+    A function of its arguments alone, so that a resumed run goes on with the very next batch.
+    """
+    batch_size = min(batch_size, len(rows))
+    epoch, place = divmod(step, len(rows) // batch_size)
+    order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
+    return [rows[number] for number in order[place * batch_size : (place + 1) * batch_size]]
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """Hex digest of what is trained on, as far as the tokens tell."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.ids, row.targets, row.pictures)).encode())
+    return digest.hexdigest()[:16]

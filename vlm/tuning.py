@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning: align the projector, then adapt the language model. The vision tower is frozen throughout."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aced_sdk.config import Optimizer, Schedule, read_yaml
+from aced_sdk.engine import Callback, Engine, Event, build_engine, checkpoints, factor, load_checkpoint, save_checkpoint, thread_limit
+from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
+from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
+from aced_sdk.files import write_json
+from aced_sdk.reporting import JsonlWriter, Progress
+from vlm.adapters import base_of, check_saved, has_adapter, prepare, snapshot, table
+from vlm.config import Adapt, Align, TuneConfig
+from vlm.data import Sample
+from vlm.loss import AnswerLoss
+from vlm.pictures import Features
+from vlm.rows import Batch, Row, batch_at, collate, fingerprint, make_rows
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+
+@dataclass(frozen=True)
+class StageStarted(Event):
+    """A stage is about to take its first step, anew or after a resume.
+
+    Attributes:
+        stage: its number, 0 is the first.
+        kind: `align` or `adapt`.
+        parameters: per part of the model, how many are trained and how many frozen.
+        rows: rows of the data.
+        done: steps of this stage that an earlier run took.
+    """
+
+    stage: int
+    kind: str
+    parameters: dict[str, dict[str, int]]
+    rows: int
+    done: int
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What tuning made.
+
+    Attributes:
+        model: the tuned model; a PeftModel after an Adapt stage. The model that was given is changed in place too.
+        directory: checkpoints and events.
+        parameters: per stage, per part of the model, how many parameters were trained and how many frozen.
+        losses: per stage, the loss of every step taken in this call, per answer token.
+        samples: conversations trained on in this call.
+        tokens: tokens read in this call, padding not counted.
+        seconds: wall time of this call.
+    """
+
+    model: Any
+    directory: Path
+    parameters: tuple[dict[str, dict[str, int]], ...]
+    losses: tuple[tuple[float, ...], ...]
+    samples: int
+    tokens: int
+    seconds: float
+
+
+@dataclass
+class _Run:
+    """What the stages of one call have in common."""
+
+    config: TuneConfig
+    directory: Path
+    rows: list[Row]
+    features: Features
+    pad: int
+    callbacks: list[Callback]
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    parameters: list[dict[str, dict[str, int]]] = field(default_factory=list)
+    losses: list[tuple[float, ...]] = field(default_factory=list)
+
+    def emit(self, event: Event) -> None:
+        for callback in self.callbacks:
+            callback(event)
+
+
+def tune(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    data: Sequence[Sample],
+    config: TuneConfig,
+    *,
+    directory: str | Path,
+    callbacks: Sequence[Callable[[Event], None]] = (),
+) -> TuneResult:
+    """Train the stages one after the other; called again with the same arguments, go on where an earlier call stopped.
+
+    The loss is the mean over the assistant's words of a whole batch, however it is cut into micro-batches and ranks.
+
+    Args:
+        model: what `build` or `load` gave; changed in place.
+        processor: its processor.
+        data: conversations.
+        config: stages and engine.
+        directory: checkpoints, `events.jsonl` and `tune.json`.
+        callbacks: hear every event.
+
+    Raises:
+        ConfigError: if the directory holds a run of another config or other data.
+        EngineError: if losses stay non-finite, or what was saved is not what was trained.
+        UnsupportedError: for ZeRO stages above 0, and for a model that has adapters already.
+    """
+    if config.engine.zero_stage != 0:
+        raise UnsupportedError("tuning shards no weights yet", remedy="set engine.zero_stage to 0", field="engine.zero_stage")
+    base = base_of(model)
+    if has_adapter(base):
+        raise UnsupportedError(
+            "the model has adapters already", remedy="save it with vlm.save(..., merge=True) and tune what vlm.load gives", field="model"
+        )
+    started = time.perf_counter()
+    folder = Path(directory)
+    limit = int(base.config.text_config.max_position_embeddings)
+    rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit)
+    _claim(folder, config, rows)
+    features = Features(base, processor, pictures, config.feature_cache_mb)
+    run = _Run(config, folder, rows, features, int(processor.tokenizer.pad_token_id), list(callbacks))
+    run.callbacks.append(JsonlWriter(folder / "events.jsonl"))
+    total = sum(stage.steps for stage in config.stages)
+    tuned: Any = base
+    with Progress("tune", total) as bar, thread_limit(config.engine.threads):
+        run.callbacks.append(lambda event: bar.advance(loss=event.loss) if isinstance(event, StepDone) else None)
+        for number, stage in enumerate(config.stages):
+            tuned = prepare(base, stage, config.seed)
+            run.losses.append(tuple(_train_stage(run, number, stage, base)))
+    base.requires_grad_(False).eval()
+    return TuneResult(
+        tuned, folder, tuple(run.parameters), tuple(run.losses), run.samples, run.tokens, time.perf_counter() - started
+    )
+
+
+def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row]) -> None:
+    """Bind the directory to this config and data, or refuse it."""
+    mine = {
+        "format": 1,
+        "stages": [stage.model_dump(mode="json") for stage in config.stages],
+        "seed": config.seed,
+        "share": config.share,
+        "data": fingerprint(rows),
+    }
+    target = folder / "tune.json"
+    if not target.is_file():
+        write_json(target, mine)
+        return
+    other = read_yaml(target)  # JSON is YAML, and this tells what is wrong with a torn file
+    if different := [key for key in mine if other.get(key) != mine[key]]:
+        raise ConfigError(
+            f"{folder} holds a tuning run with other {', '.join(different)}", remedy="name another directory, or remove it", field="directory"
+        )
+
+
+def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForConditionalGeneration) -> list[float]:
+    """Take the steps of one stage that are left; returns their losses."""
+    config = run.config
+    optimizer = Optimizer(learning_rate=stage.learning_rate, weight_decay=stage.weight_decay, clip_norm=stage.clip_norm)
+    schedule = Schedule(steps=stage.steps, warmup=stage.warmup, cooldown=0)
+    model.train()
+    model.model.vision_tower.eval()
+    engine = build_engine(AnswerLoss(model), config.engine, optimizer)
+    start = snapshot(engine.module)
+    folder = run.directory / f"stage-{number}-{stage.stage}"
+    done = _restore(folder, engine)
+    run.step += done
+    run.parameters.append(table(engine.module))
+    run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))
+    losses: list[float] = []
+    bad_in_a_row = 0
+    for step in range(done, stage.steps):
+        began = time.perf_counter()
+        chosen = batch_at(run.rows, stage.batch_size, step, f"{config.seed} {number}")
+        rate = stage.learning_rate * factor(schedule, step)
+        loss = _accumulate(run, engine, chosen, stage.micro_batch or len(chosen))
+        norm = engine.step(rate)
+        run.step += 1
+        if not math.isfinite(norm):
+            bad_in_a_row += 1
+            run.emit(StepSkipped(run.step, f"the gradient norm is {norm}, the loss {loss}", bad_in_a_row))
+            if bad_in_a_row > config.engine.max_bad_steps:
+                raise EngineError(
+                    f"{bad_in_a_row} steps in a row were not finite, the last is number {step + 1} of stage {number}",
+                    remedy="lower the learning rate, or use engine.precision='fp32'",
+                    field=f"stages.{number}.learning_rate",
+                )
+            continue
+        bad_in_a_row = 0
+        run.samples += sum(row.samples for row in chosen)
+        run.tokens += sum(len(row.ids) for row in chosen)
+        losses.append(loss)
+        seconds = time.perf_counter() - began
+        run.emit(StepDone(run.step, loss, {stage.stage: loss}, rate, norm, run.samples, 0, seconds, 0.0))
+        if (step + 1) % config.engine.checkpoint_every == 0 or step + 1 == stage.steps:
+            saved = save_checkpoint(
+                folder, step + 1, engine, {"stage": number}, {"generator": torch.get_rng_state()}, config.engine.keep_checkpoints
+            )
+            check_saved(saved / "weights.safetensors", engine.module, start)
+            run.emit(CheckpointSaved(run.step, str(saved)))
+    return losses
+
+
+def _restore(folder: Path, engine: Engine) -> int:
+    """Steps that the newest checkpoint of a stage has done; 0 without one."""
+    found = checkpoints(folder)
+    if not found:
+        return 0
+    state, tensors = load_checkpoint(found[-1], engine)
+    torch.set_rng_state(tensors["generator"])
+    return int(state["step"])
+
+
+def _accumulate(run: _Run, engine: Engine, chosen: Sequence[Row], micro: int) -> float:
+    """Forward and backward over the rows of one step; returns the mean loss over this rank's answer tokens."""
+    tokens = sum(row.trained_tokens for row in chosen)
+    mine = chosen[engine.rank :: engine.world_size]
+    if not mine:
+        raise ConfigError(
+            f"a batch of {len(chosen)} rows leaves rank {engine.rank} without one", remedy="raise batch_size", field="batch_size"
+        )
+    total = 0.0
+    for start in range(0, len(mine), micro):
+        rows = mine[start : start + micro]
+        summed: Tensor = engine.forward(*_inputs(collate(rows, run.pad), run.features, engine.device))
+        # engines average over ranks: the mean over all tokens of all ranks is the sum over tokens / world size
+        engine.backward(summed * (engine.world_size / tokens), last=start + micro >= len(mine))
+        total += float(summed.detach())
+    return total / sum(row.trained_tokens for row in mine)
+
+
+def _inputs(batch: Batch, features: Features, device: torch.device) -> tuple[Tensor, ...]:
+    tensors = (features.of(batch.pictures), batch.ids, batch.targets, batch.positions, batch.segments, batch.owners)
+    return tuple(tensor.to(device) for tensor in tensors)
