@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `aced` command: the verbs of the Python API, one command each. `deepspeed`, `torchrun` and `srun` launch it alike."""
+"""The `aced` command: the verbs of the Python API, one each. `deepspeed`, `torchrun` and `srun` launch it alike."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def cache(
     import aced_sdk
 
     made = aced_sdk.cache_embeddings(model=model, data=shards, directory=directory)
-    typer.echo(json.dumps({"directory": str(made.directory), "pairs": len(made.usable), "usable": int(made.usable.sum())}))
+    typer.echo(
+        json.dumps({"directory": str(made.directory), "pairs": len(made.usable), "usable": int(made.usable.sum())})
+    )
 
 
 @app.command()
@@ -94,7 +96,7 @@ def main() -> None:
     except AcedError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001 - re-raised unless it tells its remedy
+    except Exception as error:
         # The ONNX runtime's errors are no AcedErrors, for it must not import this package; they read alike.
         if hasattr(error, "remedy"):
             typer.echo(f"{type(error).__name__}: {error}", err=True)

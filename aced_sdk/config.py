@@ -79,7 +79,8 @@ class Student(Config):
     """The encoder to be trained: an open_clip architecture built anew, or a folder to go on from."""
 
     architecture: str | dict[str, Any] = Field(
-        description="open_clip architecture name (`ViT-B-32`), `local-dir:FOLDER`, or a `model_cfg` mapping as in open_clip_config.json"
+        description="open_clip architecture name (`ViT-B-32`), `local-dir:FOLDER`, "
+        "or a `model_cfg` mapping as in open_clip_config.json"
     )
     init_scale: float = Field(10.0, gt=0, description="first value of the learned scale on cosine similarities")
     init_bias: float = Field(-10.0, description="first value of the learned bias of the sigmoid loss")
@@ -109,7 +110,8 @@ class Data(Config):
     )
     prepared: Path | None = Field(
         None,
-        description="folder for resized uint8 pictures and tokens, made once and memory-mapped; for pools that fit on disk",
+        description="folder for resized uint8 pictures and tokens, made once and memory-mapped; "
+        "for pools that fit on disk",
     )
     max_bad_fraction: float = Field(0.02, ge=0, le=1, description="share of unusable pairs above which the run stops")
     max_pixels: int = Field(100_000_000, gt=0, description="pictures with more pixels are skipped and counted")

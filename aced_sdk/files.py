@@ -11,7 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def home() -> Path:
@@ -59,6 +62,22 @@ def write_json(target: Path, value: Any) -> None:
     """Write JSON with a final newline, whole or not at all."""
     with whole_file(target) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors, readable for whoever may read the folder.
+
+    Raises:
+        OSError: if the disk is full or the place cannot be written to.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, target, metadata)
+    except SafetensorError as error:  # what a full disk raises there
+        raise OSError(str(error)) from error
+    target.chmod(0o644)
 
 
 def sha256(path: Path) -> str:

@@ -27,8 +27,8 @@ __all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "pl
 def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
     """Distil a student: select, train, evaluate, save.
 
-    Missing embedding caches are made first. Events go to `directory/events.jsonl` and to `callbacks`; the student lies in
-    `directory/student` at the end, in open_clip's layout.
+    Missing embedding caches are made first. Events go to `directory/events.jsonl` and to `callbacks`; the student lies
+    in `directory/student` at the end, in open_clip's layout.
 
     Args:
         config: the run; methods (IID, KD, I-ACID, H-ACID, ACED) differ in `curation` and `objective` alone.
@@ -38,7 +38,7 @@ def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
         ConfigError: if the directory holds a run already.
         AcedError: whatever data, models or training may meet; each says its remedy.
     """
-    if (config.directory / CONFIG).exists():
+    if _begun(config.directory):
         raise ConfigError(
             f"{config.directory} holds a run already",
             remedy="go on with aced.resume(directory), or name another directory",
@@ -53,6 +53,13 @@ def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
             field="directory",
         ) from error
     return _run(config, callbacks, None)
+
+
+def _begun(directory: Path) -> bool:
+    """Whether a step may have been taken there; a start that failed over its config or data may be made again."""
+    events = directory / "events.jsonl"
+    started = events.is_file() and any(row["event"] == "run_started" for row in read_events(events))
+    return (directory / CONFIG).exists() and (started or last_step(directory) is not None)
 
 
 def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:

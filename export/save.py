@@ -67,6 +67,9 @@ def to_onnx(
     _known("precisions", precisions, get_args(Precision))
     if opset < 18:
         raise ConfigError(f"opset {opset} is too old", remedy="take 18 or newer", field="opset")
+    if opset < 20 and "fp16" in precisions:
+        # Gelu becomes an operator in 20; its parts, fused in half precision, crash onnxruntime on a CPU
+        raise UnsupportedError(f"fp16 needs opset 20, not {opset}", remedy="take 20, or leave fp16 out", field="opset")
     if not 0 < min_cosine <= 1:
         raise ConfigError(f"min_cosine is {min_cosine}", remedy="take a value in 0..1", field="min_cosine")
     if find_spec("onnxscript") is None:

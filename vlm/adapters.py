@@ -29,7 +29,9 @@ def base_of(model: Any) -> LlavaForConditionalGeneration:
     base = model if isinstance(model, LlavaForConditionalGeneration) else model.get_base_model()
     if not isinstance(base, LlavaForConditionalGeneration):
         raise UnsupportedError(
-            f"this version tunes and saves LlavaForConditionalGeneration, not {type(base).__name__}", remedy="use vlm.build", field="model"
+            f"this version tunes and saves LlavaForConditionalGeneration, not {type(base).__name__}",
+            remedy="use vlm.build",
+            field="model",
         )
     return base
 
@@ -39,7 +41,9 @@ def has_adapter(model: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
-def prepare(model: LlavaForConditionalGeneration, stage: Align | Adapt, seed: int) -> LlavaForConditionalGeneration | PeftModel:
+def prepare(
+    model: LlavaForConditionalGeneration, stage: Align | Adapt, seed: int
+) -> LlavaForConditionalGeneration | PeftModel:
     """Freeze all but what the stage trains; an Adapt stage puts its adapters in.
 
     Raises:
@@ -52,7 +56,9 @@ def prepare(model: LlavaForConditionalGeneration, stage: Align | Adapt, seed: in
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise MissingPackageError(f"LoRA needs peft: {error}", remedy="pip install 'aced-sdk[vlm]'", field="stages") from error
+        raise MissingPackageError(
+            f"LoRA needs peft: {error}", remedy="pip install 'aced-sdk[vlm]'", field="stages"
+        ) from error
     lora = LoraConfig(
         r=stage.lora.rank,
         lora_alpha=stage.lora.alpha,
@@ -105,5 +111,6 @@ def check_saved(weights: Path, model: nn.Module, start: Mapping[str, Tensor]) ->
     for part in {part_of(name) for name in now}:
         if all(torch.equal(start[name], value) for name, value in now.items() if part_of(name) == part):
             raise EngineError(
-                f"the {part} is as it was before training", remedy="raise the learning rate, or check that the data has answers to learn"
+                f"the {part} is as it was before training",
+                remedy="raise the learning rate, or check that the data has answers to learn",
             )

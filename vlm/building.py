@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def build(
         vision: a student's folder (or the loaded student); its image tower must be a plain CLIP ViT.
         language: a transformers folder, a hub name, a GGUF file or a folder with one.
         projector: the connector; None is LLaVA-1.5's MLP.
-        feature_layer: which hidden state of the tower is projected; -1 is the last block's output, before the final norm.
+        feature_layer: the tower's hidden state that is projected; -1: the last block's output, before the final norm.
         seed: of the projector's first weights.
 
     Returns:
@@ -51,18 +51,23 @@ def build(
     if not is_clip_vit(encoder):
         raise UnsupportedError(
             "this student's image tower is no plain CLIP ViT",
-            remedy="two roads lead into transformers: a CLIP or SigLIP ViT goes into LlavaForConditionalGeneration, a FastViT or "
-            "MobileCLIP tower into FastVlmForConditionalGeneration; this version takes the CLIP ViT, so distil such a student",
+            remedy="two roads lead on: a CLIP or SigLIP ViT through LlavaForConditionalGeneration, a FastViT "
+            "or MobileCLIP tower through FastVlmForConditionalGeneration; this version takes the CLIP ViT: distil one",
             field="vision",
         )
     tower = clip_vision_model(encoder)
     layers = tower.config.num_hidden_layers
     if not -layers - 1 <= feature_layer <= layers:
-        raise ModelError(f"the tower has {layers} layers, and none is number {feature_layer}", remedy="take -1", field="feature_layer")
+        raise ModelError(
+            f"the tower has {layers} layers, and none is number {feature_layer}",
+            remedy="take -1",
+            field="feature_layer",
+        )
     lm, tokenizer = load_language(language)
     template, end = chat_template(tokenizer)
     image_token_id = _add_image_token(lm, tokenizer)
     patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    lm.config._name_or_path = ""  # a path of this machine has no place in what is saved
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=lm.config,
@@ -107,17 +112,18 @@ def _add_image_token(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @torch.no_grad()
-def _new_projector(kind: type[nn.Module], config: Any, lm: PreTrainedModel, seed: int) -> nn.Module:
+def _new_projector(kind: Any, config: Any, lm: PreTrainedModel, seed: int) -> nn.Module:
     """A projector whose output has the size of word embeddings for input of size 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = kind(config)
-        for linear in (projector.linear_1, projector.linear_2):
-            nn.init.xavier_normal_(linear.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+        projector: nn.Module = kind(config)
+        first, second = cast(nn.Linear, projector.linear_1), cast(nn.Linear, projector.linear_2)
+        for linear in (first, second):
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
         probe = projector(torch.randn(1024, config.vision_config.hidden_size))
     words = lm.get_input_embeddings().weight
-    projector.linear_2.weight *= words.pow(2).mean().sqrt() / probe.pow(2).mean().sqrt()  # type: ignore[operator]
+    second.weight *= words.pow(2).mean().sqrt() / probe.pow(2).mean().sqrt()
     return projector
 
 

@@ -20,20 +20,34 @@ def register(app: typer.Typer) -> None:
     app.command("answer")(answer)
 
 
-def caption(model: _Model, images: _Images, prompt: Annotated[str | None, typer.Option(help="what to ask")] = None, max_new_tokens: _Length = 24) -> None:
+def caption(
+    model: _Model,
+    images: _Images,
+    prompt: Annotated[str | None, typer.Option(help="what to ask")] = None,
+    max_new_tokens: _Length = 24,
+) -> None:
     """Say what is on each picture; one JSON object a line."""
     import vlm
     from vlm.generating import CAPTION_PROMPT
 
     loaded, processor = vlm.load(model)
-    for path, text in zip(images, vlm.caption(loaded, processor, images, prompt or CAPTION_PROMPT, max_new_tokens), strict=True):
+    for path, text in zip(
+        images, vlm.caption(loaded, processor, images, prompt or CAPTION_PROMPT, max_new_tokens), strict=True
+    ):
         typer.echo(json.dumps({"image": str(path), "caption": text}, ensure_ascii=False))
 
 
-def answer(model: _Model, question: Annotated[str, typer.Argument(help="what to ask about each picture")], images: _Images, max_new_tokens: _Length = 24) -> None:
+def answer(
+    model: _Model,
+    question: Annotated[str, typer.Argument(help="what to ask about each picture")],
+    images: _Images,
+    max_new_tokens: _Length = 24,
+) -> None:
     """Answer a question about each picture; one JSON object a line."""
     import vlm
 
     loaded, processor = vlm.load(model)
-    for path, text in zip(images, vlm.answer(loaded, processor, images, [question] * len(images), max_new_tokens), strict=True):
+    for path, text in zip(
+        images, vlm.answer(loaded, processor, images, [question] * len(images), max_new_tokens), strict=True
+    ):
         typer.echo(json.dumps({"image": str(path), "question": question, "answer": text}, ensure_ascii=False))

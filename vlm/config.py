@@ -6,16 +6,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from aced_sdk.config import Config, Engine, read_yaml, write_yaml
+from aced_sdk.errors import ConfigError
 
 
 class Projector(Config):
     """The connector between the vision tower and the language model, in LLaVA's layout (two layers)."""
 
     kind: Literal["mlp", "linear"] = Field(
-        "mlp", description="mlp: linear, GELU, linear (LLaVA-1.5). linear: the same two layers without the GELU, one linear map"
+        "mlp",
+        description="mlp: linear, GELU, linear (LLaVA-1.5). linear: the same without the GELU",
     )
 
 
@@ -26,7 +28,9 @@ class Lora(Config):
     alpha: float = Field(16, gt=0, description="the adapters' output is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input")
     layers: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
-        ("q", "k", "v", "o", "gate", "up", "down"), min_length=1, description="projections of every decoder layer that get one"
+        ("q", "k", "v", "o", "gate", "up", "down"),
+        min_length=1,
+        description="projections of every decoder layer that get one",
     )
 
     @property
@@ -37,8 +41,12 @@ class Lora(Config):
 
 class _Stage(Config):
     steps: int = Field(gt=0, description="optimiser steps")
-    batch_size: int = Field(8, gt=0, description="rows a step; a row is one set of pictures with up to `TuneConfig.share` conversations")
-    micro_batch: int | None = Field(None, gt=0, description="rows a forward pass; None: the whole batch. Saves memory, changes nothing")
+    batch_size: int = Field(
+        8, gt=0, description="rows a step; a row: pictures with up to `TuneConfig.share` conversations about them"
+    )
+    micro_batch: int | None = Field(
+        None, gt=0, description="rows a forward pass; None: all. Saves memory, changes nothing"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak rate; cosine to zero")
     weight_decay: float = Field(0.0, ge=0, description="decoupled; matrices only")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
@@ -64,10 +72,18 @@ class TuneConfig(Config):
     stages: tuple[Annotated[Align | Adapt, Field(discriminator="stage")], ...] = Field(min_length=1)
     seed: int = Field(0, ge=0, description="of the adapters' first weights, the order of the data and dropout")
     share: int = Field(
-        4, gt=0, description="conversations about the same pictures that share one pass over them; changes the cost, not the loss of each"
+        4,
+        gt=0,
+        description="conversations about the same pictures that share one pass over them; saves time, changes no loss",
     )
-    feature_cache_mb: int = Field(1024, ge=0, description="memory for the frozen tower's features of pictures seen; MiB")
+    feature_cache_mb: int = Field(1024, ge=0, description="MiB to keep the frozen tower's features of pictures in")
     engine: Engine = Engine(kind="single")
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if any(stage.stage == "adapt" for stage in self.stages[:-1]):
+            raise ConfigError("an Adapt stage must be the last", remedy="put it last, once", field="stages")
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:

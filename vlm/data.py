@@ -123,7 +123,9 @@ def _text_of(content: Any) -> str:
 def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ...], extra: Mapping[str, Any]) -> Sample:
     roles = [_ROLES.get(role, role) for role, _ in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise DataError(f"conversation '{key}' has the turns {roles}", remedy="let a question and its answer take turns")
+        raise DataError(
+            f"conversation '{key}' has the turns {roles}", remedy="let a question and its answer take turns"
+        )
     texts = [text for _, text in messages]
     markers = [text.count(IMAGE) for text in texts]
     if sum(markers) != len(images):
@@ -132,7 +134,9 @@ def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ..
             remedy="write one marker for each picture",
         )
     if sum(markers) != markers[0]:
-        raise UnsupportedError(f"conversation '{key}' has a picture after its first question", remedy="put all pictures first")
+        raise UnsupportedError(
+            f"conversation '{key}' has a picture after its first question", remedy="put all pictures first"
+        )
     texts = [text.replace(IMAGE, "").strip() for text in texts]
     for text, role in zip(texts, roles, strict=True):
         if not text:

@@ -65,12 +65,16 @@ def answer(
     """
     if len(images) != len(questions):
         raise DataError(
-            f"there are {len(images)} pictures and {len(questions)} questions", remedy="give one question for each picture", field="questions"
+            f"there are {len(images)} pictures and {len(questions)} questions",
+            remedy="give one question for each picture",
+            field="questions",
         )
     base = base_of(model)
     sets: list[tuple[Picture, ...]] = [(one,) if isinstance(one, Picture) else tuple(one) for one in images]
     prompts = [_prompt(processor, question, len(pictures)) for question, pictures in zip(questions, sets, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda number: (len(sets[number]), len(prompts[number])))  # like lengths pad little
+    order = sorted(
+        range(len(prompts)), key=lambda number: (len(sets[number]), len(prompts[number]))
+    )  # like lengths pad little
     answers = [""] * len(prompts)
     was_training = base.training
     base.eval()
@@ -87,7 +91,11 @@ def answer(
 
 def _prompt(processor: LlavaProcessor, question: str, images: int) -> str:
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False))
+    return str(
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    )
 
 
 @torch.inference_mode()
@@ -95,7 +103,9 @@ def _decode(
     model: Any, processor: LlavaProcessor, prompts: list[str], pictures: list[tuple[Picture, ...]], max_new_tokens: int
 ) -> list[str]:
     images = [open_picture(source) for one in pictures for source in one]
-    inputs = processor(images=images or None, text=prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    inputs = processor(images=images or None, text=prompts, padding=True, padding_side="left", return_tensors="pt").to(
+        model.device
+    )
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     """A causal language model in float32 and its tokenizer.
 
     Args:
-        language: a transformers folder, a hub name, a GGUF file, or a folder with exactly one GGUF file somewhere inside.
+        language: a transformers folder, a hub name, a GGUF file, or a folder with one GGUF file somewhere inside.
 
     Raises:
         ModelError: if it is none of these or cannot be loaded.
@@ -61,7 +62,7 @@ def _gguf_file(path: Path) -> Path:
 
 
 def converted(gguf: Path) -> Path:
-    """The ordinary transformers folder of a GGUF file; dequantised once and kept in the cache home under the file's digest.
+    """The ordinary transformers folder of a GGUF file, dequantised once and kept in the cache home.
 
     Raises:
         ModelError: if transformers cannot read it.
@@ -80,11 +81,15 @@ def converted(gguf: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except ImportError as error:
         raise MissingPackageError(
-            f"a GGUF file needs packages that are not installed: {error}", remedy="pip install 'aced-sdk[vlm]'", field="language"
+            f"a GGUF file needs packages that are not installed: {error}",
+            remedy="pip install 'aced-sdk[vlm]'",
+            field="language",
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise ModelError(
-            f"transformers cannot read {gguf.name}: {error}", remedy="take a GGUF of an architecture it knows", field="language"
+            f"transformers cannot read {gguf.name}: {error}",
+            remedy="take a GGUF of an architecture it knows",
+            field="language",
         ) from error
     # save_pretrained refuses weights that were dequantised, so they move to a model that never was quantised
     del quantised.config.quantization_config

@@ -26,7 +26,9 @@ class AnswerLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, features: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor, owners: Tensor) -> Tensor:
+    def forward(
+        self, features: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor, owners: Tensor
+    ) -> Tensor:
         """The cross-entropy summed over all places that have a target; a scalar in float32.
 
         Args:
@@ -42,7 +44,10 @@ class AnswerLoss(nn.Module):
         projected = llava.model.multi_modal_projector(features).flatten(0, 1).to(words.dtype)
         words = words.masked_scatter((ids == llava.config.image_token_id).unsqueeze(-1), projected)
         out = llava.model.language_model(
-            inputs_embeds=words, attention_mask=attention_mask(segments, owners, words.dtype), position_ids=positions, use_cache=False
+            inputs_embeds=words,
+            attention_mask=attention_mask(segments, owners, words.dtype),
+            position_ids=positions,
+            use_cache=False,
         )
         wanted = targets != IGNORED
         logits = llava.lm_head(out.last_hidden_state[wanted])

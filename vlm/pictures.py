@@ -62,7 +62,11 @@ class Features:
     """
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: Sequence[Picture], memory_mb: int
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        pictures: Sequence[Picture],
+        memory_mb: int,
     ) -> None:
         self._model = model
         self._processor = processor

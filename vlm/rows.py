@@ -114,7 +114,9 @@ def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tupl
     return ids[:end], targets
 
 
-def make_rows(samples: Sequence[Sample], processor: LlavaProcessor, image_tokens: int, share: int, limit: int) -> tuple[list[Row], list[Picture]]:
+def make_rows(
+    samples: Sequence[Sample], processor: LlavaProcessor, image_tokens: int, share: int, limit: int
+) -> tuple[list[Row], list[Picture]]:
     """Rows, and the list of pictures that they number.
 
     Args:
@@ -147,7 +149,10 @@ def make_rows(samples: Sequence[Sample], processor: LlavaProcessor, image_tokens
     rows = []
     for key, group in groups.items():
         size = share if key else 1
-        rows += [_row(group[start : start + size], list(key), processor.image_token_id) for start in range(0, len(group), size)]
+        rows += [
+            _row(group[start : start + size], list(key), processor.image_token_id)
+            for start in range(0, len(group), size)
+        ]
     return rows, pictures
 
 
@@ -189,7 +194,7 @@ def collate(rows: Sequence[Row], pad: int) -> Batch:
 
 
 def _pack(rows: Sequence[Row], count: int) -> tuple[int, list[list[int]]]:
-    """The rows' numbers in `count` bins, the longest row first, each into the emptiest bin; and the fullest bin's length."""
+    """Rows' numbers in `count` bins, long rows first, each into the emptiest; before them the fullest bin's length."""
     filled = [(0, number) for number in range(count)]
     bins: list[list[int]] = [[] for _ in range(count)]
     for row in sorted(range(len(rows)), key=lambda number: -len(rows[number].ids)):

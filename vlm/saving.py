@@ -43,7 +43,9 @@ def save(model: Any, processor: LlavaProcessor, directory: str | Path, merge: bo
     target = Path(directory)
     if not merge and (model is base or not has_adapter(base)):
         raise ModelError(
-            "there is no adapter to keep apart", remedy="pass TuneResult.model after an Adapt stage, or set merge=True", field="merge"
+            "there is no adapter to keep apart",
+            remedy="pass TuneResult.model after an Adapt stage, or set merge=True",
+            field="merge",
         )
     with whole_folder(target) as folder:
         if merge:
@@ -73,7 +75,9 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
         model = AutoModelForImageTextToText.from_pretrained(folder / _BASE if apart else folder, local_files_only=True)
         processor = AutoProcessor.from_pretrained(folder / _BASE if apart else folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} holds no model: {error}", remedy="name a folder that vlm.save wrote", field="directory") from error
+        raise ModelError(
+            f"{folder} holds no model: {error}", remedy="name a folder that vlm.save wrote", field="directory"
+        ) from error
     base_of(model)
     if apart:
         from peft import PeftModel
@@ -101,7 +105,11 @@ def plain_state(base: LlavaForConditionalGeneration, trained: bool) -> dict[str,
     """
     from peft.tuners.lora import Linear
 
-    unwanted, wanted = (".original_module.", ".modules_to_save.default.") if trained else (".modules_to_save.default.", ".original_module.")
+    unwanted, wanted = (
+        (".original_module.", ".modules_to_save.default.")
+        if trained
+        else (".modules_to_save.default.", ".original_module.")
+    )
     modules = dict(base.named_modules())
     state: dict[str, Tensor] = {}
     for name, tensor in base.state_dict().items():

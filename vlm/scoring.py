@@ -111,13 +111,19 @@ def evaluate(
         UnsupportedError: for another metric.
     """
     if metric != "accuracy":
-        raise UnsupportedError(f"there is no metric '{metric}' in this version", remedy="use metric='accuracy'", field="metric")
+        raise UnsupportedError(
+            f"there is no metric '{metric}' in this version", remedy="use metric='accuracy'", field="metric"
+        )
     chosen = list(data)
     if limit is not None and limit < len(chosen):
         chosen = random.Random(seed).sample(chosen, limit)
-    asked = [(sample, question, reply, turn) for sample in chosen for turn, (question, reply) in enumerate(sample.turns)]
+    asked = [
+        (sample, question, reply, turn) for sample in chosen for turn, (question, reply) in enumerate(sample.turns)
+    ]
     if not asked or not all(sample.images for sample in chosen):
-        raise EvaluationError("there is nothing to ask, or a conversation without a picture", remedy="check the data", field="data")
+        raise EvaluationError(
+            "there is nothing to ask, or a conversation without a picture", remedy="check the data", field="data"
+        )
     questions = [question for _, question, _, _ in asked]
     said = answer(model, processor, [sample.images for sample, *_ in asked], questions, max_new_tokens, batch_size)
     unseen: Sequence[str | None] = [None] * len(asked)
@@ -128,7 +134,9 @@ def evaluate(
     for (sample, question, reply, turn), text, other in zip(asked, said, unseen, strict=True):
         accepted = (reply, *(a for a in sample.answers if turn == len(sample.turns) - 1 and a != reply))
         blind_right = None if other is None else right(other, accepted)
-        scored.append(ScoredAnswer(sample.key, sample.kind, question, accepted, text, right(text, accepted), other, blind_right))
+        scored.append(
+            ScoredAnswer(sample.key, sample.kind, question, accepted, text, right(text, accepted), other, blind_right)
+        )
         exact.append(text in accepted)
     by_kind: dict[str, list[int]] = defaultdict(list)
     for number, one in enumerate(scored):
@@ -157,7 +165,9 @@ def deal(images: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture
     different = {tuple(same_picture(one) for one in pictures): pictures for pictures in images}
     keys = list(different)
     if len(keys) < 2:
-        raise EvaluationError("one picture alone cannot be shuffled", remedy="give more samples, or set blind=False", field="blind")
+        raise EvaluationError(
+            "one picture alone cannot be shuffled", remedy="give more samples, or set blind=False", field="blind"
+        )
     random.Random(f"{seed} deal").shuffle(keys)
     following = dict(zip(keys, keys[1:] + keys[:1], strict=True))
     return [different[following[tuple(same_picture(one) for one in pictures)]] for pictures in images]

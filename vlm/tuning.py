@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,17 @@ import torch
 from torch import Tensor
 
 from aced_sdk.config import Optimizer, Schedule, read_yaml
-from aced_sdk.engine import Callback, Engine, Event, build_engine, checkpoints, factor, load_checkpoint, save_checkpoint, thread_limit
+from aced_sdk.engine import (
+    Callback,
+    Engine,
+    Event,
+    build_engine,
+    checkpoints,
+    factor,
+    load_checkpoint,
+    save_checkpoint,
+    thread_limit,
+)
 from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.files import write_json
@@ -100,7 +111,7 @@ def tune(
     config: TuneConfig,
     *,
     directory: str | Path,
-    callbacks: Sequence[Callable[[Event], None]] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> TuneResult:
     """Train the stages one after the other; called again with the same arguments, go on where an earlier call stopped.
 
@@ -120,11 +131,15 @@ def tune(
         UnsupportedError: for ZeRO stages above 0, and for a model that has adapters already.
     """
     if config.engine.zero_stage != 0:
-        raise UnsupportedError("tuning shards no weights yet", remedy="set engine.zero_stage to 0", field="engine.zero_stage")
+        raise UnsupportedError(
+            "tuning shards no weights yet", remedy="set engine.zero_stage to 0", field="engine.zero_stage"
+        )
     base = base_of(model)
     if has_adapter(base):
         raise UnsupportedError(
-            "the model has adapters already", remedy="save it with vlm.save(..., merge=True) and tune what vlm.load gives", field="model"
+            "the model has adapters already",
+            remedy="save it with vlm.save(..., merge=True) and tune what vlm.load gives",
+            field="model",
         )
     started = time.perf_counter()
     folder = Path(directory)
@@ -136,7 +151,7 @@ def tune(
     run.callbacks.append(JsonlWriter(folder / "events.jsonl"))
     total = sum(stage.steps for stage in config.stages)
     tuned: Any = base
-    with Progress("tune", total) as bar, thread_limit(config.engine.threads):
+    with Progress("tune", total) as bar, thread_limit(config.engine.threads), torch.random.fork_rng():
         run.callbacks.append(lambda event: bar.advance(loss=event.loss) if isinstance(event, StepDone) else None)
         for number, stage in enumerate(config.stages):
             tuned = prepare(base, stage, config.seed)
@@ -163,7 +178,9 @@ def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row]) -> None:
     other = read_yaml(target)  # JSON is YAML, and this tells what is wrong with a torn file
     if different := [key for key in mine if other.get(key) != mine[key]]:
         raise ConfigError(
-            f"{folder} holds a tuning run with other {', '.join(different)}", remedy="name another directory, or remove it", field="directory"
+            f"{folder} holds a tuning run with other {', '.join(different)}",
+            remedy="name another directory, or remove it",
+            field="directory",
         )
 
 
@@ -187,6 +204,7 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForCo
         began = time.perf_counter()
         chosen = batch_at(run.rows, stage.batch_size, step, f"{config.seed} {number}")
         rate = stage.learning_rate * factor(schedule, step)
+        torch.manual_seed(_dropout_seed(config.seed, number, step, engine.rank))
         loss = _accumulate(run, engine, chosen, stage.micro_batch or len(chosen))
         norm = engine.step(rate)
         run.step += 1
@@ -208,7 +226,12 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForCo
         run.emit(StepDone(run.step, loss, {stage.stage: loss}, rate, norm, run.samples, 0, seconds, 0.0))
         if (step + 1) % config.engine.checkpoint_every == 0 or step + 1 == stage.steps:
             saved = save_checkpoint(
-                folder, step + 1, engine, {"stage": number}, {"generator": torch.get_rng_state()}, config.engine.keep_checkpoints
+                folder,
+                step + 1,
+                engine,
+                {"stage": number},
+                {},
+                config.engine.keep_checkpoints,
             )
             check_saved(saved / "weights.safetensors", engine.module, start)
             run.emit(CheckpointSaved(run.step, str(saved)))
@@ -220,9 +243,13 @@ def _restore(folder: Path, engine: Engine) -> int:
     found = checkpoints(folder)
     if not found:
         return 0
-    state, tensors = load_checkpoint(found[-1], engine)
-    torch.set_rng_state(tensors["generator"])
+    state, _ = load_checkpoint(found[-1], engine)
     return int(state["step"])
+
+
+def _dropout_seed(seed: int, stage: int, step: int, rank: int) -> int:
+    """Dropout as a function of the step alone, so that a resumed run needs no generator state of any device."""
+    return random.Random(f"{seed} {stage} {step} {rank}").getrandbits(63)
 
 
 def _accumulate(run: _Run, engine: Engine, chosen: Sequence[Row], micro: int) -> float:
@@ -231,7 +258,9 @@ def _accumulate(run: _Run, engine: Engine, chosen: Sequence[Row], micro: int) ->
     mine = chosen[engine.rank :: engine.world_size]
     if not mine:
         raise ConfigError(
-            f"a batch of {len(chosen)} rows leaves rank {engine.rank} without one", remedy="raise batch_size", field="batch_size"
+            f"a batch of {len(chosen)} rows leaves rank {engine.rank} without one",
+            remedy="raise batch_size",
+            field="batch_size",
         )
     total = 0.0
     for start in range(0, len(mine), micro):

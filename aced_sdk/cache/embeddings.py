@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +13,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aced_sdk.config import Config, ConfigError, Data
-from aced_sdk.data import Decoding, Pool
-from aced_sdk.errors import CacheError
-from aced_sdk.files import home, sha256, whole_file, write_json
+from aced_sdk.config import Config, Data
+from aced_sdk.data import Decoding, Pool, check_bad
+from aced_sdk.errors import CacheError, ConfigError
+from aced_sdk.files import home, save_tensors, sha256, whole_file, write_json
 from aced_sdk.towers import DualEncoder, Embeddings
 
 
 class CacheManifest(Config):
     """`cache.json`: what the embeddings are bound to, and the model's own temperature.
 
-    `shards` maps a shard's file name to its sha256 in the pool's order; `parts` maps it to the sha256 of its embeddings.
+    `shards` are pairs of a shard's file name and its sha256, in the pool's order.
     """
 
     format: Literal[1] = 1
@@ -51,7 +52,7 @@ class EmbeddingCache:
     usable: Tensor
 
     def rows(self, rows: Tensor, device: torch.device) -> Embeddings:
-        """The embeddings of some rows (int64 [K]) as float32 on a device, re-normalised after the rounding to 16 bits."""
+        """Embeddings of some rows (int64 [K]) as float32 on a device, re-normalised after rounding to 16 bits."""
         picked = self.embeddings[rows.cpu()]
         normal = torch.nn.functional.normalize
         return Embeddings(
@@ -96,7 +97,7 @@ def write_cache(
     decoder = Decoding(pool, encoder, data)
     for number, (_, rows) in enumerate(pool.shard_rows()):
         part = _part(directory, number)
-        if _complete(part, len(rows)):
+        if _complete(part, len(rows), manifest.dim):
             if progress:
                 progress(rows.stop, len(pool))
             continue
@@ -105,10 +106,14 @@ def write_cache(
 
         def save(target: Path = part, values: dict[str, Tensor] = tensors) -> None:
             with whole_file(target) as temporary:
-                save_file(values, temporary)
+                save_tensors(temporary, values, {"sha256": _digest(values)})
 
         _written(directory, save)
-    return open_cache(directory, manifest.model, pool)
+    cache = open_cache(directory, manifest.model, pool)
+    unusable = len(pool) - int(cache.usable.sum())
+    bad = decoder.bad if decoder.bad.total() == unusable else Counter(unusable=unusable)
+    check_bad(bad, len(pool), data.max_bad_fraction, least=1)
+    return cache
 
 
 def _embed(
@@ -148,19 +153,7 @@ def open_cache(directory: Path, fingerprint: str, pool: Pool) -> EmbeddingCache:
     _check(manifest, expected, directory)
     parts = []
     for number, (shard, rows) in enumerate(pool.shard_rows()):
-        path = _part(directory, number)
-        try:
-            part = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CacheError(
-                f"the embeddings of {shard.name} cannot be read: {error}",
-                remedy="run aced.cache_embeddings again; complete shards are kept",
-            ) from error
-        if len(part["usable"]) != len(rows) or part["image"].shape[1] != manifest.dim:
-            raise CacheError(
-                f"{path} has other sizes than {shard.name}", remedy="delete it and run aced.cache_embeddings again"
-            )
-        parts.append(part)
+        parts.append(_read(_part(directory, number), shard, len(rows), manifest.dim))
     joined = {name: torch.cat([part[name] for part in parts]) for name in ("image", "text", "usable")}
     return EmbeddingCache(
         directory, Embeddings(joined["image"], joined["text"], manifest.scale, manifest.bias), joined["usable"]
@@ -184,7 +177,8 @@ def read_manifest(directory: Path) -> CacheManifest:
 def _check(found: CacheManifest, expected: CacheManifest, directory: Path) -> None:
     if found.model != expected.model:
         raise CacheError(
-            f"the cache {directory} is of another model or preprocessing ({found.model[:12]}, not {expected.model[:12]})",
+            f"the cache {directory} is of another model or preprocessing "
+            f"({found.model[:12]}, not {expected.model[:12]})",
             remedy="name another cache directory, or delete this one",
             field="cache",
         )
@@ -201,11 +195,35 @@ def _part(directory: Path, number: int) -> Path:
     return directory / f"part-{number:06d}.safetensors"
 
 
-def _complete(path: Path, rows: int) -> bool:
+def _read(path: Path, shard: Path, rows: int, dim: int) -> dict[str, Tensor]:
+    again = "run aced.cache_embeddings again; complete shards are kept"
     try:
-        return len(load_file(path)["usable"]) == rows
-    except (OSError, SafetensorError, KeyError):
+        with safe_open(path, "pt") as stream:
+            part = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - no mapping
+            digest = (stream.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"the embeddings of {shard.name} cannot be read: {error}", remedy=again) from error
+    if digest != _digest(part):
+        raise CacheError(f"{path} is not what was written: its checksum is another", remedy=again)
+    if len(part["usable"]) != rows or part["image"].shape[1] != dim:
+        raise CacheError(f"{path} has other sizes than {shard.name}", remedy=again)
+    return part
+
+
+def _digest(part: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(part.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _complete(path: Path, rows: int, dim: int) -> bool:
+    try:
+        _read(path, path, rows, dim)
+    except CacheError:
         return False
+    return True
 
 
 def _written(directory: Path, write: Callable[[], None]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs in WebDataset tars, addressed by row: an index of offsets makes any order, and an exact place to resume, cheap."""
+"""Pairs in WebDataset tars, addressed by row: an index of offsets makes any order and an exact resume cheap."""
 
 from __future__ import annotations
 

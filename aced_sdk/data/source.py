@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,14 +108,14 @@ class Decoding:
         check_bad(self.bad, self.seen, self.config.max_bad_fraction)
 
 
-def check_bad(bad: Counter[str], seen: int, bound: float) -> None:
+def check_bad(bad: Counter[str], seen: int, bound: float, least: int = 1000) -> None:
     """Stop where too many pairs are unusable.
 
     Raises:
-        DataError: above `bound`, once 1,000 pairs were seen or nothing at all was usable.
+        DataError: above `bound`, once `least` pairs were seen or nothing at all was usable.
     """
     count = bad.total()
-    if seen and count > bound * seen and (seen >= 1000 or count == seen):
+    if seen and count > bound * seen and (seen >= least or count == seen):
         reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(4))
         raise DataError(
             f"{count} of {seen} pairs are unusable ({reasons})",
@@ -125,7 +127,7 @@ def check_bad(bad: Counter[str], seen: int, bound: float) -> None:
 class Prepared:
     """Pictures resized and captions tokenised once, memory-mapped; for pools that fit on a local disk.
 
-    The folder is bound to the shards' contents, the preprocessing and the tokenizer; another binding gets another folder.
+    The folder is bound to the shards' contents, the preprocessing and the tokenizer; another binding, another folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -141,6 +143,13 @@ class Prepared:
         images = torch.from_numpy(self._images[rows])
         tokens = torch.from_numpy(self._tokens[rows].astype(np.int64))
         return SuperBatch(images, tokens, torch.from_numpy(np.ascontiguousarray(rows)))
+
+
+def _reserve(file: Path) -> None:
+    """Take a sparse file's whole space now: a full disk is an error here, and a crash when a map is written to."""
+    if sys.platform == "linux":
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
 def prepare(
@@ -166,6 +175,7 @@ def prepare(
     try:
         with whole_folder(folder) as temporary:
             images = np.lib.format.open_memmap(temporary / "images.npy", "w+", np.uint8, (count, 3, height, width))
+            _reserve(temporary / "images.npy")
             tokens = np.zeros((count, encoder.context_length), dtype=np.int32)
             usable = np.zeros(count, dtype=np.bool_)
             for start in range(0, count, 512):
@@ -176,6 +186,7 @@ def prepare(
                 usable[batch.rows.numpy()] = True
                 if progress:
                     progress(int(rows[-1]) + 1, count)
+            check_bad(decoder.bad, count, config.max_bad_fraction, least=1)
             images.flush()
             np.save(temporary / "tokens.npy", tokens)
             np.save(temporary / "usable.npy", usable)

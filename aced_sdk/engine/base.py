@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,12 +85,6 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
     """Put a rate into effect, each group's factor kept."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("factor", 1.0)
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The 2-norm of all gradients; NaN or infinity if any is not finite."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
 def precision(config: EngineConfig, device: torch.device) -> AbstractContextManager[Any]:

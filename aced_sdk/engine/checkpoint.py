@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aced_sdk.engine.base import Engine
 from aced_sdk.errors import EngineError
-from aced_sdk.files import whole_folder, write_json
+from aced_sdk.files import save_tensors, whole_folder, write_json
 
 
 def save_checkpoint(
@@ -33,7 +34,7 @@ def save_checkpoint(
     try:
         with whole_folder(target) as folder:
             engine.save(folder)
-            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "loop.safetensors")
+            save_tensors(folder / "loop.safetensors", {name: t.contiguous() for name, t in tensors.items()})
             write_json(folder / "state.json", {"step": step} | state)
     except OSError as error:
         raise EngineError(
@@ -64,7 +65,7 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "loop.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(
             f"the checkpoint {folder} cannot be read: {error}", remedy="resume from an older checkpoint"
         ) from error

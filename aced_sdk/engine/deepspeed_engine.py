@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,14 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
-from aced_sdk.engine.base import adamw, gradient_norm, pick_device, precision, set_learning_rate
+from aced_sdk.engine.base import adamw, pick_device, precision, set_learning_rate
 from aced_sdk.engine.launch import Launch
 from aced_sdk.engine.state import load_weights, save_weights
 from aced_sdk.errors import ConfigError, EngineError, MissingPackageError
 
 
 class DeepSpeed:
-    """See `aced_sdk.engine.base.Engine`. Stage 0 checkpoints are plain safetensors; higher stages are DeepSpeed's own."""
+    """See `aced_sdk.engine.base.Engine`. Checkpoints of stage 0 are safetensors, of higher stages DeepSpeed's own."""
 
     def __init__(
         self,
@@ -34,20 +36,22 @@ class DeepSpeed:
     ) -> None:
         self.rank, self.world_size = launch.rank, launch.world_size
         self.config = config
+        self.clip_norm = optimizer.clip_norm
         self.device = pick_device(config, launch.local_rank)
         deepspeed = _import(self.device)
         _join(launch, self.device)
         self.module = module.to(self.device)
         self.optimizer = adamw(self.module, optimizer, factors)
-        self._engine, *_ = deepspeed.initialize(
-            model=self.module,
-            optimizer=self.optimizer,
-            config=deepspeed_json(config, optimizer),
-            dist_init_required=False,
-        )
+        with _scalars_broadcast(self.module):
+            self._engine, *_ = deepspeed.initialize(
+                model=self.module,
+                optimizer=self.optimizer,
+                config=deepspeed_json(config, optimizer),
+                dist_init_required=False,
+            )
 
     def forward(self, *inputs: Any) -> Any:
-        # DeepSpeed's own forward switches autocast off around the module; stage 3 gathers weights by hooks on the module.
+        # DeepSpeed's own forward switches autocast off around the module; stage 3's gathering hooks are on the module.
         with precision(self.config, self.device):
             return self.module(*inputs)
 
@@ -57,8 +61,8 @@ class DeepSpeed:
 
     def step(self, learning_rate: float) -> float:
         norm = None
-        if self.config.zero_stage == 0:  # higher stages keep no gradients on the parameters; DeepSpeed tells their norm
-            norm = gradient_norm(self.module.parameters())
+        if self.config.zero_stage == 0:  # higher stages keep no gradients on the parameters; DeepSpeed clips and tells
+            norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm))
             if not math.isfinite(norm):
                 self.module.zero_grad(set_to_none=True)
                 return norm
@@ -105,7 +109,8 @@ def _join(launch: Launch, device: torch.device) -> None:
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if launch.world_size == 1:
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         elif "MASTER_ADDR" not in os.environ:
             raise EngineError(
                 f"{launch.world_size} processes, and no MASTER_ADDR",
@@ -117,6 +122,23 @@ def _join(launch: Launch, device: torch.device) -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
+@contextmanager
+def _scalars_broadcast(module: nn.Module) -> Iterator[None]:
+    """Rank 0's 0-dim parameters (CLIP's scale and bias) to all ranks: DeepSpeed's own broadcast fails over them.
+
+    For the length of the block they carry the mark by which DeepSpeed knows parameters that it must not broadcast.
+    """
+    scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
+    for parameter in scalars:
+        torch.distributed.broadcast(parameter.data, 0)
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter in scalars:
+            del parameter.ds_optim_param
+
+
 def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
     """The DeepSpeed JSON of a run: what the typed fields say, with the user's own JSON laid over it.
 
@@ -126,7 +148,7 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig) -> dict[str
     base: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # batches are counted by the loop; DeepSpeed only wants the field
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_norm,
+        "gradient_clipping": optimizer.clip_norm if config.zero_stage else 0.0,  # at stage 0 the engine clips itself
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

@@ -81,7 +81,7 @@ class Selected(Event):
     statistics: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """As `Event.to_dict`; the rows of large super-batches are left out, since a log of them would outgrow the run."""
+        """As `Event.to_dict`; rows of large super-batches are left out, since a log of them would outgrow the run."""
         values = super().to_dict()
         if len(self.candidates) > 4096:
             del values["picked"], values["candidates"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aced_sdk.errors import EngineError
+from aced_sdk.files import save_tensors
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
@@ -23,14 +24,14 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
 def save_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write `weights.safetensors` and `optimizer.safetensors` into `folder`."""
     weights = {name: t.detach().cpu().contiguous().clone() for name, t in trainable_state(module).items()}
-    save_file(weights, folder / "weights.safetensors")
+    save_tensors(folder / "weights.safetensors", weights)
     state = optimizer.state_dict()["state"]
     moments = {
         f"{index}.{name}": value.detach().cpu().contiguous()
         for index, values in state.items()
         for name, value in values.items()
     }
-    save_file(moments, folder / "optimizer.safetensors")
+    save_tensors(folder / "optimizer.safetensors", moments)
 
 
 def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -46,9 +47,10 @@ def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
         raise EngineError(
             f"the checkpoint {folder} cannot be read: {error}", remedy="resume from an older checkpoint"
         ) from error
-    expected = set(trainable_state(module))
-    if expected != set(weights):
-        other = sorted(expected ^ set(weights))
+    expected = {(name, tensor.shape) for name, tensor in trainable_state(module).items()}
+    found = {(name, tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        other = sorted({name for name, _ in expected ^ found})
         raise EngineError(
             f"the checkpoint {folder} is of another model ({len(other)} tensors differ, {other[0]} first)",
             remedy="resume with the config that the run was started with",

@@ -31,21 +31,20 @@ def zero_shot(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, floa
     return {"acc1": float(hits[:, 0].float().mean()), "acc5": float(hits.any(dim=1).float().mean())}
 
 
-def retrieval(images: Tensor, texts: Tensor, labels: Tensor) -> dict[str, float]:
-    """Recall at 1 and 5 in both directions, as shares; a text counts as found if any of its pictures is.
+def retrieval(images: Tensor, texts: Tensor, own: Tensor) -> dict[str, float]:
+    """Recall at 1 and 5 in both directions, as shares; found is what has any of its own among the best.
 
     Args:
         images: L2-normalised [N, D].
         texts: distinct texts, L2-normalised [T, D].
-        labels: int64 [N], each picture's text.
+        own: bool [N, T], which texts are a picture's own.
     """
     similarity = (images @ texts.T).cpu()
     result: dict[str, float] = {}
     for k in (1, 5):
-        found = similarity.topk(min(k, len(texts)), dim=1).indices == labels[:, None]
-        result[f"image_to_text_r{k}"] = float(found.any(dim=1).float().mean())
-        best = labels[similarity.T.topk(min(k, len(images)), dim=1).indices]
-        result[f"text_to_image_r{k}"] = float((best == torch.arange(len(texts))[:, None]).any(dim=1).float().mean())
+        for name, scores, match in (("image_to_text", similarity, own), ("text_to_image", similarity.T, own.T)):
+            best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+            result[f"{name}_r{k}"] = float(match.gather(1, best).any(dim=1).float().mean())
     return result
 
 

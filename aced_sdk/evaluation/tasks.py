@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aced_sdk.data.pool import Pool, UnusablePair
-from aced_sdk.errors import EvaluationError
+from aced_sdk.errors import DataError, EvaluationError
 from aced_sdk.towers import DualEncoder
 
 # The 27 tasks of ACED's StableEval (method: chosen of 34 for low variance over training seeds; list reconstructed).
@@ -35,7 +35,7 @@ class Task:
         name: its folder's name.
         kind: zero-shot classification or retrieval.
         images: uint8 [N, 3, H, W].
-        labels: int64 [N]; for retrieval the number of the picture's text.
+        labels: int64 [N]; for retrieval bool [N, T], which texts are a picture's own.
         texts: class names, or the distinct captions.
         templates: prompts with `{c}` for the class; empty for retrieval.
         skipped: reason to count of unusable samples.
@@ -76,33 +76,36 @@ def load_task(name: str, data_root: Path, encoder: DualEncoder, max_pixels: int 
         )
     kind_file = folder / "dataset_type.txt"
     retrieval = kind_file.is_file() and kind_file.read_text(encoding="utf-8").strip() == "retrieval"
-    pool = Pool([folder / "test"])
-    images, labels, skipped = [], [], Counter[str]()
-    texts: list[str] = [] if retrieval else _lines(folder / "classnames.txt")
+    try:
+        pool = Pool([folder / "test"])
+    except DataError as error:
+        raise EvaluationError(
+            f"the task '{name}' cannot be read: {error.cause}", remedy="restore its folder", field="evaluation.tasks"
+        ) from error
+    classes = [] if retrieval else _lines(folder / "classnames.txt")
+    templates = [] if retrieval else _lines(folder / "zeroshot_classification_templates.txt")
+    images: list[Tensor] = []
+    labels: list[list[int]] = []  # of each picture: its class, or its texts
     numbers: dict[str, int] = {}
+    skipped = Counter[str]()
     for row in range(len(pool)):
         try:
-            if retrieval:
-                label = numbers.setdefault(pool.text(row), len(numbers))
-            else:
-                label = _label(pool.read(row, "cls"), len(texts))
+            own = pool.text(row).splitlines() if retrieval else [_label(pool.read(row, "cls"), len(classes))]
             images.append(encoder.resize(pool.image(row, max_pixels)))
         except UnusablePair as reason:
             skipped[str(reason)] += 1
             continue
-        labels.append(label)
+        labels.append([numbers.setdefault(x, len(numbers)) if isinstance(x, str) else x for x in own])
     if not images:
         raise EvaluationError(f"the task '{name}' has no usable sample ({dict(skipped)})", remedy="restore its folder")
-    templates = [] if retrieval else _lines(folder / "zeroshot_classification_templates.txt")
-    return Task(
-        name,
-        "retrieval" if retrieval else "zero_shot",
-        torch.stack(images),
-        torch.tensor(labels),
-        list(numbers) if retrieval else texts,
-        templates,
-        dict(skipped),
-    )
+    if not retrieval:
+        return Task(
+            name, "zero_shot", torch.stack(images), torch.tensor(labels)[:, 0], classes, templates, dict(skipped)
+        )
+    own_texts = torch.zeros(len(images), len(numbers), dtype=torch.bool)
+    for picture, texts in enumerate(labels):
+        own_texts[picture, texts] = True
+    return Task(name, "retrieval", torch.stack(images), own_texts, list(numbers), [], dict(skipped))
 
 
 def _label(raw: bytes | None, classes: int) -> int:
@@ -120,4 +123,7 @@ def _lines(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise EvaluationError(f"cannot read {path}: {error.strerror}", remedy="restore the task's folder") from None
-    return [line for line in lines if line.strip()]
+    filled = [line for line in lines if line.strip()]
+    if not filled:
+        raise EvaluationError(f"{path} is empty", remedy="restore the task's folder")
+    return filled

@@ -40,8 +40,9 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.pairs:,} pairs; {self.trained:,} examples trained, {self.scored:,} scored; {self.macs / 1e12:.3g} TMACs, "
-            f"{self.cost_over_iid:.2f} x an IID step; {_size(self.memory)} of weights and optimizer per device; "
+            f"{self.pairs:,} pairs; {self.trained:,} examples trained, {self.scored:,} scored; "
+            f"{self.macs / 1e12:.3g} TMACs, {self.cost_over_iid:.2f} x an IID step; "
+            f"{_size(self.memory)} of weights and optimizer per device; "
             f"{_size(self.disk)} on disk; about {self.seconds / 60:.1f} min of steps on this machine"
         )
 

@@ -49,7 +49,7 @@ class DualEncoder(nn.Module):
         self.folder = folder
         self._resize = preprocess.resizer()
         if "timm_model_name" in model_cfg["vision_cfg"]:
-            model.visual.to(memory_format=torch.channels_last)  # type: ignore[union-attr, call-overload]
+            model.visual.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(3, 1, 1), persistent=False)
 
@@ -154,13 +154,13 @@ class DualEncoder(nn.Module):
     @property
     def scale(self) -> float:
         """The learned factor on cosine similarities."""
-        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator, union-attr]
+        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
 
     @property
     def bias(self) -> float:
         """The learned bias of the sigmoid loss; 0 where there is none."""
         bias = self.model.logit_bias
-        return 0.0 if bias is None else float(bias.detach())  # type: ignore[operator, union-attr]
+        return 0.0 if bias is None else float(bias.detach())  # type: ignore[operator]
 
     @property
     def context_length(self) -> int:

@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from aced_sdk.config import Config, Student
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
-from aced_sdk.files import sha256, whole_folder, write_json
+from aced_sdk.files import save_tensors, sha256, whole_folder, write_json
 from aced_sdk.towers.dual_encoder import DualEncoder
 from aced_sdk.towers.transforms import Preprocess
 
@@ -29,7 +31,7 @@ class Manifest(Config):
     kind: Literal["dual_encoder"] = "dual_encoder"
     weights_sha256: str
     license: str = "unknown"
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = Field(default_factory=dict)
 
 
 def build(student: Student, seed: int) -> DualEncoder:
@@ -58,16 +60,16 @@ def _model_cfg(student: Student) -> dict[str, Any]:
     import open_clip
 
     if isinstance(student.architecture, str):
-        model_cfg = open_clip.get_model_config(student.architecture)
-        if model_cfg is None:
+        named = open_clip.get_model_config(student.architecture)
+        if named is None:
             raise ModelError(
                 f"open_clip knows no architecture '{student.architecture}'",
                 remedy="take a name of open_clip.list_models(), `local-dir:FOLDER`, or a model_cfg mapping",
                 field="student.architecture",
             )
     else:
-        model_cfg = student.architecture
-    model_cfg = copy.deepcopy(model_cfg)
+        named = student.architecture
+    model_cfg: dict[str, Any] = copy.deepcopy(named)
     model_cfg["init_logit_scale"] = math.log(student.init_scale)
     model_cfg["init_logit_bias"] = student.init_bias
     return model_cfg
@@ -119,7 +121,8 @@ def tokenizer_of(model_cfg: dict[str, Any]) -> Any:
     tokenizer = SimpleTokenizer(context_length=context_length)
     if tokenizer.vocab_size > text_cfg.get("vocab_size", 49408):
         raise ModelError(
-            f"the text tower has {text_cfg.get('vocab_size')} token rows, open_clip's tokenizer has {tokenizer.vocab_size}",
+            f"the text tower has {text_cfg.get('vocab_size')} token rows, "
+            f"open_clip's tokenizer has {tokenizer.vocab_size}",
             remedy="set text_cfg.vocab_size to 49408, or name the tokenizer in text_cfg.hf_tokenizer_name",
         )
     return tokenizer
@@ -135,35 +138,51 @@ def save(
         folder: its place; a folder that is there is replaced.
         license: SPDX name of the weights' licence.
         facts: how it was made (steps, seed, config hash ...), kept in the manifest and the model card.
-    """
-    from safetensors.torch import save_model
 
+    Raises:
+        ModelError: if the folder cannot be written.
+    """
     folder = Path(folder)
+    try:
+        _write(encoder, folder, license, facts or {})
+    except OSError as error:
+        raise ModelError(
+            f"the encoder cannot be saved to {folder}: {error}", remedy="free disk space or check permissions"
+        ) from error
+    encoder.folder = folder
+    return folder
+
+
+def _write(encoder: DualEncoder, folder: Path, license: str, facts: dict[str, Any]) -> None:
+    # Clones, since ZeRO keeps the weights as views of one flat buffer, and safetensors stores no views.
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder.model.state_dict().items()}
     with whole_folder(folder) as temporary:
-        save_model(encoder.model, str(temporary / WEIGHTS))
+        save_tensors(temporary / WEIGHTS, weights, {"format": "pt"})
         for name in _inner_names(encoder.model_cfg):
             if encoder.folder is None:
-                raise ModelError(f"{name} is inside the model's folder, and it has none", remedy="load the model from a folder")
+                raise ModelError(
+                    f"{name} is inside the model's folder, and it has none", remedy="load the model from a folder"
+                )
             shutil.copytree(encoder.folder / name, temporary / name, dirs_exist_ok=True)
         preprocess = encoder.preprocess_config.model_dump(mode="json")
         write_json(temporary / CONFIG, {"model_cfg": encoder.model_cfg, "preprocess_cfg": preprocess})
-        manifest = Manifest(weights_sha256=sha256(temporary / WEIGHTS), license=license, facts=facts or {})
+        manifest = Manifest(weights_sha256=sha256(temporary / WEIGHTS), license=license, facts=facts)
         write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
         (temporary / "README.md").write_text(_card(encoder, manifest), encoding="utf-8")
-    encoder.folder = folder
-    return folder
 
 
 def _card(encoder: DualEncoder, manifest: Manifest) -> str:
     profile = encoder.profile()
     facts = "".join(f"| {name} | {value} |\n" for name, value in manifest.facts.items())
     return (
-        f"---\nlibrary_name: open_clip\nlicense: {manifest.license}\npipeline_tag: zero-shot-image-classification\n---\n\n"
+        f"---\nlibrary_name: open_clip\nlicense: {manifest.license}\n"
+        "pipeline_tag: zero-shot-image-classification\n---\n\n"
         "# A dual encoder distilled with aced-sdk\n\n"
         "```python\nimport open_clip\n"
         'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
         'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")\n```\n\n'
-        f"| fact | value |\n|---|---|\n| MACs, one picture | {profile.image_macs:,} |\n| MACs, one text | {profile.text_macs:,} |\n"
+        "| fact | value |\n|---|---|\n"
+        f"| MACs, one picture | {profile.image_macs:,} |\n| MACs, one text | {profile.text_macs:,} |\n"
         f"| parameters | {profile.parameters:,} |\n| open_clip | {version('open_clip_torch')} |\n{facts}"
     )
 
@@ -206,7 +225,8 @@ def _load_folder(folder: Path) -> DualEncoder:
         ) from error
     if missing or unexpected:
         raise ModelError(
-            f"{weights} lacks {len(missing)} tensors and has {len(unexpected)} unknown ones ({(missing + unexpected)[0]} first)",
+            f"{weights} lacks {len(missing)} tensors and has {len(unexpected)} unknown ones "
+            f"({(missing + unexpected)[0]} first)",
             remedy="restore or re-save the folder",
         )
     preprocess = Preprocess(**{"size": model.visual.image_size} | config.get("preprocess_cfg", {}))

@@ -44,7 +44,8 @@ def clip_vision_model(encoder: DualEncoder) -> CLIPVisionModel:
     if not is_clip_vit(encoder):
         raise ModelError(
             "this image tower is no plain CLIP ViT, and transformers' CLIPVisionModel cannot hold it",
-            remedy="take a student whose vision_cfg has only image_size, layers, width, patch_size, head_width, mlp_ratio",
+            remedy="take a student whose vision_cfg has only "
+            "image_size, layers, width, patch_size, head_width, mlp_ratio",
         )
     model = CLIPVisionModel(clip_vision_config(encoder))
     own = model.state_dict()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop, from pairs to steps. It knows no method by name: IID, KD, I-ACID, H-ACID and ACED are values of a config."""
+"""The loop, from pairs to steps. It knows no method by name: IID, KD, I-ACID, H-ACID, ACED are values of a config."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
             batch = super_batch[picked]
             teacher = parts.teacher.rows(batch.rows, device) if parts.teacher else None
 
-            embeddings = Embeddings(*engine.forward(batch.images.to(device), batch.tokens.to(device)))
-            terms = parts.objective(embeddings, teacher)
+            image, text, scale, bias = engine.forward(batch.images.to(device), batch.tokens.to(device))
+            terms = parts.objective(Embeddings(image, text, scale, bias), teacher)
             rate = config.optimizer.learning_rate * factor(config.schedule, done.step)
             loss, norm = float(terms.total.detach()), math.nan
             if math.isfinite(loss):
@@ -130,8 +130,8 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
                     scored=done.scored,
                     seconds=time.perf_counter() - started,
                     data_seconds=waited,
-                    scale=float(embeddings.scale),
-                    bias=float(embeddings.bias),
+                    scale=float(scale.detach()),
+                    bias=float(bias.detach()),
                 )
             )
             if done.step % config.engine.checkpoint_every == 0 or done.step == config.schedule.steps:
@@ -185,13 +185,24 @@ def _skip(config: DistillConfig, parts: Parts, step: int, loss: float, in_a_row:
 
 def _keep(config: DistillConfig, parts: Parts, done: Progress) -> CheckpointSaved:
     state: dict[str, Any] = {"position": done.position, "trained": done.trained, "scored": done.scored}
-    tensors = {"generator": parts.generator.get_state(), **parts.statistics.state_dict()}
+    tensors = {"generator": parts.generator.get_state(), **parts.statistics.state_dict(), **_dropout(parts.engine)}
     target = save_checkpoint(config.directory, done.step, parts.engine, state, tensors, config.engine.keep_checkpoints)
     return CheckpointSaved(done.step, str(target))
+
+
+def _dropout(engine: Engine) -> dict[str, Tensor]:
+    """States of torch's own generators, which dropout in a tower draws from."""
+    states = {"torch": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(engine.device)
+    return states
 
 
 def _restore(folder: Path, parts: Parts) -> Progress:
     state, tensors = load_checkpoint(folder, parts.engine)
     parts.generator.set_state(tensors.pop("generator"))
+    torch.set_rng_state(tensors.pop("torch"))
+    if "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors.pop("cuda"), parts.engine.device)
     parts.statistics.load_state_dict(tensors)
     return Progress(state["step"], state["position"], state["trained"], state["scored"])

@@ -19,7 +19,7 @@ from aced_sdk.curation import DrawStatistics, static_filter
 from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
 from aced_sdk.engine import Callback, build_engine, checkpoints, read_launch, step_of, thread_limit
 from aced_sdk.engine.events import RunEnded, RunStarted
-from aced_sdk.errors import CacheError, ConfigError, UnsupportedError
+from aced_sdk.errors import CacheError, ConfigError, DataError, UnsupportedError
 from aced_sdk.objectives import build_objective
 from aced_sdk.towers import DualEncoder, build, load, save
 from aced_sdk.training.loop import Parts, Trainee, train
@@ -65,6 +65,12 @@ def start(
             remedy="launch one process; exact curation across ranks is not there yet",
             field="engine",
         )
+    if config.engine.kind == "deepspeed" and config.engine.zero_stage == 3:
+        raise UnsupportedError(
+            "ZeRO stage 3 cannot hold a dual encoder: DeepSpeed does not partition its 0-dim scale and bias",
+            remedy="take stage 2; a dual encoder that is distilled is small",
+            field="engine.zero_stage",
+        )
     with thread_limit(config.engine.threads):
         return _start(config, listen, resume_from, watch or (lambda *_: None))
 
@@ -92,7 +98,7 @@ def _start(
         )
     else:
         source = Decoding(pool, encoder, config.data)
-    rows = _rows(config, source, reference, [cache for cache in (reference, teacher) if cache is not None])
+    rows = _rows(config, pool, source, reference, [cache for cache in (reference, teacher) if cache is not None])
     bad = known_bad(pool)
     generator = torch.Generator().manual_seed(config.seed + 1)
     parts = Parts(
@@ -156,13 +162,26 @@ def known_bad(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
     return np.array([mark is True for mark in marks])
 
 
-def _rows(config: DistillConfig, source: Source, reference: EmbeddingCache | None, caches: list[EmbeddingCache]) -> Any:
+def _rows(
+    config: DistillConfig,
+    pool: Pool,
+    source: Source,
+    reference: EmbeddingCache | None,
+    caches: list[EmbeddingCache],
+) -> Any:
     """Rows that may be drawn: usable in the source and in every cache; for a static filter only the top share."""
-    rows = source.usable()
+    rows, total = source.usable(), len(pool)
     for cache in caches:
         rows = rows[cache.usable.numpy()[rows]]
+    if total - len(rows) > config.data.max_bad_fraction * total:
+        raise DataError(
+            f"{total - len(rows)} of {total} pairs are unusable",
+            remedy="mend the shards, or raise the bound if that is expected",
+            field="data.max_bad_fraction",
+        )
     if isinstance(config.curation, StaticFilter) and reference is not None:
-        kept = static_filter(reference.rows(torch.from_numpy(rows), torch.device("cpu")), config.curation.share)
+        embeddings = reference.rows(torch.from_numpy(rows), torch.device("cpu"))
+        kept = static_filter(embeddings, config.curation.share, config.curation.loss)
         rows = rows[np.sort(kept.cpu().numpy())]
     if len(rows) < config.curation.candidates:
         raise ConfigError(

@@ -159,6 +159,11 @@ def test_bad_arguments(student: Path, tmp_path: Path, arguments: dict[str, objec
     assert caught.value.field == field
 
 
+def test_half_precision_needs_a_newer_opset(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="fp16 needs opset 20, not 18"):
+        export.to_onnx(student, tmp_path / "o", opset=18)
+
+
 def test_places_that_cannot_be_used(student: Path, tmp_path: Path) -> None:
     (tmp_path / "diary.txt").write_text("mine")
     for verb in (export.to_onnx, export.to_transformers):

@@ -155,8 +155,9 @@ def test_raster_pictures_are_fitted() -> None:
 
 
 def test_drawings_in_points_are_shown_whole() -> None:
-    svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="150pt" height="150pt"><circle cx="100" cy="100" r="100"/></svg>'
-    picture = render(svg, 64)
+    circle = '<circle cx="100" cy="100" r="100"/>'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="150pt" height="150pt">{circle}</svg>'
+    picture = render(svg.encode(), 64)
     assert picture is not None
     pixels = np.asarray(Image.open(io.BytesIO(picture.png)).convert("L"))
     assert pixels[32, 60] < 64

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole product on real data: distil, plug into a language model, export, show. Broken off, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aced_sdk.config import write_yaml
+from aced_sdk.errors import ConfigError
+from aced_sdk.files import write_json
+from aced_sdk.reporting import Stages
+from examples.quickstart import stages
+from examples.quickstart.page import render_page
+from examples.quickstart.settings import Settings, methods
+
+T = TypeVar("T")
+NAMES = ["data", "reference", "distil", "vlm", "onnx", "page"]
+VERSIONS = ("aced-sdk", "torch", "open_clip_torch", "transformers", "peft", "deepspeed", "onnxruntime", "timm")
+
+
+def run_demo(settings: Settings) -> dict[str, Any]:
+    """Run what is left of the demo; returns what summary.json holds.
+
+    Raises:
+        ConfigError: if the directory holds a demo of other settings.
+        AcedError: whatever a stage may meet.
+    """
+    directory = settings.directory
+    _claim(settings)
+    with Stages(NAMES, title="demo", plain=True) as show:
+        done = _Done(directory / "stages")
+        # The first two have their own caches; they are quick where those are filled.
+        with show.stage("data", unit="items") as bar:
+            box, models = done.timed("data", lambda: stages.get_data(settings, bar.advance))
+        with show.stage("reference", unit="items") as bar:
+            reference = done.timed("reference", lambda: stages.get_reference(settings, box, models, bar.advance))
+        total = settings.steps * len(settings.seeds) * (len(methods(settings)) + 1)
+        with show.stage("distil", total) as bar:
+            figures = done.once("distil", lambda: stages.distil(settings, box, reference, bar.advance))
+        with show.stage("vlm", settings.align_steps + settings.adapt_steps) as bar:
+            vlm = done.once("vlm", lambda: stages.tune_vlm(settings, box, models, bar.advance))
+        with show.stage("onnx", 6, "parts") as bar:
+            onnx = done.once("onnx", lambda: stages.export_onnx(settings, box, bar.advance))
+        with show.stage("page", unit="parts"):
+            summary = _summary(settings, figures, vlm, onnx, done.seconds())
+            write_json(directory / "summary.json", summary)
+            from examples.quickstart.pictures import collect
+
+            render_page(summary, collect(settings, box, vlm, onnx), directory / "report.html")
+    return summary
+
+
+def _claim(settings: Settings) -> None:
+    path = settings.directory / "settings.yaml"
+    if path.is_file() and Settings.from_yaml(path) != settings:
+        raise ConfigError(
+            f"{settings.directory} holds a demo of other settings",
+            remedy="remove the folder, or give another directory",
+            field="directory",
+        )
+    write_yaml(path, settings)
+
+
+class _Done:
+    """Results of finished stages, a JSON file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder / f"{name}.json"
+        if path.is_file():
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
+            return result
+        started = time.perf_counter()
+        result = work()
+        # Through JSON in both cases, so that a resumed demo sees what an unbroken one does.
+        write_json(path, {"seconds": time.perf_counter() - started, "result": result})
+        again: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
+        return again
+
+    def timed(self, name: str, work: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        result = work()
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            write_json(path, {"seconds": time.perf_counter() - started})
+        return result
+
+    def seconds(self) -> dict[str, float]:
+        values = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in self.folder.glob("*.json")}
+        ordered = {name: round(values[name], 1) for name in NAMES if name in values}
+        return ordered | {"total": round(sum(values.values()), 1)}
+
+
+def _summary(
+    settings: Settings, figures: dict[str, Any], vlm: dict[str, Any], onnx: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "methods": figures,
+        "vlm": {key: vlm[key] for key in ("accuracy", "blind_accuracy", "kinds", "samples")},
+        "onnx": {key: onnx[key] for key in ("max_abs_diff", "zero_shot_torch", "zero_shot_onnx", "zero_shot_by_precision")},
+        "seconds": seconds,
+        "seed": settings.seeds[0],
+        "seeds": list(settings.seeds),
+        "versions": {name: version(name) for name in VERSIONS},
+    }

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong in a run is skipped and counted, or told with a remedy; what was kept stays whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import distillation, encoder, picture, write_pool
+
+import aced_sdk as aced
+from aced_sdk import towers
+from aced_sdk.config import DistillConfig
+from aced_sdk.engine import checkpoints, step_of
+from aced_sdk.engine.events import Event, StepDone, StepSkipped
+from aced_sdk.errors import CacheError, ConfigError, DataError, EngineError, ModelError, UnsupportedError
+from aced_sdk.training import run as room
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write_pool(root / "pool", pairs=64)
+    towers.save(encoder(1), root / "reference")
+    return root
+
+
+def config(world: Path, directory: Path, **changes: Any) -> DistillConfig:
+    made = distillation(directory, world / "pool", world / "reference")
+    reference = made.reference and made.reference.replace(cache=world / "cache")
+    return made.replace(**({"reference": reference} | changes))
+
+
+def iid(directory: Path, pool: Path, **data: Any) -> DistillConfig:
+    made = distillation(directory, pool, None, curation=aced.Iid(sub_batch=8), objective=aced.Objective())
+    return made.replace(data=made.data.replace(**data))
+
+
+# -- data ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [700, 5000, 30000])
+def test_a_truncated_tar_is_told_before_the_run(tmp_path: Path, cut: int) -> None:
+    pool = write_pool(tmp_path / "pool", pairs=64)
+    shard = pool / "0001.tar"
+    shard.write_bytes(shard.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"0001\.tar is broken or cut off") as caught:
+        aced.distill(iid(tmp_path / "run", pool))
+    assert caught.value.field == "data.shards"
+
+
+def test_a_file_that_is_no_tar_is_told(tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool", pairs=8)
+    (pool / "0001.tar").write_bytes(b"<html>not found</html>")
+    with pytest.raises(DataError, match=r"0001\.tar is broken"):
+        aced.distill(iid(tmp_path / "run", pool))
+
+
+def test_single_bad_pairs_are_replaced(tmp_path: Path) -> None:
+    bad = {
+        0: {"png": picture(0), "txt": b" "},
+        9: {"png": picture(9)[:70], "txt": b"a cat"},
+        17: {"png": b"", "txt": b"a boat"},
+        30: {"png": picture(30, (300, 300)), "txt": b"a huge tree"},
+        40: {"json": b"{"},
+    }
+    pool = write_pool(tmp_path / "pool", pairs=64, broken=bad)
+    seen: list[int] = []
+
+    def listen(event: Event) -> None:
+        seen.extend(event.candidates if event.name == "selected" else ())  # type: ignore[attr-defined]
+
+    curation = aced.Joint(sub_batch=8, super_batch=16, num_chunks=4, score="hard_learner")
+    made = iid(tmp_path / "run", pool, max_bad_fraction=0.2, max_pixels=50_000).replace(curation=curation)
+    run = aced.distill(made, callbacks=[listen])
+    assert run.step == 6
+    assert len(seen) == 96
+    assert not set(seen) & set(bad)
+    assert len(set(seen)) == 59
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_too_many_bad_pairs_stop_the_run(tmp_path: Path, prepared: bool) -> None:
+    bad = {row: {"png": b"?", "txt": b"x"} for row in range(0, 64, 4)}
+    pool = write_pool(tmp_path / "pool", pairs=64, broken=bad)
+    made = iid(tmp_path / "run", pool, prepared=tmp_path / "p" if prepared else None)
+    with pytest.raises(DataError, match="pairs are unusable") as caught:
+        aced.distill(made.replace(curation=aced.Iid(sub_batch=64), schedule=aced.Schedule(steps=40)))
+    assert caught.value.field == "data.max_bad_fraction"
+    assert "unreadable picture" in caught.value.cause
+    towers.save(encoder(1), tmp_path / "reference")
+    for attempt in range(2):  # the second finds the cache complete, and must stop all the same
+        with pytest.raises(DataError, match="16 of 64 pairs are unusable"):
+            aced.distill(distillation(tmp_path / f"aced{attempt}", pool, tmp_path / "reference"))
+
+
+# -- steps --------------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Makes the losses of some steps (1 is the first) NaN."""
+    original, count = room.build_objective, [0]
+
+    def poisoned(objective: Any) -> Any:
+        real = original(objective)
+
+        def loss(student: Any, teacher: Any = None) -> Any:
+            count[0] += 1
+            terms = real(student, teacher)
+            return type(terms)(terms.total * float("nan"), terms.parts) if count[0] in steps else terms
+
+        return loss
+
+    monkeypatch.setattr(room, "build_objective", poisoned)
+
+
+@pytest.mark.parametrize("kind", ["single", "deepspeed"])
+def test_a_loss_that_is_not_finite_is_skipped(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    poison(monkeypatch, {2, 3, 5})
+    heard: list[Event] = []
+    engine = aced.Engine(kind=kind, device="cpu", max_bad_steps=2)
+    run = aced.distill(config(world, tmp_path / "run", engine=engine), callbacks=[heard.append])
+    skipped = [(event.step, event.in_a_row) for event in heard if isinstance(event, StepSkipped)]
+    assert skipped == [(2, 1), (3, 2), (5, 1)]
+    assert (run.step, run.metrics["trained"], run.metrics["scored"]) == (6, 24, 96)
+    assert all(torch.isfinite(tensor).all() for tensor in run.student.model.state_dict().values())
+
+
+def test_losses_that_stay_not_finite_stop_the_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, set(range(4, 100)))
+    with pytest.raises(EngineError, match="not finite in 2 steps in a row, up to step 5") as caught:
+        aced.distill(config(world, tmp_path / "run", engine=aced.Engine(
+            kind="single", device="cpu", checkpoint_every=2, max_bad_steps=1)))  # fmt: skip
+    assert caught.value.field == "optimizer.learning_rate"
+    assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [2]
+    for tensor in load_file(checkpoints(tmp_path / "run")[0] / "weights.safetensors").values():
+        assert torch.isfinite(tensor).all()
+    monkeypatch.undo()
+    assert aced.resume(tmp_path / "run").step == 6
+
+
+# -- folders ------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_holds_a_run_is_refused(world: Path, tmp_path: Path) -> None:
+    made = config(world, tmp_path / "run")
+    aced.distill(made)
+    student = (tmp_path / "run" / "student" / "open_clip_model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already") as caught:
+        aced.distill(made.replace(seed=5))
+    assert caught.value.field == "directory"
+    assert (tmp_path / "run" / "student" / "open_clip_model.safetensors").read_bytes() == student
+    assert DistillConfig.from_yaml(tmp_path / "run" / "config.yaml").seed == 0
+
+
+def test_a_start_that_failed_over_its_config_may_be_made_again(world: Path, tmp_path: Path) -> None:
+    made = config(world, tmp_path / "run")
+    with pytest.raises(DataError):
+        aced.distill(made.replace(data=aced.Data(shards=(str(tmp_path / "typo"),))))
+    assert aced.distill(made).step == 6
+
+
+def test_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="holds no run"):
+        aced.resume(tmp_path)
+
+
+def test_resume_after_a_break_before_the_first_checkpoint_starts_anew(world: Path, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, StepDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        aced.distill(config(world, tmp_path / "run"), callbacks=[stop])
+    assert checkpoints(tmp_path / "run") == []
+    assert aced.resume(tmp_path / "run").step == 6
+
+
+def test_a_torn_checkpoint_is_told_and_an_older_one_serves(world: Path, tmp_path: Path) -> None:
+    aced.distill(config(world, tmp_path / "run"))
+    newest = checkpoints(tmp_path / "run")[-1]
+    (newest / "weights.safetensors").write_bytes(b"torn")
+    with pytest.raises(EngineError, match="cannot be read") as caught:
+        aced.resume(tmp_path / "run")
+    assert "older checkpoint" in caught.value.remedy
+    (newest / "state.json").unlink()  # an incomplete one does not count
+    assert aced.resume(tmp_path / "run").step == 6
+
+
+def test_a_cache_of_another_model_is_refused(world: Path, tmp_path: Path) -> None:
+    towers.save(encoder(7), tmp_path / "other")
+    aced.cache_embeddings(tmp_path / "other", world / "pool", tmp_path / "cache")
+    reference = aced.Frozen(model=str(world / "reference"), cache=tmp_path / "cache")
+    with pytest.raises(CacheError, match="of another model") as caught:
+        aced.distill(config(world, tmp_path / "run", reference=reference))
+    assert caught.value.field == "cache"
+
+
+def test_a_missing_reference_is_told(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model folder"):
+        aced.distill(config(world, tmp_path / "run", reference=aced.Frozen(model=str(tmp_path / "none"))))
+
+
+def test_several_processes_are_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UnsupportedError, match="one process"):
+        aced.distill(config(world, tmp_path / "run"))
+
+
+# -- disk and death -----------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import aced_sdk as aced
+from aced_sdk.config import DistillConfig
+from aced_sdk.engine.events import CheckpointSaved, StepDone
+
+def listen(event):
+    if isinstance(event, CheckpointSaved) and {limit}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # from now on no file may grow larger
+    if isinstance(event, StepDone):
+        print("step", event.step, flush=True)
+
+aced.distill(DistillConfig.from_yaml(sys.argv[1]), callbacks=[listen])
+"""
+
+
+def started(root: Path, folder: Path, limit: bool) -> subprocess.Popen[str]:
+    script = folder / "run.py"
+    script.write_text(SCRIPT.format(tests=str(root / "tests"), limit=limit))
+    command = [sys.executable, str(script), str(folder / "given.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_older_ones(
+    root: Path, world: Path, tmp_path: Path
+) -> None:
+    config(world, tmp_path / "run").to_yaml(tmp_path / "given.yaml")
+    _, errors = started(root, tmp_path, limit=True).communicate(timeout=120)
+    assert "EngineError: the checkpoint of step 4 cannot be written" in errors
+    assert "older checkpoints are untouched" in errors
+    assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [2]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    resumed = aced.resume(tmp_path / "run")
+    whole = aced.distill(config(world, tmp_path / "whole"))
+    for name, tensor in whole.student.model.state_dict().items():
+        assert torch.equal(tensor, resumed.student.model.state_dict()[name]), name
+
+
+def test_a_killed_process_is_resumed_to_the_same_student(root: Path, world: Path, tmp_path: Path) -> None:
+    long = aced.Schedule(steps=200, shape="constant", warmup=0, cooldown=0)
+    config(world, tmp_path / "run", schedule=long).to_yaml(tmp_path / "given.yaml")
+    process = started(root, tmp_path, limit=False)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "step 7\n":
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    with (tmp_path / "run" / "events.jsonl").open("a") as stream:
+        stream.write('{"event": "step_do')  # what a kill in the midst of a line leaves
+    broken_at = step_of(checkpoints(tmp_path / "run")[-1])
+    assert 6 <= broken_at < 200
+    short = aced.Schedule(steps=broken_at + 4, shape="constant", warmup=0, cooldown=0)
+    DistillConfig.from_yaml(tmp_path / "run" / "config.yaml").replace(schedule=short).to_yaml(
+        tmp_path / "run" / "config.yaml"
+    )
+    resumed = aced.resume(tmp_path / "run")
+    whole = aced.distill(config(world, tmp_path / "whole", schedule=short))
+    for name, tensor in whole.student.model.state_dict().items():
+        assert torch.equal(tensor, resumed.student.model.state_dict()[name]), name
+    steps = [
+        row["step"]
+        for row in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+        if row["event"] == "step_done"
+    ]
+    assert steps == list(range(1, broken_at + 5))
+
+
+def test_a_full_disk_at_the_end_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(world, tmp_path / "run")
+
+    def full(target: Path, tensors: object, metadata: object = None) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aced_sdk.towers.folder.save_tensors", full)
+    with pytest.raises(ModelError, match="No space left"):
+        aced.distill(made)
+    monkeypatch.undo()
+    assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [4, 6]
+    assert aced.resume(tmp_path / "run").step == 6
+    assert towers.load(tmp_path / "run" / "student").fingerprint()

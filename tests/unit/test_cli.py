@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `aced` command: the verbs by name, JSON on stdout, and a sentence with exit code 1 for what a user can mend."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_evaluation import classification
+from tiny import distillation, encoder, write_pool
+from typer.testing import CliRunner
+
+from aced_sdk import cli, towers
+from aced_sdk.errors import DataError
+
+VERBS = ("distill", "resume", "cache", "evaluate", "plan", "report", "export", "caption", "answer")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    reference = towers.save(encoder(1), root / "reference")
+    config = distillation(root / "run", write_pool(root / "pool", pairs=32), reference)
+    config.replace(schedule=config.schedule.replace(steps=2)).to_yaml(root / "config.yaml")
+    return root
+
+
+def called(*words: str | Path) -> str:
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "aced_sdk.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_has_every_verb() -> None:
+    done = process("--help")
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert f" {verb} " in done.stdout
+
+
+def test_a_mistake_is_a_sentence_and_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("student: {architecture: ViT-B-32}\nshedule: {steps: 3}\n")
+    done = process("plan", tmp_path / "config.yaml")
+    assert done.returncode == 1
+    assert done.stderr.startswith("ConfigError: ")
+    assert "Remedy:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert process("plan").returncode == 2
+
+
+def test_errors_of_packages_that_cannot_import_this_one_read_alike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Foreign(Exception):
+        remedy = "mend it"
+
+    for error, code in ((Foreign("it is broken"), 1), (DataError("bad", remedy="mend"), 1)):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "app", fail)
+        monkeypatch.setattr(cli, "entry_points", lambda group: [])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == code
+        assert capsys.readouterr().err.startswith(f"{type(error).__name__}: ")
+
+    def crash() -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(cli, "app", crash)
+    with pytest.raises(KeyError):
+        cli.main()
+
+
+def test_plan_distill_resume_report_and_evaluate(world: Path) -> None:
+    assert "examples trained" in called("plan", world / "config.yaml")
+    done = json.loads(called("distill", world / "config.yaml").splitlines()[-1])
+    assert (done["step"], done["trained"], done["scored"]) == (2, 16, 32)
+    again = json.loads(called("resume", world / "run").splitlines()[-1])
+    assert again["step"] == 2
+    page = Path(called("report", world / "run").strip())
+    assert "<html" in page.read_text()
+    classification(world / "tasks")
+    words = ["evaluate", world / "run" / "student", "--data-root", world / "tasks", "--tasks", "shapes"]
+    figures = json.loads(called(*words))
+    assert 0 <= figures["tasks"]["shapes"]["acc1"] <= figures["tasks"]["shapes"]["acc5"] <= 1
+
+
+def test_cache_tells_its_folder_and_counts(world: Path) -> None:
+    words = ["cache", world / "reference", world / "pool", "--directory", world / "embeddings"]
+    assert json.loads(called(*words)) == {"directory": str(world / "embeddings"), "pairs": 32, "usable": 32}

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user writes is checked at once, and every mistake names its place and its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import aced_sdk as aced
+from aced_sdk.errors import ConfigError
+
+VALUES: dict[str, Any] = {
+    "student": {"architecture": "ViT-B-32"},
+    "data": {"shards": ["a.tar"]},
+    "reference": {"model": "reference"},
+    "curation": {"method": "joint", "sub_batch": 8, "super_batch": 40, "num_chunks": 4},
+    "objective": {"distillation": [{"loss": "softmax", "weight": 2.0}]},
+    "schedule": {"steps": 10},
+    "directory": "run",
+}
+
+
+def mistake(**changes: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        aced.DistillConfig(**(VALUES | changes))
+    assert caught.value.remedy
+    assert f"[field: {caught.value.field}]" in str(caught.value)
+    return caught.value
+
+
+def test_an_unknown_field_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="unknown field 'loss_from'") as caught:
+        aced.Joint(loss_from="softmax")
+    assert "loss" in caught.value.remedy
+    error = mistake(shedule={"steps": 1})
+    assert (error.field, error.remedy) == ("shedule", "did you mean 'schedule'?")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"schedule": {"steps": 0}}, "schedule.steps"),
+        ({"schedule": {}}, "schedule.steps"),
+        ({"schedule": {"steps": 5, "warmup": 0.6, "cooldown": 0.6}}, "schedule.cooldown"),
+        ({"curation": {"method": "joint", "sub_batch": 10, "super_batch": 40, "num_chunks": 4}}, "curation.num_chunks"),
+        ({"curation": {"method": "joint", "sub_batch": 16, "super_batch": 40}}, "curation.super_batch"),
+        ({"curation": {"method": "independent", "sub_batch": 16, "super_batch": 40}}, "curation.super_batch"),
+        ({"curation": {"method": "joint", "gain": float("nan")}}, "curation.gain"),
+        ({"curation": {"method": "static", "share": 1.5}}, "curation.share"),
+        ({"objective": {"distillation": [{}, {"weight": -1}]}}, "objective.distillation.1.weight"),
+        ({"objective": {"contrastive": {"weight": 0}}}, "objective.contrastive.weight"),
+        ({"data": {"shards": []}}, "data.shards"),
+        ({"engine": {"zero_stage": 4}}, "engine.zero_stage"),
+        ({"reference": None}, "reference"),
+        ({"reference": None, "curation": {"method": "iid"}}, "teacher"),
+        ({"evaluation": {"tasks": ["cifar10"]}}, "evaluation.data_root"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_a_mistake_names_its_dotted_field(changes: dict[str, Any], field: str) -> None:
+    assert mistake(**changes).field == field
+
+
+def test_impossible_batch_sizes_tell_possible_ones() -> None:
+    error = mistake(curation={"method": "joint", "sub_batch": 16, "super_batch": 40, "num_chunks": 4})
+    assert "40" in error.cause
+    assert error.remedy == "take 32"
+
+
+def test_yaml_round_trip_keeps_every_value(tmp_path: Path) -> None:
+    config = aced.DistillConfig(**VALUES)
+    config.to_yaml(tmp_path / "deep" / "config.yaml")
+    again = aced.DistillConfig.from_yaml(tmp_path / "deep" / "config.yaml")
+    assert again == config
+    assert again.hash() == config.hash()
+    written = yaml.safe_load((tmp_path / "deep" / "config.yaml").read_text())
+    assert written["optimizer"]["betas"] == [0.9, 0.95]  # defaults are written too
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("steps: [1", "is not YAML"), ("- a\n- b", "does not hold a mapping"), ("1: 2", "does not hold a mapping")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, cause: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=cause):
+        aced.DistillConfig.from_yaml(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        aced.DistillConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_the_hash_changes_with_any_value_and_only_then() -> None:
+    config = aced.DistillConfig(**VALUES)
+    assert config.hash() == aced.DistillConfig(**VALUES).hash()
+    others = [
+        config.replace(seed=1),
+        config.replace(schedule=config.schedule.replace(steps=11)),
+        config.replace(curation=aced.Joint(sub_batch=8, super_batch=40, num_chunks=8)),
+        config.replace(objective=aced.Objective(distillation=(aced.Distillation(weight=3.0),))),
+    ]
+    assert len({config.hash(), *(other.hash() for other in others)}) == 5
+
+
+def test_replace_checks_like_a_new_config_and_leaves_the_old_one() -> None:
+    config = aced.DistillConfig(**VALUES)
+    assert config.replace(seed=3).seed == 3
+    assert config.seed == 0
+    with pytest.raises(ConfigError, match="reads a reference"):
+        config.replace(reference=None)
+    with pytest.raises(ConfigError, match="unknown field 'sede'"):
+        config.replace(sede=1)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+
+
+def test_methods_say_what_they_read() -> None:
+    reads = {
+        score: (aced.Joint(score=score).needs_student, aced.Joint(score=score).needs_reference)
+        for score in ("learnability", "easy_reference", "hard_learner")
+    }
+    assert reads == {"learnability": (True, True), "easy_reference": (False, True), "hard_learner": (True, False)}
+    assert aced.Joint(sub_batch=256, super_batch=1280).filter_ratio == pytest.approx(0.8)
+    assert (aced.Iid().candidates, aced.StaticFilter().candidates) == (256, 256)
+    config = aced.DistillConfig(**VALUES)
+    assert config.effective_teacher == config.reference
+    assert config.replace(teacher=aced.Frozen(model="t")).effective_teacher == aced.Frozen(model="t")
+    assert config.replace(objective=aced.Objective()).effective_teacher is None
