@@ -98,7 +98,7 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
             tasks = [load_task(name, held_out.data_root, encoder) for name in held_out.tasks]
             return [*listeners, EvaluateEvery(encoder, tasks, held_out.every or config.schedule.steps, listeners)]
 
-        run = start(config, listen, resume_from, bar.watch)
+        run = start(config, listen, resume_from, bar.watch, {"plan": str(plan(config))})
     return replace(run, metrics=run.metrics | {"evaluation": evaluated})
 
 

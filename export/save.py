@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from os import PathLike, fspath
 from pathlib import Path
 from typing import get_args
 
@@ -30,7 +31,7 @@ _PACKAGES = ("aced-sdk", "torch", "onnx", "onnxruntime", "open_clip_torch", "tim
 
 
 def to_onnx(
-    student_folder: str | Path,
+    student_folder: str | PathLike[str],
     directory: str | Path,
     parts: Sequence[Part] = ("vision", "text"),
     precisions: Sequence[Precision] = ("fp32", "fp16", "int8"),
@@ -107,7 +108,7 @@ def to_onnx(
     return report
 
 
-def verify(directory: str | Path, student_folder: str | Path | None = None) -> ExportReport:
+def verify(directory: str | Path, student_folder: str | PathLike[str] | None = None) -> ExportReport:
     """Check an exported folder again: every file's hash, and with the student given every graph against torch.
 
     Returns:
@@ -138,14 +139,14 @@ def _known(field: str, values: Sequence[str], known: Sequence[str]) -> None:
         raise ConfigError(f"{field} is {values!r}", remedy=f"give some of {', '.join(known)}, each once", field=field)
 
 
-def load_student(student_folder: str | Path) -> tuple[DualEncoder, Source]:
+def load_student(student_folder: str | PathLike[str]) -> tuple[DualEncoder, Source]:
     """The student and what identifies it.
 
     Raises:
         UnsupportedError: for a hub name.
         ModelError: if the folder cannot be loaded.
     """
-    name = str(student_folder)
+    name = fspath(student_folder)
     if name.startswith("hf-hub:"):
         raise UnsupportedError(
             f"{name} lies on a hub", remedy="load it and save it as a folder first", field="student_folder"

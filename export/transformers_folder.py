@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class TransformersReport(Config):
     pixels_max_abs_torchvision: float = Field(description="the same with transformers' default backend")
 
 
-def to_transformers(student_folder: str | Path, directory: str | Path) -> TransformersReport:
+def to_transformers(student_folder: str | PathLike[str], directory: str | Path) -> TransformersReport:
     """Write a folder for `CLIPModel.from_pretrained` and `AutoProcessor.from_pretrained`, checked by loading it.
 
     CLIPModel has no place for a sigmoid student's bias: it is kept as `aced_logit_bias` in config.json.

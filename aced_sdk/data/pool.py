@@ -175,6 +175,11 @@ def _index(path: Path, number: int) -> list[Sample]:
                 name = f"{folder}/{key}" if folder else key
                 sample = samples.setdefault(name, Sample(name, number, {}))
                 sample.members[extension.lower()] = Member(member.offset_data, member.size)
+            # A tar cut between two files, or with a header destroyed, ends like a whole one but for its zero block.
+            with path.open("rb") as stream:
+                stream.seek(tar.offset)
+                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("the end mark is missing")
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"the shard {path} is broken or cut off after {len(samples)} samples: {error}",

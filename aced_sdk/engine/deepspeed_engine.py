@@ -118,6 +118,9 @@ def _join(launch: Launch, device: torch.device) -> None:
             )
         else:
             torch.distributed.init_process_group(backend, rank=launch.rank, world_size=launch.world_size)
+    if launch.world_size == 1:
+        # It serves ranks that share a machine, and would be compiled for one that is alone.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # deepspeed.initialize insists on it
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
@@ -136,7 +139,7 @@ def _scalars_broadcast(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameter in scalars:
-            del parameter.ds_optim_param
+            del parameter.ds_optim_param  # type: ignore[attr-defined]
 
 
 def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig) -> dict[str, Any]:

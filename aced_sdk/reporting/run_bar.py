@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bars of a run: one for each preparation, one for the steps. A callback of the loop."""
+"""The bars of a run: one for each preparation, one for the steps, the plan before them. A callback of the loop."""
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
 from aced_sdk.engine.events import Event, RunStarted, StepDone
-from aced_sdk.reporting.progress import Progress
+from aced_sdk.reporting.progress import Progress, first_rank
 
 
 class RunBar:
@@ -37,6 +38,8 @@ class RunBar:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
+            if "plan" in event.facts and first_rank() and sys.stderr.isatty():
+                sys.stderr.write(f"{self.title}: {event.facts['plan']}\n")
             self._open(self.title, event.steps, "steps", event.step)
         elif isinstance(event, StepDone) and self._bar is not None:
             self._bar.advance(event.step - self._bar.done, loss=event.loss)

@@ -50,6 +50,7 @@ def start(
     listen: Callable[[DualEncoder], Sequence[Callback]] = lambda _: (),
     resume_from: Path | None = None,
     watch: Watch | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Run:
     """Train from the beginning or from a checkpoint, and save `directory/student`.
 
@@ -58,6 +59,7 @@ def start(
         listen: from the student to the callbacks that hear every event; a callback may look at the student.
         resume_from: a checkpoint folder of this run.
         watch: hears of preparations (what, done, total).
+        facts: told with `RunStarted`.
     """
     if read_launch().world_size > 1:
         raise UnsupportedError(
@@ -72,11 +74,15 @@ def start(
             field="engine.zero_stage",
         )
     with thread_limit(config.engine.threads):
-        return _start(config, listen, resume_from, watch or (lambda *_: None))
+        return _start(config, listen, resume_from, watch or (lambda *_: None), facts or {})
 
 
 def _start(
-    config: DistillConfig, listen: Callable[[DualEncoder], Sequence[Callback]], resume_from: Path | None, watch: Watch
+    config: DistillConfig,
+    listen: Callable[[DualEncoder], Sequence[Callback]],
+    resume_from: Path | None,
+    watch: Watch,
+    facts: dict[str, Any],
 ) -> Run:
     started = time.perf_counter()
     torch.manual_seed(config.seed)
@@ -113,7 +119,7 @@ def _start(
         callbacks=list(listen(encoder)),
     )
     encoder.train()
-    facts = {
+    facts = facts | {
         "pairs": len(rows),
         "macs": encoder.profile().macs,
         "parameters": sum(p.numel() for p in encoder.parameters()),

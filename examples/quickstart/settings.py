@@ -70,7 +70,7 @@ class Settings(Config):
 
 
 FULL = Settings(
-    directory=Path("runs/demo-full"), seeds=(0, 1, 2), steps=600, evaluate_every=100, align_steps=200, adapt_steps=600
+    directory=Path("runs/demo-full"), seeds=(0, 1, 2), steps=400, evaluate_every=80, align_steps=100, adapt_steps=400
 )
 
 
@@ -103,7 +103,9 @@ def distil_config(
     """
     known = methods(settings) | {"trusted": methods(settings)["iid"]}
     if method not in known:
-        raise ConfigError(f"the demo knows no method '{method}'", remedy=f"take one of {', '.join(known)}", field="method")
+        raise ConfigError(
+            f"the demo knows no method '{method}'", remedy=f"take one of {', '.join(known)}", field="method"
+        )
     curation, objective = known[method]
     return aced.DistillConfig(
         student=aced.Student(architecture=STUDENT),

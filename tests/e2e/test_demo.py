@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole demo on a small slice of the real box, with the real language model; and once more, broken off and resumed."""
+"""The whole demo on a small slice of the real box, with the real language model."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_page_is_self_contained(demo: tuple[Settings, dict[str, Any]]) -> None:
     page = (demo[0].directory / "report.html").read_text(encoding="utf-8")
     for word in ("ACED", "Softmax-KD", "trusted", "licence", "ONNX"):
         assert word.lower() in page.lower()
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "<script" not in page
 
 

@@ -47,14 +47,25 @@ def iid(directory: Path, pool: Path, **data: Any) -> DistillConfig:
 # -- data ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [700, 5000, 30000])
-def test_a_truncated_tar_is_told_before_the_run(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("cut", [700, 5000, 30000, 30720, None])
+def test_a_truncated_tar_is_told_before_the_run(tmp_path: Path, cut: int | None) -> None:
     pool = write_pool(tmp_path / "pool", pairs=64)
     shard = pool / "0001.tar"
-    shard.write_bytes(shard.read_bytes()[:cut])
+    content = shard.read_bytes()
+    whole_members = -(-len(content.rstrip(b"\0")) // 512) * 512  # what a writer leaves that died before closing
+    shard.write_bytes(content[: whole_members if cut is None else cut])
     with pytest.raises(DataError, match=r"0001\.tar is broken or cut off") as caught:
         aced.distill(iid(tmp_path / "run", pool))
     assert caught.value.field == "data.shards"
+
+
+def test_a_tar_with_a_destroyed_header_is_told(tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool", pairs=64)
+    content = bytearray((pool / "0001.tar").read_bytes())
+    content[30 * 1024 : 30 * 1024 + 512] = b"\xaa" * 512
+    (pool / "0001.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"0001\.tar is broken or cut off"):
+        aced.distill(iid(tmp_path / "run", pool))
 
 
 def test_a_file_that_is_no_tar_is_told(tmp_path: Path) -> None:
