@@ -23,6 +23,7 @@ from aced_sdk.engine import (
     checkpoints,
     factor,
     load_checkpoint,
+    read_launch,
     save_checkpoint,
     thread_limit,
 )
@@ -92,6 +93,7 @@ class _Run:
     rows: list[Row]
     features: Features
     pad: int
+    log: JsonlWriter
     callbacks: list[Callback]
     step: int = 0
     samples: int = 0
@@ -115,7 +117,7 @@ def tune(
 ) -> TuneResult:
     """Train the stages one after the other; called again with the same arguments, go on where an earlier call stopped.
 
-    The loss is the mean over the assistant's words of a whole batch, however it is cut into micro-batches and ranks.
+    The loss is the mean over the assistant's words of a whole batch, however it is cut into micro-batches.
 
     Args:
         model: what `build` or `load` gave; changed in place.
@@ -128,11 +130,15 @@ def tune(
     Raises:
         ConfigError: if the directory holds a run of another config or other data.
         EngineError: if losses stay non-finite, or what was saved is not what was trained.
-        UnsupportedError: for ZeRO stages above 0, and for a model that has adapters already.
+        UnsupportedError: for several processes, ZeRO stages above 0, and a model that has adapters already.
     """
     if config.engine.zero_stage != 0:
         raise UnsupportedError(
             "tuning shards no weights yet", remedy="set engine.zero_stage to 0", field="engine.zero_stage"
+        )
+    if (processes := read_launch().world_size) > 1:
+        raise UnsupportedError(
+            f"tuning runs in one process, and {processes} were launched", remedy="launch one process"
         )
     base = base_of(model)
     if has_adapter(base):
@@ -147,11 +153,15 @@ def tune(
     rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit)
     _claim(folder, config, rows)
     features = Features(base, processor, pictures, config.feature_cache_mb)
-    run = _Run(config, folder, rows, features, int(processor.tokenizer.pad_token_id), list(callbacks))
-    run.callbacks.append(JsonlWriter(folder / "events.jsonl"))
     total = sum(stage.steps for stage in config.stages)
     tuned: Any = base
-    with Progress("tune", total) as bar, thread_limit(config.engine.threads), torch.random.fork_rng():
+    with (
+        JsonlWriter(folder / "events.jsonl") as log,
+        Progress("tune", total) as bar,
+        thread_limit(config.engine.threads),
+        torch.random.fork_rng(),
+    ):
+        run = _Run(config, folder, rows, features, int(processor.tokenizer.pad_token_id), log, [*callbacks, log])
         run.callbacks.append(lambda event: bar.advance(loss=event.loss) if isinstance(event, StepDone) else None)
         for number, stage in enumerate(config.stages):
             tuned = prepare(base, stage, config.seed)
@@ -197,6 +207,8 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForCo
     done = _restore(folder, engine)
     run.step += done
     run.parameters.append(table(engine.module))
+    if 0 < done < stage.steps:
+        run.log.truncate_after(run.step)  # what came after the checkpoint is told again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))
     losses: list[float] = []
     bad_in_a_row = 0
@@ -204,7 +216,7 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForCo
         began = time.perf_counter()
         chosen = batch_at(run.rows, stage.batch_size, step, f"{config.seed} {number}")
         rate = stage.learning_rate * factor(schedule, step)
-        torch.manual_seed(_dropout_seed(config.seed, number, step, engine.rank))
+        torch.manual_seed(_dropout_seed(config.seed, number, step))
         loss = _accumulate(run, engine, chosen, stage.micro_batch or len(chosen))
         norm = engine.step(rate)
         run.step += 1
@@ -217,14 +229,15 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForCo
                     remedy="lower the learning rate, or use engine.precision='fp32'",
                     field=f"stages.{number}.learning_rate",
                 )
-            continue
-        bad_in_a_row = 0
-        run.samples += sum(row.samples for row in chosen)
-        run.tokens += sum(len(row.ids) for row in chosen)
-        losses.append(loss)
-        seconds = time.perf_counter() - began
-        run.emit(StepDone(run.step, loss, {stage.stage: loss}, rate, norm, run.samples, 0, seconds, 0.0))
-        if (step + 1) % config.engine.checkpoint_every == 0 or step + 1 == stage.steps:
+        else:
+            bad_in_a_row = 0
+            run.samples += sum(row.samples for row in chosen)
+            run.tokens += sum(len(row.ids) for row in chosen)
+            losses.append(loss)
+            seconds = time.perf_counter() - began
+            run.emit(StepDone(run.step, loss, {stage.stage: loss}, rate, norm, run.samples, 0, seconds, 0.0))
+        due = (step + 1) % config.engine.checkpoint_every == 0 and bad_in_a_row == 0
+        if due or step + 1 == stage.steps:
             saved = save_checkpoint(
                 folder,
                 step + 1,
@@ -247,29 +260,21 @@ def _restore(folder: Path, engine: Engine) -> int:
     return int(state["step"])
 
 
-def _dropout_seed(seed: int, stage: int, step: int, rank: int) -> int:
+def _dropout_seed(seed: int, stage: int, step: int) -> int:
     """Dropout as a function of the step alone, so that a resumed run needs no generator state of any device."""
-    return random.Random(f"{seed} {stage} {step} {rank}").getrandbits(63)
+    return random.Random(f"{seed} {stage} {step}").getrandbits(63)
 
 
 def _accumulate(run: _Run, engine: Engine, chosen: Sequence[Row], micro: int) -> float:
-    """Forward and backward over the rows of one step; returns the mean loss over this rank's answer tokens."""
+    """Forward and backward over the rows of one step; returns the mean loss over their answer tokens."""
     tokens = sum(row.trained_tokens for row in chosen)
-    mine = chosen[engine.rank :: engine.world_size]
-    if not mine:
-        raise ConfigError(
-            f"a batch of {len(chosen)} rows leaves rank {engine.rank} without one",
-            remedy="raise batch_size",
-            field="batch_size",
-        )
     total = 0.0
-    for start in range(0, len(mine), micro):
-        rows = mine[start : start + micro]
-        summed: Tensor = engine.forward(*_inputs(collate(rows, run.pad), run.features, engine.device))
-        # engines average over ranks: the mean over all tokens of all ranks is the sum over tokens / world size
-        engine.backward(summed * (engine.world_size / tokens), last=start + micro >= len(mine))
+    for start in range(0, len(chosen), micro):
+        batch = collate(chosen[start : start + micro], run.pad)
+        summed: Tensor = engine.forward(*_inputs(batch, run.features, engine.device))
+        engine.backward(summed / tokens, last=start + micro >= len(chosen))
         total += float(summed.detach())
-    return total / sum(row.trained_tokens for row in mine)
+    return total / tokens
 
 
 def _inputs(batch: Batch, features: Features, device: torch.device) -> tuple[Tensor, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole product on real data: distil, plug into a language model, export, show. Stopped, it goes on where it was."""
+"""The whole product on real data: distil, plug into a language model, export, show. Stopped, it goes on from there."""
 
 from __future__ import annotations
 

@@ -139,7 +139,9 @@ def _zero_shot(settings: Settings, box: Box, count: int = 12) -> list[ZeroShotEx
 
 
 def _answers(samples: list[dict[str, Any]], count: int = 16) -> list[VlmSample]:
-    drawn = random.Random(0).sample(samples, min(count, len(samples)))
+    captions = [s for s in samples if s["kind"] == "caption"]
+    answers = [s for s in samples if s["kind"] != "caption"]
+    drawn = random.Random(0).sample(answers, min(count, len(answers))) + captions
     return [VlmSample(_open(s["image"]), s["question"], s["said"], s["truth"], s["right"]) for s in drawn]
 
 

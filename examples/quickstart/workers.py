@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several runs side by side, each a process of the `aced` command with one compute thread, so that they do not fight."""
+"""Several runs side by side, each a process of the `aced` command with one compute thread; more would only fight."""
 
 from __future__ import annotations
 

@@ -269,6 +269,8 @@ def test_a_run_that_was_killed_goes_on_at_the_very_step(folders: tuple[Path, Pat
     cut_model, _ = vlm.build(*folders)
     rest = vlm.tune(cut_model, processor, samples(), plan, directory=tmp_path / "cut")
     assert sum(len(losses) for losses in rest.losses) == 5 - stop
+    events = [json.loads(line) for line in (tmp_path / "cut" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step_done"] == [1, 2, 3, 4, 5]
     expected, got = base_of(whole.model).state_dict(), base_of(rest.model).state_dict()
     assert expected.keys() == got.keys()
     for name, value in expected.items():

@@ -99,10 +99,15 @@ def test_another_config_or_other_data_do_not_go_on(model: Any, folders: tuple[Pa
         vlm.tune(*model, samples(1), vlm.TuneConfig(stages=[vlm.Align(steps=1)]), directory=tmp_path)
 
 
-def test_known_limits_are_told_before_the_start(model: Any, tmp_path: Path) -> None:
+def test_known_limits_are_told_before_the_start(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded = config(engine=Engine(kind="deepspeed", zero_stage=3))
     with pytest.raises(UnsupportedError, match=r"field: engine\.zero_stage"):
         vlm.tune(*model, samples(), sharded, directory=tmp_path / "a")
+    with monkeypatch.context() as launched:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+            launched.setenv(name, value)
+        with pytest.raises(UnsupportedError, match="2 were launched"):
+            vlm.tune(*model, samples(), config(), directory=tmp_path / "a")
     result = vlm.tune(*model, samples(), config(), directory=tmp_path / "b")
     with pytest.raises(UnsupportedError, match="has adapters already"):
         vlm.tune(result.model, model[1], samples(), config(), directory=tmp_path / "c")
