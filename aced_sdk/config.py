@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aced_sdk.errors import ConfigError
+from aced_sdk.files import whole_file
 
 
 class Config(BaseModel):
@@ -38,6 +38,28 @@ class Config(BaseModel):
         """
         values = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
         return type(self)(**(values | changes))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a config from YAML.
+
+        Raises:
+            ConfigError: if the file is missing, is not YAML, or holds a mistake (the field is named).
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="check the path") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not YAML: {error}", remedy="correct the file") from None
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise ConfigError(f"{path} does not hold a mapping of fields", remedy="write `field: value` lines")
+        return cls(**values)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write every value, defaults too, so that the file still means the same under later defaults."""
+        with whole_file(Path(path)) as temporary:
+            temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
     def hash(self) -> str:
         """Twelve hex digits that change when any value changes."""
@@ -373,42 +395,3 @@ class DistillConfig(Config):
         if not self.objective.needs_teacher:
             return None
         return self.teacher or self.reference
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Read a config.
-
-        Raises:
-            ConfigError: if the file is missing, is not YAML, or holds a mistake (the field is named).
-        """
-        return cls(**read_yaml(path))
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Write every value, defaults too, so that the file still means the same under later defaults."""
-        write_yaml(path, self)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-        ConfigError: if it is missing, is not YAML or is no mapping.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="check the path") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}", remedy="correct the file") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path} does not hold a mapping of fields", remedy="write `field: value` lines")
-    return values
-
-
-def write_yaml(path: str | Path, config: Config) -> None:
-    """Write a config as YAML, whole or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    temporary.replace(target)

@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from aced_sdk.cache import EmbeddingCache, default_directory, write_cache
-from aced_sdk.config import Data, DistillConfig, write_yaml
+from aced_sdk.config import Data, DistillConfig
 from aced_sdk.data import Pool
 from aced_sdk.engine import Callback, step_of
 from aced_sdk.engine.events import Evaluated, Event
@@ -45,7 +45,7 @@ def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
             field="directory",
         )
     try:
-        write_yaml(config.directory / CONFIG, config)
+        config.to_yaml(config.directory / CONFIG)
     except OSError as error:
         raise ConfigError(
             f"cannot write to {config.directory}: {error.strerror}",

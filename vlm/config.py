@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from aced_sdk.config import Config, Engine, read_yaml, write_yaml
+from aced_sdk.config import Config, Engine
 from aced_sdk.errors import ConfigError
 
 
@@ -84,16 +83,3 @@ class TuneConfig(Config):
         if any(stage.stage == "adapt" for stage in self.stages[:-1]):
             raise ConfigError("an Adapt stage must be the last", remedy="put it last, once", field="stages")
         return self
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Read a config.
-
-        Raises:
-            ConfigError: if the file is missing, is not YAML, or holds a mistake (the field is named).
-        """
-        return cls(**read_yaml(path))
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Write every value, defaults too, so that the file still means the same under later defaults."""
-        write_yaml(path, self)

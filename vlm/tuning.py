@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aced_sdk.config import Optimizer, Schedule, read_yaml
+from aced_sdk.config import Optimizer, Schedule
 from aced_sdk.engine import (
     Callback,
     Engine,
@@ -185,7 +186,12 @@ def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row]) -> None:
     if not target.is_file():
         write_json(target, mine)
         return
-    other = read_yaml(target)  # JSON is YAML, and this tells what is wrong with a torn file
+    try:
+        other = dict(json.loads(target.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{target} cannot be read: {error}", remedy="restore it, or name another directory", field="directory"
+        ) from None
     if different := [key for key in mine if other.get(key) != mine[key]]:
         raise ConfigError(
             f"{folder} holds a tuning run with other {', '.join(different)}",

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aced_sdk.config import write_yaml
 from aced_sdk.errors import ConfigError
 from aced_sdk.files import write_json
 from aced_sdk.reporting import Stages
@@ -64,7 +63,7 @@ def _claim(settings: Settings) -> None:
             remedy="remove the folder, or give another directory",
             field="directory",
         )
-    write_yaml(path, settings)
+    settings.to_yaml(path)
 
 
 class _Done:

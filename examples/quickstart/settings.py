@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import aced_sdk as aced
-from aced_sdk.config import Config, Curation, read_yaml
+from aced_sdk.config import Config, Curation
 from aced_sdk.errors import ConfigError
 
 SHARE = 0.2  # 1 - f: what is trained of what is drawn
@@ -64,11 +64,6 @@ class Settings(Config):
             ),
             engine=aced.Engine(kind="deepspeed", checkpoint_every=40),
         )
-
-    @classmethod
-    def from_yaml(cls, path: Path) -> Self:
-        """Read settings that a demo was started with."""
-        return cls(**read_yaml(path))
 
 
 FULL = Settings(

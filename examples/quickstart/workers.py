@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import aced_sdk as aced
-from aced_sdk.config import write_yaml
 from aced_sdk.errors import EngineError
 from aced_sdk.reporting import read_events
 
@@ -63,7 +62,7 @@ class _Process:
             command = ["resume", str(directory)]
         else:
             target = directory.with_suffix(".yaml")
-            write_yaml(target, config)
+            config.to_yaml(target)
             command = ["distill", str(target)]
         self.log = directory.with_suffix(".log")
         self.events = directory / "events.jsonl"
