@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ConfigFile = Annotated[Path, typer.Argument(help="a DistillConfig as YAML")]
-Folder = Annotated[Path, typer.Argument(help="folder of a run or of a student")]
+RunFolder = Annotated[Path, typer.Argument(help="folder of a run")]
 
 
 @app.command()
@@ -29,14 +29,12 @@ def distill(config: ConfigFile) -> None:
     """Distil a student, and save it under the run's directory."""
     import aced_sdk
 
-    settings = aced_sdk.DistillConfig.from_yaml(config)
-    typer.echo(str(aced_sdk.plan(settings)), err=True)
-    run = aced_sdk.distill(settings)
+    run = aced_sdk.distill(aced_sdk.DistillConfig.from_yaml(config))
     typer.echo(json.dumps({"directory": str(run.directory), "step": run.step} | run.metrics))
 
 
 @app.command()
-def resume(directory: Folder) -> None:
+def resume(directory: RunFolder) -> None:
     """Go on with a run from its newest checkpoint."""
     import aced_sdk
 
@@ -61,7 +59,7 @@ def cache(
 
 @app.command()
 def evaluate(
-    student: Folder,
+    student: Annotated[Path, typer.Argument(help="folder of a student")],
     data_root: Annotated[Path, typer.Option(help="folder with one folder per task")],
     tasks: Annotated[str, typer.Option(help="comma-separated task names")] = "stable_eval",
 ) -> None:
@@ -80,7 +78,7 @@ def plan(config: ConfigFile) -> None:
 
 
 @app.command()
-def report(directory: Folder) -> None:
+def report(directory: RunFolder) -> None:
     """Write a run's report.html from its events."""
     import aced_sdk
 

@@ -342,13 +342,13 @@ class Engine(Config):
 
 
 class Evaluation(Config):
-    """Periodic evaluation while training; 0 leaves it out."""
+    """Evaluation on held-out tasks while training and at its end; no tasks, none."""
 
     tasks: tuple[str, ...] = ()
     data_root: Path | None = Field(
         None, description="folder with one folder per task, in CLIP_benchmark's WebDataset layout"
     )
-    every: int = Field(0, ge=0, description="steps between evaluations; 0: none while training")
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end alone")
 
     @model_validator(mode="after")
     def _root(self) -> Self:

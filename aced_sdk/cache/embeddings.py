@@ -19,7 +19,7 @@ from torch import Tensor
 from aced_sdk.config import Config, Data
 from aced_sdk.data import Decoding, Pool, check_bad
 from aced_sdk.errors import CacheError, ConfigError
-from aced_sdk.files import home, save_tensors, sha256, whole_file, write_json
+from aced_sdk.files import home, save_tensors, whole_file, write_json
 from aced_sdk.towers import DualEncoder, Embeddings
 
 
@@ -87,7 +87,7 @@ def write_cache(
         dim=encoder.embedding_dim,
         scale=encoder.scale,
         bias=encoder.bias,
-        shards=tuple((shard.name, sha256(shard)) for shard in pool.shards),
+        shards=_bound_shards(pool),
     )
     path = directory / "cache.json"
     if path.is_file():
@@ -149,7 +149,7 @@ def open_cache(directory: Path, fingerprint: str, pool: Pool) -> EmbeddingCache:
         CacheError: if it is of another model or of other shards, incomplete or torn.
     """
     manifest = read_manifest(directory)
-    expected = manifest.replace(model=fingerprint, shards=tuple((s.name, sha256(s)) for s in pool.shards))
+    expected = manifest.replace(model=fingerprint, shards=_bound_shards(pool))
     _check(manifest, expected, directory)
     parts = []
     for number, (shard, rows) in enumerate(pool.shard_rows()):
@@ -172,6 +172,10 @@ def read_manifest(directory: Path) -> CacheManifest:
         raise CacheError(
             f"{directory} is no embedding cache: {error}", remedy="make it with aced.cache_embeddings"
         ) from None
+
+
+def _bound_shards(pool: Pool) -> tuple[tuple[str, str], ...]:
+    return tuple(zip((shard.name for shard in pool.shards), pool.digests, strict=True))
 
 
 def _check(found: CacheManifest, expected: CacheManifest, directory: Path) -> None:

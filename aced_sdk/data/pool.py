@@ -64,12 +64,14 @@ class Pool:
         return len(self.samples)
 
     @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Hex digest of each shard's bytes, in order; read once."""
+        return tuple(sha256(shard) for shard in self.shards)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the shards' contents in order."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(sha256(shard).encode())
-        return digest.hexdigest()
+        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
 
     def shard_rows(self) -> Iterator[tuple[Path, range]]:
         """Each shard with its rows."""
@@ -136,13 +138,19 @@ def expand(shards: Sequence[str | Path]) -> list[Path]:
     """Tar files behind names, folders and brace patterns, in order.
 
     Raises:
-        DataError: if one does not exist.
+        DataError: if one does not exist, or braces do not match.
     """
     from braceexpand import braceexpand
 
     paths: list[Path] = []
     for shard in shards:
-        for name in braceexpand(str(shard)):
+        try:
+            names = list(braceexpand(str(shard)))
+        except ValueError as error:
+            raise DataError(
+                f"the braces of {shard} do not match: {error}", remedy="write {00000..00012}", field="data.shards"
+            ) from None
+        for name in names:
             path = Path(name).expanduser()
             if path.is_dir():
                 inside = sorted(path.glob("*.tar"))
@@ -180,7 +188,7 @@ def _index(path: Path, number: int) -> list[Sample]:
                 stream.seek(tar.offset)
                 if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("the end mark is missing")
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(
             f"the shard {path} is broken or cut off after {len(samples)} samples: {error}",
             remedy="fetch or write it again, or leave it out",

@@ -7,7 +7,7 @@ from torch import nn
 
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
-from aced_sdk.engine.base import Engine, thread_limit
+from aced_sdk.engine.base import Engine, pick_device, thread_limit
 from aced_sdk.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of
 from aced_sdk.engine.events import Callback, Event
 from aced_sdk.engine.launch import Launch, read_launch
@@ -55,6 +55,7 @@ __all__ = [
     "checkpoints",
     "factor",
     "load_checkpoint",
+    "pick_device",
     "read_launch",
     "save_checkpoint",
     "step_of",

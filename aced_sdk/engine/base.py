@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
+from aced_sdk.errors import EngineError
 
 
 class Engine(Protocol):
@@ -95,7 +96,15 @@ def precision(config: EngineConfig, device: torch.device) -> AbstractContextMana
 
 
 def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
-    """The device of this process."""
+    """The device of this process.
+
+    Raises:
+        EngineError: if CUDA is asked for and not there.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise EngineError(
+            "torch finds no CUDA device here", remedy="set engine.device to 'auto' or 'cpu'", field="engine.device"
+        )
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 

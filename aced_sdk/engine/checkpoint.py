@@ -67,7 +67,8 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[
         tensors = load_file(folder / "loop.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(
-            f"the checkpoint {folder} cannot be read: {error}", remedy="resume from an older checkpoint"
+            f"the checkpoint {folder} cannot be read: {error}",
+            remedy="remove that folder and resume: the next older checkpoint serves",
         ) from error
     engine.load(folder)
     return state, tensors

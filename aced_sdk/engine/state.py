@@ -45,7 +45,8 @@ def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise EngineError(
-            f"the checkpoint {folder} cannot be read: {error}", remedy="resume from an older checkpoint"
+            f"the checkpoint {folder} cannot be read: {error}",
+            remedy="remove that folder and resume: the next older checkpoint serves",
         ) from error
     expected = {(name, tensor.shape) for name, tensor in trainable_state(module).items()}
     found = {(name, tensor.shape) for name, tensor in weights.items()}

@@ -59,21 +59,21 @@ def main_metric(metrics: dict[str, float]) -> float:
 
 def evaluate(
     folder_or_model: str | PathLike[str] | DualEncoder,
-    tasks: Sequence[str] = ("stable_eval",),
+    tasks: str | Sequence[str] = ("stable_eval",),
     data_root: str | Path = ".",
 ) -> EvaluationReport:
     """Zero-shot classification and retrieval on held-out tasks.
 
     Args:
-        folder_or_model: a student's folder, or an encoder.
-        tasks: task names (folders under `data_root`), or `stable_eval` for the 27 of ACED.
+        folder_or_model: a student's folder, a hub name, or an encoder.
+        tasks: task names (folders under `data_root`) or one of them, or `stable_eval` for the 27 of ACED.
         data_root: tasks in CLIP_benchmark's WebDataset layout (`classnames.txt`, `test/*.tar` with KEY.png and KEY.cls;
             `dataset_type.txt` = retrieval with KEY.txt).
 
     Raises:
         EvaluationError: if a task is missing or has no usable sample.
     """
-    names = expand_names(list(tasks))
+    names = expand_names([tasks] if isinstance(tasks, str) else list(tasks))
     if not names:
         raise EvaluationError("no task is named", remedy="name tasks, or 'stable_eval'", field="tasks")
     encoder = folder_or_model if isinstance(folder_or_model, DualEncoder) else load(folder_or_model)

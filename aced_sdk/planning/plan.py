@@ -10,7 +10,7 @@ import torch
 
 from aced_sdk.config import DistillConfig, Frozen
 from aced_sdk.data import Pool
-from aced_sdk.engine import thread_limit
+from aced_sdk.engine import pick_device, thread_limit
 from aced_sdk.towers import DualEncoder, build, load
 
 
@@ -60,7 +60,7 @@ def plan(config: DistillConfig) -> Plan:
     steps, curation = config.schedule.steps, config.curation
     trained = steps * curation.sub_batch
     scored = steps * curation.candidates if curation.needs_student else 0
-    widths = {frozen.model: load(frozen.model).embedding_dim for frozen in _frozen(config)}
+    widths = {name: load(name).embedding_dim for name in sorted({frozen.model for frozen in _frozen(config)})}
     height, width = encoder.preprocess_config.size
     per_pair = 3 * height * width + 4 * encoder.context_length if config.data.prepared else 0
     disk = len(pool) * (per_pair + sum(2 * 2 * dim for dim in widths.values()))
@@ -84,13 +84,15 @@ def _frozen(config: DistillConfig) -> list[Frozen]:
 def _forward_seconds(encoder: DualEncoder, config: DistillConfig) -> float:
     """Seconds of one example's forward pass in a batch; the best of three."""
     count = min(64, config.curation.sub_batch)
-    images = torch.zeros(count, 3, *encoder.preprocess_config.size, dtype=torch.uint8)
-    tokens = encoder.tokenize(["a picture"]).repeat(count, 1)
+    device = pick_device(config.engine, 0)
+    encoder = encoder.to(device)
+    images = torch.zeros(count, 3, *encoder.preprocess_config.size, dtype=torch.uint8, device=device)
+    tokens = encoder.tokenize(["a picture"]).repeat(count, 1).to(device)
     best = float("inf")
     with torch.no_grad(), thread_limit(config.engine.threads):
         for _ in range(3):
             started = time.perf_counter()
-            encoder(images, tokens)
+            float(encoder(images, tokens).image.sum())  # a GPU answers before it is done; its number waits
             best = min(best, time.perf_counter() - started)
     return best / count
 

@@ -13,7 +13,7 @@ from aced_sdk.reporting.progress import Progress, first_rank
 
 
 class RunBar:
-    """Shows one bar at a time; off a terminal or on another rank it shows nothing."""
+    """Shows one bar at a time; off a terminal the plan alone, on another rank nothing."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -38,7 +38,7 @@ class RunBar:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            if "plan" in event.facts and first_rank() and sys.stderr.isatty():
+            if "plan" in event.facts and first_rank():
                 sys.stderr.write(f"{self.title}: {event.facts['plan']}\n")
             self._open(self.title, event.steps, "steps", event.step)
         elif isinstance(event, StepDone) and self._bar is not None:

@@ -270,15 +270,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: if the folder or the file is missing or is not what it should be.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError:
         raise ModelError(
             f"{folder} is no model folder: it has no {CONFIG}", remedy="name a saved student folder"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ModelError(f"{folder / CONFIG} is not JSON: {error}", remedy="restore the file") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
-        raise ModelError(f"{folder / CONFIG} has no model_cfg", remedy="restore the file")
+    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model_cfg, dict) or not all(
+        isinstance(model_cfg.get(tower), dict) for tower in ("vision_cfg", "text_cfg")
+    ):
+        raise ModelError(f"{folder / CONFIG} has no model_cfg with vision_cfg and text_cfg", remedy="restore the file")
     return config
 
 

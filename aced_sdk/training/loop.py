@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aced_sdk.cache import EmbeddingCache
-from aced_sdk.config import DistillConfig, Iid, StaticFilter
+from aced_sdk.config import DistillConfig
 from aced_sdk.curation import DrawStatistics, select
 from aced_sdk.data import SuperBatch, SuperBatches
 from aced_sdk.engine import Callback, Engine, factor, load_checkpoint, save_checkpoint
@@ -53,7 +53,7 @@ class Parts:
     Attributes:
         engine: holds a `Trainee`.
         batches: opens the stream of super-batches at a position.
-        reference: embeddings to select by, where the curation reads them.
+        reference: embeddings to select by in each step, where the curation reads them.
         teacher: embeddings to distil from, where the objective reads them.
         objective: embeddings of a sub-batch to its loss.
         statistics: draw counts of the pool.
@@ -95,7 +95,7 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
             waited = time.perf_counter() - started
 
             student = _score(super_batch, parts, config) if config.curation.needs_student else None
-            reference = parts.reference.rows(super_batch.rows, device) if parts.reference and _scores(config) else None
+            reference = parts.reference.rows(super_batch.rows, device) if parts.reference else None
             picked = select(config.curation, student, reference, parts.generator).cpu()
             batch = super_batch[picked]
             teacher = parts.teacher.rows(batch.rows, device) if parts.teacher else None
@@ -113,36 +113,33 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
             if not math.isfinite(norm):
                 bad_in_a_row += 1
                 _skip(config, parts, done.step, loss, bad_in_a_row)
-                continue
-            bad_in_a_row = 0
-            done = replace(done, trained=done.trained + len(batch))
-            parts.statistics.update(batch.rows)
-            if not isinstance(config.curation, Iid | StaticFilter):
-                parts.emit(_selected(done.step, batch, super_batch, parts))
-            parts.emit(
-                StepDone(
-                    step=done.step,
-                    loss=loss,
-                    parts={name: float(value) for name, value in terms.parts.items()},
-                    learning_rate=rate,
-                    gradient_norm=norm,
-                    trained=done.trained,
-                    scored=done.scored,
-                    seconds=time.perf_counter() - started,
-                    data_seconds=waited,
-                    scale=float(scale.detach()),
-                    bias=float(bias.detach()),
+            else:
+                bad_in_a_row = 0
+                done = replace(done, trained=done.trained + len(batch))
+                parts.statistics.update(batch.rows)
+                if len(super_batch) > len(batch):
+                    parts.emit(_selected(done.step, batch, super_batch, parts))
+                parts.emit(
+                    StepDone(
+                        step=done.step,
+                        loss=loss,
+                        parts={name: float(value) for name, value in terms.parts.items()},
+                        learning_rate=rate,
+                        gradient_norm=norm,
+                        trained=done.trained,
+                        scored=done.scored,
+                        seconds=time.perf_counter() - started,
+                        data_seconds=waited,
+                        scale=float(scale.detach()),
+                        bias=float(bias.detach()),
+                    )
                 )
-            )
-            if done.step % config.engine.checkpoint_every == 0 or done.step == config.schedule.steps:
+            regular = bad_in_a_row == 0 and done.step % config.engine.checkpoint_every == 0
+            if regular or done.step == config.schedule.steps:
                 parts.emit(_keep(config, parts, done))
     finally:
         batches.close()
     return done
-
-
-def _scores(config: DistillConfig) -> bool:
-    return config.curation.needs_reference and not isinstance(config.curation, StaticFilter)
 
 
 @torch.no_grad()
@@ -202,7 +199,8 @@ def _restore(folder: Path, parts: Parts) -> Progress:
     state, tensors = load_checkpoint(folder, parts.engine)
     parts.generator.set_state(tensors.pop("generator"))
     torch.set_rng_state(tensors.pop("torch"))
-    if "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("cuda"), parts.engine.device)
+    cuda = tensors.pop("cuda", None)
+    if cuda is not None and parts.engine.device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, parts.engine.device)
     parts.statistics.load_state_dict(tensors)
     return Progress(state["step"], state["position"], state["trained"], state["scored"])

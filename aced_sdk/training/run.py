@@ -110,7 +110,7 @@ def _start(
     parts = Parts(
         engine=build_engine(Trainee(encoder), config.engine, config.optimizer),
         batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
-        reference=reference,
+        reference=None if isinstance(config.curation, StaticFilter) else reference,  # it has filtered the rows already
         teacher=teacher,
         objective=build_objective(config.objective),
         statistics=DrawStatistics(len(pool)),

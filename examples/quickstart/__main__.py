@@ -12,10 +12,14 @@ from examples.quickstart.demo import run_demo
 from examples.quickstart.settings import FULL, Settings
 
 
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
 def main() -> int:
     """Run the demo, say where the page is; 1 if it had to stop."""
-    settings = FULL if os.environ.get("FULL") else Settings()
-    if os.environ.get("APT"):
+    settings = FULL if _asked("FULL") else Settings()
+    if _asked("APT"):
         settings = settings.replace(apt=True, directory=settings.directory.with_name(settings.directory.name + "-apt"))
     try:
         summary = run_demo(settings)

@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import write_json
+from aced_sdk.files import home, write_json
 from aced_sdk.reporting import Stages
 from aced_sdk.reporting.run_bar import RunBar
 from examples.quickstart import stages
+from examples.quickstart.box.fetch import locked
 from examples.quickstart.page import render_page
 from examples.quickstart.settings import Settings, methods
 
@@ -27,17 +30,18 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     """Run what is left of the demo; returns what summary.json holds.
 
     Raises:
-        ConfigError: if the directory holds a demo of other settings.
+        ConfigError: if the directory holds a demo of other settings, or one that is running.
         AcedError: whatever a stage may meet.
     """
     directory = settings.directory
-    _claim(settings)
-    with Stages(NAMES, title="demo", plain=True) as show:
+    with _alone(directory), Stages(NAMES, title="demo", plain=True) as show:
+        _claim(settings)
         done = _Done(directory / "stages")
         # The first two have their own caches; they are quick where those are filled.
         with show.stage("data", unit="parts"), RunBar("data") as inner:
             box, models = done.timed("data", lambda: stages.get_data(settings, inner.watch))
-        with show.stage("reference", unit="parts"), RunBar("reference") as inner:
+        # Demos of other settings share what this one keeps there.
+        with show.stage("reference", unit="parts"), RunBar("reference") as inner, locked(home()):
             reference = done.timed("reference", lambda: stages.get_reference(settings, box, models, inner.watch))
         total = settings.steps * len(settings.seeds) * (len(methods(settings)) + 1)
         with show.stage("distil", total) as bar:
@@ -53,6 +57,22 @@ def run_demo(settings: Settings) -> dict[str, Any]:
 
             render_page(summary, collect(settings, box, vlm, onnx), directory / "report.html")
     return summary
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the directory for this process; the lock ends with the process, however that ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process runs the demo in {directory}",
+                remedy="wait for it or stop it, then start again: finished work is kept",
+                field="directory",
+            ) from None
+        yield
 
 
 def _claim(settings: Settings) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from examples.quickstart.page import (
 from examples.quickstart.settings import SHARE, Settings
 from examples.quickstart.stages import zero_shot_of
 
+_APT_SOURCES = {"openclipart-svg": "openclipart", "tuxpaint-stamps-default": "tuxpaint"}
 LIMITS = (
     "These are pictograms and clip-art with short captions: nothing here supports a claim about photographs.",
     "Zero-shot is top-5 accuracy over three tasks, retrieval is recall at 5 in both directions on unseen concepts.",
@@ -50,6 +52,7 @@ def collect(settings: Settings, box: Box, vlm: dict[str, Any], onnx: dict[str, A
     }
     pool = Pool([box.pool])
     rows = box.manifest["rows"]["pool"]
+    rows_of = _rows_by_source([pool, Pool([box.trusted])])
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in rows["kinds"].items())
     return PageAssets(
         facts=[
@@ -69,11 +72,21 @@ def collect(settings: Settings, box: Box, vlm: dict[str, Any], onnx: dict[str, A
         vlm_samples=_answers(vlm["samples"]),
         onnx_files=_files(onnx),
         licences=[
-            LicenceRow(source["package"], source["version"], source["licence"], source.get("rows", 0))
+            LicenceRow(source["package"], source["version"], source["licence"], rows_of[_short(source["package"])])
             for source in box.manifest["sources"]
         ],
         limits=LIMITS,
     )
+
+
+def _rows_by_source(pools: list[Pool]) -> Counter[str]:
+    """Training rows of each source: pool and trusted pairs."""
+    return Counter(str(pool.metadata(row).get("source")) for pool in pools for row in range(len(pool)))
+
+
+def _short(package: str) -> str:
+    """The name by which rows call a package."""
+    return _APT_SOURCES.get(package, package.rsplit("/", 1)[-1])
 
 
 def _point(row: dict[str, Any]) -> CurvePoint:

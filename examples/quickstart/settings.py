@@ -40,10 +40,10 @@ class Settings(Config):
 
     directory: Path = Path("runs/demo")
     seeds: tuple[int, ...] = (0,)
-    steps: int = 250
+    steps: int = 230
     sub_batch: int = 256
     num_chunks: int = 16
-    evaluate_every: int = 50
+    evaluate_every: int = 46
     box: str = "small"
     apt: bool = False
     reference_steps: int = 400
@@ -110,7 +110,7 @@ def distil_config(
         reference=aced.Frozen(model=str(reference)),
         curation=curation,
         objective=objective,
-        optimizer=aced.Optimizer(learning_rate=2e-3, weight_decay=0.05),
+        optimizer=aced.Optimizer(learning_rate=1e-3, weight_decay=0.05),
         schedule=aced.Schedule(steps=settings.steps, warmup=0.1),
         engine=aced.Engine(kind="deepspeed", threads=1, scoring_batch=128, checkpoint_every=50),
         evaluation=aced.Evaluation(tasks=(*ZERO_SHOT, *RETRIEVAL), data_root=evaluation, every=settings.evaluate_every),

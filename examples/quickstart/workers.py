@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aced_sdk as aced
-from aced_sdk.errors import EngineError
+from aced_sdk.errors import ConfigError, EngineError
 from aced_sdk.reporting import read_events
 
 
@@ -26,10 +26,11 @@ def distil_all(configs: Sequence[aced.DistillConfig], processes: int, progress: 
         progress: hears how many steps were taken since it heard last.
 
     Raises:
+        ConfigError: if a directory holds a run of another config.
         EngineError: if a run fails; its last words are in the message.
     """
     waiting = [config for config in configs if not is_done(config)]
-    progress(sum(config.schedule.steps for config in configs if is_done(config)))
+    progress(sum(config.schedule.steps for config in configs if config not in waiting))
     running: list[_Process] = []
     try:
         while waiting or running:
@@ -46,11 +47,23 @@ def distil_all(configs: Sequence[aced.DistillConfig], processes: int, progress: 
 
 
 def is_done(config: aced.DistillConfig) -> bool:
-    """Whether a run of this very config has saved its student."""
+    """Whether a run of this config has saved its student and told so.
+
+    Raises:
+        ConfigError: if the directory holds a run of another config.
+    """
     written = config.directory / "config.yaml"
-    if not (config.directory / "student" / "aced.json").is_file() or not written.is_file():
+    if not written.is_file():
         return False
-    return aced.DistillConfig.from_yaml(written).hash() == config.hash()
+    if aced.DistillConfig.from_yaml(written).hash() != config.hash():
+        raise ConfigError(
+            f"{config.directory} holds a run of another config (other settings, version or ACED_HOME)",
+            remedy="remove the demo's folder and start again",
+            field="directory",
+        )
+    if not (config.directory / "student" / "aced.json").is_file():
+        return False
+    return any(row["event"] == "run_ended" for row in read_events(config.directory / "events.jsonl"))
 
 
 class _Process:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from aced_sdk import files
 from aced_sdk.errors import DataError
 
 from .sources import MODELS, Package
@@ -36,12 +37,7 @@ class PackageGoneError(FetchError):
 
 def home_folder(home: Path | None = None) -> Path:
     """The folder for downloads and results: the argument, else ACED_HOME, else the user's cache folder."""
-    if home is not None:
-        return home
-    if named := os.environ.get("ACED_HOME"):
-        return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "aced-sdk"
+    return files.home() if home is None else home
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class LicenceRow:
-    """One source of pictures or captions."""
+    """One source of pictures or captions; `rows` of it are trained on, 0 where it is for tests or captions alone."""
 
     source: str
     version: str
