@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from aced_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,12 +47,15 @@ def whole_file(target: Path) -> Iterator[Path]:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well; an older one is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    mark = f".{target.name}.{platform.node()}-"
+    _sweep(target.parent, mark)
+    prefix = f"{mark}{os.getpid()}."
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
     temporary.chmod(0o755)
     try:
         yield temporary
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=prefix, suffix=".old", dir=target.parent))
             os.replace(target, old / "folder")
             os.replace(temporary, target)
             shutil.rmtree(old)
@@ -56,6 +63,44 @@ def whole_folder(target: Path) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep(parent: Path, mark: str) -> None:
+    """Remove what killed processes of this machine left behind: their number stands in the name."""
+    for path in parent.iterdir():
+        number = path.name.removeprefix(mark).split(".")[0]
+        if path.name.startswith(mark) and number.isdigit() and not _alive(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def alone(directory: Path, what: str) -> Iterator[None]:
+    """Hold a folder for this process; the lock ends with the process, however that ends.
+
+    Raises:
+        ConfigError: if another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process works on {what} in {directory}",
+                remedy="wait for it or stop it, then start again: finished work is kept",
+                field="directory",
+            ) from None
+        yield
 
 
 def write_json(target: Path, value: Any) -> None:

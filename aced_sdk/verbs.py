@@ -15,6 +15,7 @@ from aced_sdk.engine import Callback, step_of
 from aced_sdk.engine.events import Evaluated, Event
 from aced_sdk.errors import ConfigError, EngineError
 from aced_sdk.evaluation import EvaluateEvery, evaluate, load_task
+from aced_sdk.files import alone
 from aced_sdk.planning import Plan, plan
 from aced_sdk.reporting import JsonlWriter, read_events, report
 from aced_sdk.reporting.run_bar import RunBar
@@ -79,7 +80,11 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
 
 def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None) -> Run:
     events = config.directory / "events.jsonl"
-    with JsonlWriter(events) as writer, RunBar(f"distil {config.directory.name}") as bar:
+    with (
+        alone(config.directory, "a run"),
+        JsonlWriter(events) as writer,
+        RunBar(f"distil {config.directory.name}") as bar,
+    ):
         writer.truncate_after(step_of(resume_from) if resume_from else -1)
         evaluated = {
             t: m for row in read_events(events) if row["event"] == "evaluated" for t, m in row["metrics"].items()
@@ -96,7 +101,7 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
             if not held_out.tasks or held_out.data_root is None:
                 return listeners
             tasks = [load_task(name, held_out.data_root, encoder) for name in held_out.tasks]
-            return [*listeners, EvaluateEvery(encoder, tasks, held_out.every or config.schedule.steps, listeners)]
+            return [EvaluateEvery(encoder, tasks, held_out.every or config.schedule.steps, listeners), *listeners]
 
         run = start(config, listen, resume_from, bar.watch, {"plan": str(plan(config))})
     return replace(run, metrics=run.metrics | {"evaluation": evaluated})

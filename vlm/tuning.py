@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -152,7 +153,7 @@ def tune(
     folder = Path(directory)
     limit = int(base.config.text_config.max_position_embeddings)
     rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit)
-    _claim(folder, config, rows)
+    _claim(folder, config, rows, base)
     features = Features(base, processor, pictures, config.feature_cache_mb)
     total = sum(stage.steps for stage in config.stages)
     tuned: Any = base
@@ -173,14 +174,15 @@ def tune(
     )
 
 
-def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row]) -> None:
-    """Bind the directory to this config and data, or refuse it."""
+def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row], base: LlavaForConditionalGeneration) -> None:
+    """Bind the directory to this config, data and vision tower, or refuse it."""
     mine = {
         "format": 1,
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "seed": config.seed,
         "share": config.share,
         "data": fingerprint(rows),
+        "tower": _digest(base.model.vision_tower),
     }
     target = folder / "tune.json"
     if not target.is_file():
@@ -200,6 +202,14 @@ def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row]) -> None:
         )
 
 
+def _digest(tower: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForConditionalGeneration) -> list[float]:
     """Take the steps of one stage that are left; returns their losses."""
     config = run.config
@@ -213,7 +223,7 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForCo
     done = _restore(folder, engine)
     run.step += done
     run.parameters.append(table(engine.module))
-    if 0 < done < stage.steps:
+    if done < stage.steps:
         run.log.truncate_after(run.step)  # what came after the checkpoint is told again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))
     losses: list[float] = []

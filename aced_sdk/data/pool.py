@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from aced_sdk.errors import DataError
 from aced_sdk.files import sha256
 
 IMAGES = frozenset({"png", "jpg", "jpeg", "webp", "bmp"})
+
+
+# What Pillow's decoders raise over damaged files.
+_BROKEN = (OSError, EOFError, ValueError, IndexError, struct.error, SyntaxError, Image.DecompressionBombError)
+_LONGEST = 200  # times the short side
 
 
 class UnusablePair(Exception):
@@ -106,8 +112,10 @@ class Pool:
             image = Image.open(io.BytesIO(self.read(row, extension) or b""))
             if image.width * image.height > max_pixels:
                 raise UnusablePair("too many pixels")
+            if max(image.size) > _LONGEST * min(image.size):
+                raise UnusablePair("too long and thin")  # resizing its short side would blow it up
             image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except _BROKEN as error:
             raise UnusablePair("unreadable picture") from error
         return image
 

@@ -39,7 +39,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     launch = Launch(
         number("RANK", "SLURM_PROCID", 0),
         number("LOCAL_RANK", "SLURM_LOCALID", 0),
-        number("WORLD_SIZE", "SLURM_NTASKS", 1),
+        number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1),
     )
     if not 0 <= launch.rank < launch.world_size:
         raise EngineError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from aced_sdk.engine.events import Callback, Evaluated, Event, RunStarted, StepDone
+from aced_sdk.engine.events import Callback, Evaluated, Event, RunEnded, RunStarted, StepDone
 from aced_sdk.errors import EvaluationError
 from aced_sdk.evaluation.metrics import run_task
 from aced_sdk.evaluation.tasks import STABLE_EVAL, Task, expand_names, load_task
@@ -82,7 +82,10 @@ def evaluate(
 
 
 class EvaluateEvery:
-    """A callback that evaluates the student in training every so many steps and tells the other callbacks."""
+    """A callback that evaluates the student every so many steps and at the end, and tells the other callbacks.
+
+    It stands before them, so that they hear the last figures before they hear that the run has ended.
+    """
 
     def __init__(self, encoder: DualEncoder, tasks: Sequence[Task], every: int, listeners: Sequence[Callback]) -> None:
         self.encoder = encoder
@@ -94,7 +97,8 @@ class EvaluateEvery:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._steps = event.steps
-        if isinstance(event, StepDone) and (event.step % self.every == 0 or event.step == self._steps):
+        periodic = isinstance(event, StepDone) and event.step % self.every == 0 and event.step < self._steps
+        if isinstance(event, StepDone | RunEnded) and (periodic or isinstance(event, RunEnded)):
             metrics = {task.name: run_task(self.encoder, task) for task in self.tasks}
             for listener in self.listeners:
                 listener(Evaluated(event.step, metrics, event.trained, event.scored))

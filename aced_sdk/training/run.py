@@ -17,14 +17,16 @@ from aced_sdk.cache import EmbeddingCache, default_directory, open_cache, write_
 from aced_sdk.config import DistillConfig, Frozen, StaticFilter
 from aced_sdk.curation import DrawStatistics, static_filter
 from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
+from aced_sdk.data.source import Rows
 from aced_sdk.engine import Callback, build_engine, checkpoints, read_launch, step_of, thread_limit
-from aced_sdk.engine.events import RunEnded, RunStarted
+from aced_sdk.engine.events import RunEnded, RunStarted, Warned
 from aced_sdk.errors import CacheError, ConfigError, DataError, UnsupportedError
 from aced_sdk.objectives import build_objective
 from aced_sdk.towers import DualEncoder, build, load, save
 from aced_sdk.training.loop import Parts, Trainee, train
 
 CONFIG = "config.yaml"
+_SKIPPED = "look at the shards; data.max_bad_fraction bounds how many may be left out"
 Watch = Callable[[str, int, int], None]
 
 
@@ -104,7 +106,9 @@ def _start(
         )
     else:
         source = Decoding(pool, encoder, config.data)
-    rows = _rows(config, pool, source, reference, [cache for cache in (reference, teacher) if cache is not None])
+    rows = _usable(config, pool, source, [cache for cache in (reference, teacher) if cache is not None])
+    usable = len(rows)
+    rows = _drawable(config, rows, reference)
     bad = known_bad(pool)
     generator = torch.Generator().manual_seed(config.seed + 1)
     parts = Parts(
@@ -125,7 +129,12 @@ def _start(
         "parameters": sum(p.numel() for p in encoder.parameters()),
     }
     parts.emit(RunStarted(step_of(resume_from) if resume_from else 0, config.schedule.steps, config.hash(), facts))
+    if usable < len(pool) and resume_from is None:
+        parts.emit(Warned(0, f"{len(pool) - usable} of {len(pool)} pairs are unusable and left out", _SKIPPED))
     done = train(config, parts, resume_from)
+    if isinstance(source, Decoding) and source.bad:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in source.bad.most_common())
+        parts.emit(Warned(done.step, f"pairs were skipped as they were read: {reasons}", _SKIPPED))
     encoder.eval()
     save(encoder, config.directory / "student", facts=student_facts(config, done.trained, done.scored))
     parts.emit(RunEnded(done.step, time.perf_counter() - started, done.trained, done.scored))
@@ -168,14 +177,8 @@ def known_bad(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
     return np.array([mark is True for mark in marks])
 
 
-def _rows(
-    config: DistillConfig,
-    pool: Pool,
-    source: Source,
-    reference: EmbeddingCache | None,
-    caches: list[EmbeddingCache],
-) -> Any:
-    """Rows that may be drawn: usable in the source and in every cache; for a static filter only the top share."""
+def _usable(config: DistillConfig, pool: Pool, source: Source, caches: list[EmbeddingCache]) -> Rows:
+    """Rows that are usable in the source and in every cache."""
     rows, total = source.usable(), len(pool)
     for cache in caches:
         rows = rows[cache.usable.numpy()[rows]]
@@ -185,6 +188,11 @@ def _rows(
             remedy="mend the shards, or raise the bound if that is expected",
             field="data.max_bad_fraction",
         )
+    return rows
+
+
+def _drawable(config: DistillConfig, rows: Rows, reference: EmbeddingCache | None) -> Rows:
+    """Rows that may be drawn: for a static filter only the top share."""
     if isinstance(config.curation, StaticFilter) and reference is not None:
         embeddings = reference.rows(torch.from_numpy(rows), torch.device("cpu"))
         kept = static_filter(embeddings, config.curation.share, config.curation.loss)

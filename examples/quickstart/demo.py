@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import home, write_json
+from aced_sdk.files import alone, home, write_json
 from aced_sdk.reporting import Stages
 from aced_sdk.reporting.run_bar import RunBar
 from examples.quickstart import stages
@@ -34,7 +32,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
         AcedError: whatever a stage may meet.
     """
     directory = settings.directory
-    with _alone(directory), Stages(NAMES, title="demo", plain=True) as show:
+    with alone(directory, "the demo"), Stages(NAMES, title="demo", plain=True) as show:
         _claim(settings)
         done = _Done(directory / "stages")
         # The first two have their own caches; they are quick where those are filled.
@@ -57,22 +55,6 @@ def run_demo(settings: Settings) -> dict[str, Any]:
 
             render_page(summary, collect(settings, box, vlm, onnx), directory / "report.html")
     return summary
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Hold the directory for this process; the lock ends with the process, however that ends."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process runs the demo in {directory}",
-                remedy="wait for it or stop it, then start again: finished work is kept",
-                field="directory",
-            ) from None
-        yield
 
 
 def _claim(settings: Settings) -> None:

@@ -125,9 +125,15 @@ def _moments(events: list[dict[str, Any]], pool: Pool, steps: int, count: int = 
                 event["step"],
                 [_thumb(pool, row) for row in draw.sample(event["picked"], count)],
                 [_thumb(pool, row) for row in draw.sample(passed, count)],
+                _noisy_share(pool, event["picked"]),
+                _noisy_share(pool, passed),
             )
         )
     return moments
+
+
+def _noisy_share(pool: Pool, rows: list[int]) -> float:
+    return sum(pool.metadata(row).get("noisy") is True for row in rows) / len(rows)
 
 
 def _thumb(pool: Pool, row: int) -> Thumb:

@@ -40,15 +40,15 @@ class Settings(Config):
 
     directory: Path = Path("runs/demo")
     seeds: tuple[int, ...] = (0,)
-    steps: int = 230
+    steps: int = 200
     sub_batch: int = 256
     num_chunks: int = 16
-    evaluate_every: int = 46
+    evaluate_every: int = 40
     box: str = "small"
     apt: bool = False
     reference_steps: int = 400
     align_steps: int = 20
-    adapt_steps: int = 150
+    adapt_steps: int = 130
     questions: int = 210
     processes: int = 2
 

@@ -82,7 +82,7 @@ def made_up_assets() -> PageAssets:
     return PageAssets(
         facts=[("Pool", "13,500 pairs"), ("Shuffled captions", "50 %"), ("Machine", "2 cores")],
         curves=curves,
-        selection=[SelectionMoment(step, thumbs(step, 5), thumbs(step + 1, 2)) for step in (10, 150, 300)],
+        selection=[SelectionMoment(step, thumbs(step, 5), thumbs(step + 1, 2), 0.3, 0.6) for step in (10, 150, 300)],
         noise_curve={
             name: [(30 * n, 0.5 - 0.015 * n, 0.5) for n in range(11)] for name in ("i_acid", "h_acid", "aced")
         },

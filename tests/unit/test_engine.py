@@ -90,12 +90,13 @@ def test_schedule_shapes(schedule: Schedule, expected: dict[int, float]) -> None
 
 
 def test_the_launch_is_read_from_torchrun_or_slurm() -> None:
-    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
     assert read_launch({}) == Launch(0, 0, 1)
     assert read_launch({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}) == Launch(2, 0, 4)
     assert read_launch(slurm) == Launch(3, 1, 4)
     assert read_launch(slurm | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}) == Launch(0, 0, 1)
-    assert read_launch({"SLURM_NTASKS": "4"}) == Launch(0, 0, 1)  # inside an allocation, but not a task of it
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}  # inside an allocation, but not a task that srun began
+    assert read_launch(batch_script) == Launch(0, 0, 1)
     for broken in ({"RANK": "x"}, {"RANK": "1"}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}):
         with pytest.raises(EngineError):
             read_launch(broken)

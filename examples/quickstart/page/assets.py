@@ -37,11 +37,16 @@ class Thumb:
 
 @dataclass(frozen=True)
 class SelectionMoment:
-    """A draw from what one super-batch gave: pairs trained on, and pairs passed over."""
+    """A draw from what one super-batch gave: pairs trained on, and pairs passed over.
+
+    `noisy_selected` and `noisy_passed` are the shares of shuffled captions among all of them, not only those shown.
+    """
 
     step: int
     selected: Sequence[Thumb]
     passed: Sequence[Thumb]
+    noisy_selected: float
+    noisy_passed: float
 
 
 @dataclass(frozen=True)
