@@ -21,7 +21,7 @@ STUDENT: dict[str, Any] = {
 ZERO_SHOT = ("unseen_style_twemoji", "unseen_style_openmoji", "unseen_concept")
 RETRIEVAL = ("retrieval_unseen_concept",)
 QUESTIONS = ("colour", "group", "yes_no")  # scored; names are learned from a few pictures and shown as captions
-CAPTIONS = 400
+CAPTIONS = 200
 
 
 class Settings(Config):

@@ -15,6 +15,7 @@ from typing import Any
 import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.data import Pool, prepare
+from aced_sdk.engine import thread_limit
 from aced_sdk.errors import EngineError
 from aced_sdk.files import home, whole_folder
 from examples.quickstart.box import Box, BoxConfig, build_box, fetch_models
@@ -182,7 +183,8 @@ def export_onnx(settings: Settings, box: Box, advance: Advance) -> dict[str, Any
     import export
 
     student, folder = settings.directory / "student", settings.directory / "onnx"
-    report = export.to_onnx(student, folder)
+    with thread_limit(1):  # one thread for torch and for onnxruntime: latencies side by side
+        report = export.to_onnx(student, folder)
     advance(2)
     tasks = ",".join(ZERO_SHOT)
     torch_figures = aced.evaluate(student, ZERO_SHOT, box.evaluation).tasks

@@ -22,6 +22,7 @@ from aced_sdk.config import DistillConfig
 from aced_sdk.engine import checkpoints, step_of
 from aced_sdk.engine.events import Event, StepDone, StepSkipped
 from aced_sdk.errors import CacheError, ConfigError, DataError, EngineError, ModelError, UnsupportedError
+from aced_sdk.reporting import read_events
 from aced_sdk.training import run as room
 
 
@@ -96,6 +97,16 @@ def test_single_bad_pairs_are_replaced(tmp_path: Path) -> None:
     assert len(seen) == 96
     assert not set(seen) & set(bad)
     assert len(set(seen)) == 59
+    warned = [row for row in read_events(tmp_path / "run" / "events.jsonl") if row["event"] == "warned"]
+    assert "pairs were skipped" in warned[-1]["cause"]
+    assert "pairs were skipped" in aced.report(tmp_path / "run").read_text(encoding="utf-8")
+
+
+def test_what_was_left_out_beforehand_is_told(tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool", pairs=64, broken={5: {"png": b"?", "txt": b"x"}})
+    aced.distill(iid(tmp_path / "run", pool, prepared=tmp_path / "p", max_bad_fraction=0.2))
+    first = next(row for row in read_events(tmp_path / "run" / "events.jsonl") if row["event"] == "warned")
+    assert first["cause"] == "1 of 64 pairs are unusable and left out"
 
 
 @pytest.mark.parametrize("prepared", [False, True])

@@ -65,10 +65,11 @@ def without_key_biases(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def told(directory: Path) -> list[dict[str, Any]]:
-    """The event log, without what a clock says and without the marks of a start."""
+    """The event log, without what a clock says, the marks of a start, and what each process met while reading ahead."""
     rows = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    own = ("run_started", "warned")
     clocks = ("seconds", "data_seconds", "directory")
-    return [{k: v for k, v in row.items() if k not in clocks} for row in rows if row["event"] != "run_started"]
+    return [{k: v for k, v in row.items() if k not in clocks} for row in rows if row["event"] not in own]
 
 
 def break_off_at(step: int) -> Any:

@@ -109,6 +109,15 @@ def test_reasons_of_unusable_pairs(broken_pool: Pool) -> None:
     assert broken_pool.image(0, max_pixels=20 * 18).size == (20, 18)
 
 
+def test_a_picture_as_thin_as_a_thread_is_unusable(tmp_path: Path) -> None:
+    # Resizing its short side would make millions of pixels of a few thousand.
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 5000)).save(buffer, format="PNG")
+    write_tar(tmp_path / "0.tar", [{"png": buffer.getvalue(), "txt": b"a thread"}])
+    with pytest.raises(UnusablePair, match="too long and thin"):
+        Pool([tmp_path]).image(0, 10**6)
+
+
 @given(
     count=st.integers(1, 40),
     seed=st.integers(0, 2**32),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tiny import encoder, picture, write_tar
 
 import aced_sdk as aced
-from aced_sdk.engine.events import Evaluated, Event, RunStarted, StepDone
+from aced_sdk.engine.events import Evaluated, Event, RunEnded, RunStarted, StepDone
 from aced_sdk.errors import EvaluationError
 from aced_sdk.evaluation import (
     STABLE_EVAL,
@@ -182,6 +182,7 @@ def test_the_callback_evaluates_every_so_many_steps_and_at_the_end(tmp_path: Pat
         callback(StepDone(step, 1.0, {}, 0.1, 1.0, step * 8, step * 16, 0.1, 0.0))
     assert tower.training
     tower.eval()
+    callback(RunEnded(7, 1.0, 56, 112))
     assert [event.step for event in heard] == [3, 6, 7]
     last = heard[-1]
     assert isinstance(last, Evaluated)
