@@ -31,10 +31,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, dict[str, 
     settings = Settings(
         directory=tmp_path_factory.mktemp("demo") / "demo",
         box="slice",
-        steps=8,
+        seeds=(0, 1),
+        steps=6,
         sub_batch=32,
         num_chunks=8,
-        evaluate_every=4,
+        evaluate_every=3,
         reference_steps=20,
         align_steps=2,
         adapt_steps=2,
@@ -53,6 +54,7 @@ def test_summary_holds_every_figure(demo: tuple[Settings, dict[str, Any]]) -> No
         assert figures["scored"] == (drawn if name in ("h_acid", "aced") else 0)
         assert 0 <= figures["zero_shot"] <= 1
         assert 0 <= figures["retrieval"] <= 1
+        assert figures["zero_shot_deviation"] >= 0
     assert [sample["kind"] != "caption" for sample in summary["vlm"]["samples"]].count(True) == 8
     assert summary["onnx"]["max_abs_diff"] < 1e-4
     assert summary["onnx"]["zero_shot_onnx"] == pytest.approx(summary["onnx"]["zero_shot_torch"], abs=1e-6)
