@@ -90,6 +90,9 @@ def _start(
     torch.manual_seed(config.seed)
     pool = Pool(config.data.shards)
     encoder = build(config.student, config.seed)
+    # What a config can get wrong is told before hours of caching.
+    objective = build_objective(config.objective)
+    callbacks = list(listen(encoder))
     reference = frozen_embeddings(config.reference, pool, config, watch) if config.curation.needs_reference else None
     teacher_model = config.effective_teacher
     if teacher_model is None:
@@ -116,11 +119,11 @@ def _start(
         batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
         reference=None if isinstance(config.curation, StaticFilter) else reference,  # it has filtered the rows already
         teacher=teacher,
-        objective=build_objective(config.objective),
+        objective=objective,
         statistics=DrawStatistics(len(pool)),
         bad=None if bad is None else torch.from_numpy(bad),
         generator=generator,
-        callbacks=list(listen(encoder)),
+        callbacks=callbacks,
     )
     encoder.train()
     facts = facts | {

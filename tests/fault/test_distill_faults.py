@@ -21,7 +21,15 @@ from aced_sdk import towers
 from aced_sdk.config import DistillConfig
 from aced_sdk.engine import checkpoints, step_of
 from aced_sdk.engine.events import Event, StepDone, StepSkipped
-from aced_sdk.errors import CacheError, ConfigError, DataError, EngineError, ModelError, UnsupportedError
+from aced_sdk.errors import (
+    CacheError,
+    ConfigError,
+    DataError,
+    EngineError,
+    EvaluationError,
+    ModelError,
+    UnsupportedError,
+)
 from aced_sdk.reporting import read_events
 from aced_sdk.training import run as room
 
@@ -122,6 +130,17 @@ def test_too_many_bad_pairs_stop_the_run(tmp_path: Path, prepared: bool) -> None
     for attempt in range(2):  # the second finds the cache complete, and must stop all the same
         with pytest.raises(DataError, match="16 of 64 pairs are unusable"):
             aced.distill(distillation(tmp_path / f"aced{attempt}", pool, tmp_path / "reference"))
+
+
+def test_a_missing_task_is_told_before_anything_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACED_HOME", str(tmp_path / "home"))
+    pool = write_pool(tmp_path / "pool", pairs=64)
+    towers.save(encoder(1), tmp_path / "reference")
+    held_out = aced.Evaluation(tasks=("nothing",), data_root=tmp_path / "pool")
+    made = distillation(tmp_path / "run", pool, tmp_path / "reference").replace(evaluation=held_out)
+    with pytest.raises(EvaluationError, match="no task 'nothing'"):
+        aced.distill(made)
+    assert not list(tmp_path.rglob("part-*.safetensors"))
 
 
 # -- steps --------------------------------------------------------------------------------------------------------
