@@ -97,8 +97,12 @@ class EvaluateEvery:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._steps = event.steps
-        periodic = isinstance(event, StepDone) and event.step % self.every == 0 and event.step < self._steps
-        if isinstance(event, StepDone | RunEnded) and (periodic or isinstance(event, RunEnded)):
-            metrics = {task.name: run_task(self.encoder, task) for task in self.tasks}
-            for listener in self.listeners:
-                listener(Evaluated(event.step, metrics, event.trained, event.scored))
+        if isinstance(event, StepDone) and event.step % self.every == 0 and event.step < self._steps:
+            self._tell(event)
+        if isinstance(event, RunEnded):
+            self._tell(event)
+
+    def _tell(self, event: StepDone | RunEnded) -> None:
+        metrics = {task.name: run_task(self.encoder, task) for task in self.tasks}
+        for listener in self.listeners:
+            listener(Evaluated(event.step, metrics, event.trained, event.scored))

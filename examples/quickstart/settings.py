@@ -21,7 +21,7 @@ STUDENT: dict[str, Any] = {
 ZERO_SHOT = ("unseen_style_twemoji", "unseen_style_openmoji", "unseen_concept")
 RETRIEVAL = ("retrieval_unseen_concept",)
 QUESTIONS = ("colour", "group", "yes_no")  # scored; names are learned from a few pictures and shown as captions
-CAPTIONS = 200
+CAPTIONS = 200  # names among the questions trained on
 
 
 class Settings(Config):
@@ -31,11 +31,16 @@ class Settings(Config):
         directory: where runs, folders and the page go.
         seeds: one run of every method for each.
         steps: of every method; trained examples = steps * sub_batch.
+        sub_batch: b; the super-batch is b / SHARE.
+        num_chunks: n of the joint sampler.
+        evaluate_every: steps between the points of a learning curve.
         box: size of the data box.
         apt: take the apt packages too.
+        reference_steps: of the reference's two heads.
         align_steps: of the projector.
         adapt_steps: of the adapter.
         questions: held-out questions that are scored.
+        processes: runs side by side, one compute thread each.
     """
 
     directory: Path = Path("runs/demo")

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
+from aced_sdk import files
+
 from .emoji import words
-from .fetch import FetchError, check_member, run_tool, sha256_of
+from .fetch import FetchError, check_member, run_tool
 from .pictures import Candidate, make_key
 from .sources import APT_CLIPART, APT_LICENCES, APT_STAMPS
 
@@ -113,4 +115,4 @@ def read_stamps(path: Path) -> dict[str, list[Candidate]]:
 def describe(path: Path, name: str) -> dict[str, str]:
     """What was found of an apt package, for the manifest."""
     version = path.stem.split("_")[1]
-    return {"package": name, "version": version, "sha256": sha256_of(path), "licence": APT_LICENCES[name]}
+    return {"package": name, "version": version, "sha256": files.sha256(path), "licence": APT_LICENCES[name]}

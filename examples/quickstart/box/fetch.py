@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -67,7 +66,7 @@ def fetch(package: Package, downloads: Path) -> Path:
     """
     target = downloads / package.filename
     if target.exists():
-        if sha256_of(target) == package.sha256:
+        if files.sha256(target) == package.sha256:
             return target
         target.unlink()
     with tempfile.TemporaryDirectory(prefix=".part-", dir=downloads) as temporary:
@@ -78,7 +77,7 @@ def fetch(package: Package, downloads: Path) -> Path:
                 f"{package.client} left {len(found)} archives for {package.name} {package.version} instead of one",
                 remedy=f"run the same command by hand to see why, and update {package.client}",
             )
-        actual = sha256_of(found[0])
+        actual = files.sha256(found[0])
         if actual != package.sha256:
             raise FetchError(
                 f"{package.name} {package.version} has the SHA-256 {actual} instead of {package.sha256}",
@@ -125,12 +124,6 @@ def _run_client(package: Package, folder: Path) -> None:
         f"{package.client} could not fetch {what}{reason}",
         remedy="check the network and the client's settings, then try again: what is already there is kept",
     )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_member(name: str, archive: str) -> PurePosixPath:
