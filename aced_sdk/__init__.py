@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Optimizer,
         Schedule,
         StaticFilter,
+        Stored,
         Student,
     )
     from aced_sdk.errors import AcedError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "aced_sdk.config": (
         "Contrastive", "Data", "DistillConfig", "Distillation", "Engine", "Evaluation", "Frozen", "Iid", "Independent",
-        "Joint", "Objective", "Optimizer", "Schedule", "StaticFilter", "Student",
+        "Joint", "Objective", "Optimizer", "Schedule", "StaticFilter", "Stored", "Student",
     ),
     "aced_sdk.errors": ("AcedError",),
     "aced_sdk.cache": ("EmbeddingCache",),
@@ -68,6 +69,7 @@ __all__ = [
     "Run",
     "Schedule",
     "StaticFilter",
+    "Stored",
     "Student",
     "cache_embeddings",
     "distill",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aced_sdk.config import DistillConfig, Frozen
+from aced_sdk.config import DistillConfig, Frozen, Stored
 from aced_sdk.data import Pool
 from aced_sdk.engine import pick_device, thread_limit
 from aced_sdk.towers import DualEncoder, build, load
@@ -60,7 +60,7 @@ def plan(config: DistillConfig) -> Plan:
     steps, curation = config.schedule.steps, config.curation
     trained = steps * curation.sub_batch
     scored = steps * curation.candidates if curation.needs_student else 0
-    widths = {name: load(name).embedding_dim for name in sorted({frozen.model for frozen in _frozen(config)})}
+    widths = {name: load(name).embedding_dim for name in sorted({f.model for f in _frozen(config) if isinstance(f, Frozen)})}
     height, width = encoder.preprocess_config.size
     per_pair = 3 * height * width + 4 * encoder.context_length if config.data.prepared else 0
     disk = len(pool) * (per_pair + sum(2 * 2 * dim for dim in widths.values()))
@@ -76,8 +76,8 @@ def plan(config: DistillConfig) -> Plan:
     )
 
 
-def _frozen(config: DistillConfig) -> list[Frozen]:
-    named = [config.reference if config.curation.needs_reference else None, config.effective_teacher]
+def _frozen(config: DistillConfig) -> list[Frozen | Stored]:
+    named = [config.reference if config.curation.needs_reference else None, *config.teachers]
     return [frozen for frozen in named if frozen is not None]
 
 

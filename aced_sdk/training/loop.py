@@ -54,7 +54,7 @@ class Parts:
         engine: holds a `Trainee`.
         batches: opens the stream of super-batches at a position.
         reference: embeddings to select by in each step, where the curation reads them.
-        teacher: embeddings to distil from, where the objective reads them.
+        teachers: embeddings to distil from, in the numbering of the objective's terms.
         objective: embeddings of a sub-batch to its loss.
         statistics: draw counts of the pool.
         bad: per row of the pool whether its caption is known to be wrong; None where nobody knows.
@@ -65,7 +65,7 @@ class Parts:
     engine: Engine
     batches: Callable[[int], SuperBatches]
     reference: EmbeddingCache | None
-    teacher: EmbeddingCache | None
+    teachers: tuple[EmbeddingCache, ...]
     objective: Objective
     statistics: DrawStatistics
     bad: Tensor | None
@@ -98,10 +98,10 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
             reference = parts.reference.rows(super_batch.rows, device) if parts.reference else None
             picked = select(config.curation, student, reference, parts.generator).cpu()
             batch = super_batch[picked]
-            teacher = parts.teacher.rows(batch.rows, device) if parts.teacher else None
+            teachers = [teacher.rows(batch.rows, device) for teacher in parts.teachers]
 
             image, text, scale, bias = engine.forward(batch.images.to(device), batch.tokens.to(device))
-            terms = parts.objective(Embeddings(image, text, scale, bias), teacher)
+            terms = parts.objective(Embeddings(image, text, scale, bias), teachers[0] if teachers else None)
             rate = config.optimizer.learning_rate * factor(config.schedule, done.step)
             loss, norm = float(terms.total.detach()), math.nan
             if math.isfinite(loss):

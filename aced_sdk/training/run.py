@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from aced_sdk.cache import EmbeddingCache, default_directory, open_cache, write_cache
-from aced_sdk.config import DistillConfig, Frozen, StaticFilter
+from aced_sdk.config import DistillConfig, Frozen, StaticFilter, Stored
 from aced_sdk.curation import DrawStatistics, static_filter
 from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
 from aced_sdk.data.source import Rows
@@ -94,13 +94,12 @@ def _start(
     objective = build_objective(config.objective)
     callbacks = list(listen(encoder))
     reference = frozen_embeddings(config.reference, pool, config, watch) if config.curation.needs_reference else None
-    teacher_model = config.effective_teacher
-    if teacher_model is None:
-        teacher = None
-    elif reference is not None and teacher_model == config.reference:
-        teacher = reference
-    else:
-        teacher = frozen_embeddings(teacher_model, pool, config, watch)
+    teachers = tuple(
+        reference
+        if reference is not None and teacher == config.reference
+        else frozen_embeddings(teacher, pool, config, watch)
+        for teacher in config.teachers
+    )
 
     source: Source
     if config.data.prepared is not None:
@@ -109,7 +108,7 @@ def _start(
         )
     else:
         source = Decoding(pool, encoder, config.data)
-    rows = _usable(config, pool, source, [cache for cache in (reference, teacher) if cache is not None])
+    rows = _usable(config, pool, source, [cache for cache in (reference, *teachers) if cache is not None])
     usable = len(rows)
     rows = _drawable(config, rows, reference)
     bad = known_bad(pool)
@@ -118,7 +117,7 @@ def _start(
         engine=build_engine(Trainee(encoder), config.engine, config.optimizer),
         batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
         reference=None if isinstance(config.curation, StaticFilter) else reference,  # it has filtered the rows already
-        teacher=teacher,
+        teachers=teachers,
         objective=objective,
         statistics=DrawStatistics(len(pool)),
         bad=None if bad is None else torch.from_numpy(bad),
@@ -156,10 +155,12 @@ def student_facts(config: DistillConfig, trained: int, scored: int) -> dict[str,
     }
 
 
-def frozen_embeddings(frozen: Frozen | None, pool: Pool, config: DistillConfig, watch: Watch) -> EmbeddingCache:
+def frozen_embeddings(frozen: Frozen | Stored | None, pool: Pool, config: DistillConfig, watch: Watch) -> EmbeddingCache:
     """The cached embeddings of a frozen model, made where they are missing."""
     if frozen is None:
         raise ConfigError("a frozen model is needed, and none is named", remedy="set reference", field="reference")
+    if isinstance(frozen, Stored):
+        raise UnsupportedError("stored embeddings are not read yet", remedy="name a model", field="teacher")
     encoder = load(frozen.model)
     fingerprint = encoder.fingerprint()
     directory = frozen.cache or default_directory(fingerprint, pool)

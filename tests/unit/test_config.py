@@ -127,6 +127,6 @@ def test_methods_say_what_they_read() -> None:
     assert aced.Joint(sub_batch=256, super_batch=1280).filter_ratio == pytest.approx(0.8)
     assert (aced.Iid().candidates, aced.StaticFilter().candidates) == (256, 256)
     config = aced.DistillConfig(**VALUES)
-    assert config.effective_teacher == config.reference
-    assert config.replace(teacher=aced.Frozen(model="t")).effective_teacher == aced.Frozen(model="t")
-    assert config.replace(objective=aced.Objective()).effective_teacher is None
+    assert config.teachers == (config.reference,)
+    assert config.replace(teacher=aced.Frozen(model="t")).teachers == (aced.Frozen(model="t"),)
+    assert config.replace(objective=aced.Objective()).teachers == ()

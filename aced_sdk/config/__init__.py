@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user writes: frozen, checked, and readable from YAML. Nothing here imports torch.
+
+Sizes count examples, lengths count steps (one step trains one sub-batch), rates are per step.
+"""
+
+from aced_sdk.config.base import Config
+from aced_sdk.config.curation import Curation, Iid, Independent, Joint, LossForm, Score, StaticFilter
+from aced_sdk.config.engine import Engine, Optimizer, Schedule
+from aced_sdk.config.models import Data, Frozen, Stored, Student
+from aced_sdk.config.objective import Contrastive, Distillation, Objective
+from aced_sdk.config.run import DistillConfig, Evaluation
+
+__all__ = [
+    "Config",
+    "Contrastive",
+    "Curation",
+    "Data",
+    "DistillConfig",
+    "Distillation",
+    "Engine",
+    "Evaluation",
+    "Frozen",
+    "Iid",
+    "Independent",
+    "Joint",
+    "LossForm",
+    "Objective",
+    "Optimizer",
+    "Schedule",
+    "Score",
+    "StaticFilter",
+    "Stored",
+    "Student",
+]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models take part, and the pool they read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from aced_sdk.config.base import Config
+
+
+class Student(Config):
+    """The encoder to be trained: an open_clip architecture built anew, or a folder to go on from."""
+
+    architecture: str | dict[str, Any] = Field(
+        description="open_clip architecture name (`ViT-B-32`), `local-dir:FOLDER`, "
+        "or a `model_cfg` mapping as in open_clip_config.json"
+    )
+    init_scale: float = Field(10.0, gt=0, description="first value of the learned scale on cosine similarities")
+    init_bias: float = Field(-10.0, description="first value of the learned bias of the sigmoid loss")
+    mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="per-channel mean, pictures in 0..1")
+    std: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="per-channel deviation, pictures in 0..1")
+    resize: Literal["squash", "shortest", "longest"] = Field(
+        "squash",
+        description="how a picture becomes square: squash, crop after the shortest side, pad after the longest",
+    )
+
+
+class Frozen(Config):
+    """A frozen dual encoder that serves as reference or teacher through its cached embeddings."""
+
+    model: str = Field(description="folder of a dual encoder, or an open_clip name such as `hf-hub:ORG/REPO`")
+    cache: Path | None = Field(None, description="folder of its embedding cache; default: beside the run's caches")
+
+
+class Stored(Config):
+    """Embeddings that the shards themselves carry in `KEY.npz`, as DataCompDR's do; no model is loaded."""
+
+    scale: float = Field(gt=0, description="scale on cosine similarities: the factor, not its logarithm")
+    bias: float = Field(0.0, description="bias of a sigmoid-trained model; 0 for a softmax-trained one")
+    image: str = Field("image_emb", description="name of the array [augmentations, D] or [D]")
+    text: str = Field("text_emb", description="name of the array [captions, D] or [D]; its first row is the caption's")
+    parts: tuple[int, ...] = Field(
+        (), description="sizes of the models' embeddings where an ensemble's are joined; each is normalised by itself"
+    )
+    cache: Path | None = Field(None, description="folder of the embedding cache made of them; default: as for a model")
+
+
+class Data(Config):
+    """The pool: pairs in WebDataset tars (KEY.jpg|png|webp, KEY.txt, KEY.json)."""
+
+    shards: tuple[str, ...] = Field(
+        min_length=1, description="tar files or folders of tars; braces such as {0000..0099} expand"
+    )
+    prepared: Path | None = Field(
+        None,
+        description="folder for resized uint8 pictures and tokens, made once and memory-mapped; "
+        "for pools that fit on disk",
+    )
+    max_bad_fraction: float = Field(0.02, ge=0, le=1, description="share of unusable pairs above which the run stops")
+    max_pixels: int = Field(100_000_000, gt=0, description="pictures with more pixels are skipped and counted")
+    workers: int = Field(2, ge=1, description="threads that read and decode ahead")
