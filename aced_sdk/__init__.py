@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aced_sdk import presets
     from aced_sdk.cache import EmbeddingCache
     from aced_sdk.config import (
         Contrastive,
@@ -76,12 +77,15 @@ __all__ = [
     "evaluate",
     "load",
     "plan",
+    "presets",
     "report",
     "resume",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "presets":
+        return import_module("aced_sdk.presets")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'aced_sdk' has no attribute {name!r}")
     value = getattr(import_module(_HOME_OF[name]), name)

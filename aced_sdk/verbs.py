@@ -17,8 +17,9 @@ from aced_sdk.errors import ConfigError, EngineError
 from aced_sdk.evaluation import EvaluateEvery, evaluate, load_task
 from aced_sdk.files import alone
 from aced_sdk.planning import Plan, plan
-from aced_sdk.reporting import JsonlWriter, read_events, report
+from aced_sdk.reporting import JsonlWriter, read_events
 from aced_sdk.reporting.run_bar import RunBar
+from aced_sdk.reporting.run_report import report
 from aced_sdk.towers import DualEncoder, load
 from aced_sdk.training.run import CONFIG, Run, last_step, start
 

@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embeddings of frozen models, one file per shard, bound to model, preprocessing and shard contents."""
 
-from aced_sdk.cache.embeddings import EmbeddingCache, default_directory, open_cache, write_cache
+from aced_sdk.cache.embeddings import EmbeddingCache, default_directory, open_cache
+from aced_sdk.cache.stored import stored_fingerprint, stored_width, write_stored
+from aced_sdk.cache.writing import write_cache
 
-__all__ = ["EmbeddingCache", "default_directory", "open_cache", "write_cache"]
+__all__ = [
+    "EmbeddingCache",
+    "default_directory",
+    "open_cache",
+    "stored_fingerprint",
+    "stored_width",
+    "write_cache",
+    "write_stored",
+]

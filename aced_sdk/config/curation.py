@@ -65,11 +65,12 @@ class _Scored(_Selection):
     scoring_share: float = Field(
         0.5, gt=0, lt=1, description="with scoring_size: share of every sub-batch that is trained at that size"
     )
-    collapse_below: float = Field(
-        0.2,
+    collapse_margin: float = Field(
+        0.1,
         ge=0,
         lt=1,
-        description="the run warns when the effective pool size falls below this share of what even draws would reach",
+        description="the run warns when draws come this close to always taking the same 1 - f of the pool; "
+        "0: never, and towards 1 for ever milder preferences",
     )
 
     @model_validator(mode="after")
@@ -81,6 +82,24 @@ class _Scored(_Selection):
                 field="super_batch",
             )
         return self
+
+    @model_validator(mode="after")
+    def _scoring(self) -> Self:
+        if self.scoring_size is not None and not self.needs_student:
+            raise ConfigError(
+                f"the score {self.score!r} is the reference's alone: the student scores nothing at a smaller size",
+                remedy="leave scoring_size out",
+                field="scoring_size",
+            )
+        return self
+
+    @property
+    def collapse_level(self) -> float:
+        """The share of what even draws would reach below which the effective pool size is told of as a collapse.
+
+        A stream that offers each pair once a pass cannot fall below 1 - f.
+        """
+        return 0.0 if self.collapse_margin == 0 else 1 - self.filter_ratio * (1 - self.collapse_margin)
 
     @property
     def filter_ratio(self) -> float:

@@ -11,6 +11,8 @@ from aced_sdk.config.base import Config
 from aced_sdk.config.curation import LossForm
 from aced_sdk.errors import ConfigError
 
+Repeated = Literal["negatives", "masked", "positives"]
+
 
 class Contrastive(Config):
     """The task loss over the sub-batch."""
@@ -18,9 +20,9 @@ class Contrastive(Config):
     loss: LossForm = "sigmoid"
     weight: float = Field(1.0, ge=0, description="task weight; 0 trains by distillation alone")
     chunk: int | None = Field(
-        None, gt=0, description="texts per slab of the sigmoid loss; None: one slab. Saves memory, changes nothing"
+        None, gt=0, description="texts (softmax: rows) per slab; None: one slab. Saves memory, changes nothing"
     )
-    repeated: Literal["negatives", "masked", "positives"] = Field(
+    repeated: Repeated = Field(
         "negatives",
         description="what another pair of the sub-batch with the same caption is: a negative as in the paper, "
         "nothing at all, or a positive weighted by 1 / count",
@@ -43,6 +45,7 @@ class Distillation(Config):
     student_scale: float | None = Field(
         None, gt=0, description="scale on the student's similarities; None: its own learned one"
     )
+    chunk: int | None = Field(None, gt=0, description="rows per slab; None: one slab. Saves memory, changes nothing")
 
 
 class Objective(Config):

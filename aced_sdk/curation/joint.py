@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The joint sampler (JEST, arXiv 2406.17711, Algorithm 1) in a streaming form, and its independent baseline.
 
-A chunk is drawn without replacement from softmax(gain * log-weights) by the Gumbel-top-k trick. Memory is
-O(N b / num_chunks) at most, never N x N; each pair's logit is computed once.
+A chunk is drawn without replacement from softmax(gain * log-weights) by the Gumbel-top-k trick. Beyond the embeddings,
+memory is the noise [num_chunks, N] and a block of bounded size, never N x N; each pair's logit is computed once.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def select_joint(
         input and autocast say, float64 if an embedding is float64.
 
     Raises:
-        CurationError: if sizes do not fit, a needed model is missing, shapes differ, or a value is not finite.
+        CurationError: if sizes do not fit, a needed model is missing, shapes differ, a value is not finite, embeddings
+            are not L2-normalised, or a scale is not positive or evidently a logarithm.
     """
     if num_chunks < 1 or size < 1 or size % num_chunks:
         raise CurationError(

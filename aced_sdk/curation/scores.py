@@ -4,7 +4,7 @@
 A score is a sum of losses, each with a sign: learnability is student minus reference, easy reference is minus the
 reference, hard learner is the student alone (ACED, arXiv 2411.18674, section 3; JEST, arXiv 2406.17711, section 3).
 The N x N matrix of pair losses is never built: a running vector takes up two slabs [K, N] for each K newly picked
-items, and the slabs themselves are computed a few rows at a time.
+items, and the slabs themselves are computed a few columns at a time.
 
 Shape suffixes: N candidates, K newly picked items, D embedding dimension.
 """
@@ -24,10 +24,10 @@ from aced_sdk.config import LossForm, Score
 from aced_sdk.errors import CurationError
 from aced_sdk.towers.embeddings import Embeddings
 
-# Elements of one slab: on a CPU it should stay near the caches, on a GPU (256 MiB in float32) it should fill it.
-_CPU_SLAB = 2**20
+# Elements of one slab: on a CPU it should stay in the second cache, on a GPU (256 MiB in float32) it should fill it.
+_CPU_SLAB = 2**18
 _GPU_SLAB = 2**26
-_LEAST_ROWS = 64
+_LEAST_LINES = 64
 # Rows looked at together where a whole pool, perhaps memory-mapped, goes by.
 ROWS_AT_ONCE = 65_536
 
@@ -35,6 +35,13 @@ ROWS_AT_ONCE = 65_536
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), exact to the last bits of float64 (torch's default turns linear at 20, an error of 2e-9)."""
     return F.softplus(x, threshold=40.0)
+
+
+def _softplus_(x: Tensor) -> Tensor:
+    """softplus(x), which may take the place of x. On a CPU two vectorised passes are faster than the fused function."""
+    if x.is_cuda or float(x.max()) > 80.0:  # exp overflows float32 at 88
+        return softplus(x)
+    return x.exp_().log1p_()
 
 
 def number(value: float | Tensor) -> float:
@@ -54,18 +61,26 @@ class Term:
 
     def diagonal(self) -> Tensor:
         """scale * <image_i, text_i>, without the bias, [N]."""
-        return self.scale * (self.image_ND * self.text_ND).sum(dim=1)
+        rows = self._lines(self.image_ND.shape[1])
+        parts = zip(torch.split(self.image_ND, rows), torch.split(self.text_ND, rows), strict=True)
+        return self.scale * torch.cat([(images * texts).sum(dim=1) for images, texts in parts])
 
-    def slabs(self, rows_K: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Similarities (scaled, without the bias) of the picked rows with all N candidates, a few rows at a time.
+    def slabs(self, rows_K: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+        """Similarities (scaled, without the bias) of the picked rows with all N candidates, a few candidates at a time.
 
-        Yields (0, picked images x all texts) and (1, picked texts x all images), each [at most K, N].
+        Yields (0, candidates, picked images x their texts) and (1, candidates, picked texts x their images),
+        each [K, candidates].
         """
-        slab = _GPU_SLAB if self.image_ND.is_cuda else _CPU_SLAB
-        step = max(_LEAST_ROWS, slab // len(self.image_ND))
+        step = self._lines(len(rows_K))
         for direction, (ours, others) in enumerate(((self.image_ND, self.text_ND), (self.text_ND, self.image_ND))):
-            for rows in torch.split(rows_K, step):
-                yield direction, (self.scale * ours[rows]) @ others.T
+            picked_KD = self.scale * ours[rows_K]
+            for start in range(0, len(others), step):
+                candidates = slice(start, start + step)
+                yield direction, candidates, picked_KD @ others[candidates].T
+
+    def _lines(self, length: int) -> int:
+        """How many lines of some length make a slab."""
+        return max(_LEAST_LINES, (_GPU_SLAB if self.image_ND.is_cuda else _CPU_SLAB) // length)
 
 
 class Weights(Protocol):
@@ -94,8 +109,8 @@ class SigmoidWeights:
 
     def add(self, rows_K: Tensor) -> None:
         for term in self._terms:
-            for _, slab in term.slabs(rows_K):
-                self._weights.add_(softplus(slab.add_(term.bias)).sum(dim=0), alpha=term.sign)
+            for _, candidates, slab in term.slabs(rows_K):
+                self._weights[candidates].add_(_softplus_(slab.add_(term.bias)).sum(dim=0), alpha=term.sign)
 
 
 class SoftmaxWeights:
@@ -120,8 +135,9 @@ class SoftmaxWeights:
     def add(self, rows_K: Tensor) -> None:
         self._empty = False
         for term, partition in zip(self._terms, self._partitions, strict=True):
-            for direction, slab in term.slabs(rows_K):
-                partition[direction] = torch.logaddexp(partition[direction], slab.logsumexp(dim=0))
+            for direction, candidates, slab in term.slabs(rows_K):
+                part = partition[direction, candidates]
+                torch.logaddexp(part, slab.logsumexp(dim=0), out=part)
 
 
 def weights_of(student: Embeddings | None, reference: Embeddings | None, score: Score, loss: LossForm) -> Weights:
@@ -130,7 +146,7 @@ def weights_of(student: Embeddings | None, reference: Embeddings | None, score: 
     They are kept in float32, or in float64 if any embedding is float64.
 
     Raises:
-        CurationError: if a model that the score needs is missing, shapes or devices differ, or a value is not finite.
+        CurationError: if a model that the score needs is missing, shapes or devices differ, or `check` refuses it.
     """
     needed: list[tuple[str, float, Embeddings | None]]
     if score == "learnability":
@@ -151,7 +167,7 @@ def weights_of(student: Embeddings | None, reference: Embeddings | None, score: 
             raise CurationError(
                 f"the score {score!r} needs the {name}'s embeddings", remedy=f"pass {name}=Embeddings(...)", field=name
             )
-        check(name, embeddings)
+        check(name, embeddings, loss)
         models.append((name, sign, embeddings))
     _check_alike(models)
     wide = any(side.dtype == torch.float64 for _, _, model in models for side in (model.image, model.text))
@@ -163,11 +179,12 @@ def weights_of(student: Embeddings | None, reference: Embeddings | None, score: 
     return SigmoidWeights(terms) if loss == "sigmoid" else SoftmaxWeights(terms)
 
 
-def check(name: str, embeddings: Embeddings) -> None:
+def check(name: str, embeddings: Embeddings, loss: LossForm) -> None:
     """Refuse embeddings that cannot be scored.
 
     Raises:
-        CurationError: if image and text are not both [N, D] with N > 0, or anything is not finite.
+        CurationError: if image and text are not both [N, D] with N > 0, a value is not finite, a row is not of unit
+            length, or the scale is no factor on cosine similarities.
     """
     image, text = embeddings.image, embeddings.text
     if image.ndim != 2 or image.shape != text.shape or len(image) == 0:
@@ -176,19 +193,52 @@ def check(name: str, embeddings: Embeddings) -> None:
             remedy="give both as [N, D], row i of the text belonging to image i",
             field=name,
         )
-    if not (math.isfinite(number(embeddings.scale)) and math.isfinite(number(embeddings.bias))):
-        raise CurationError(
-            f"the {name}'s scale or bias is not finite ({number(embeddings.scale)}, {number(embeddings.bias)})",
-            remedy="check the model: its learned temperature has diverged",
-            field=name,
-        )
-    blocks = zip(torch.split(image, ROWS_AT_ONCE), torch.split(text, ROWS_AT_ONCE), strict=True)
-    finite = [torch.isfinite(images).all(dim=1) & torch.isfinite(texts).all(dim=1) for images, texts in blocks]
-    bad = int((~torch.cat(finite)).sum())
+    _check_scale(name, number(embeddings.scale), number(embeddings.bias), loss)
+    norms_2N = torch.stack([_norms(image), _norms(text)])
+    bad = int((~torch.isfinite(norms_2N)).any(dim=0).sum())
     if bad:
         raise CurationError(
             f"{bad} of {len(image)} rows of the {name}'s embeddings are not finite",
             remedy="leave these pairs out, or check the model that embedded them (overflow in half precision?)",
+            field=name,
+        )
+    worst = float(norms_2N.flatten()[(norms_2N - 1).abs().argmax()])
+    # 16 bits round every entry by up to 0.4 %, and models normalise in 16 bits too.
+    if abs(worst - 1) > (0.04 if min(image.dtype.itemsize, text.dtype.itemsize) < 4 else 0.02):
+        raise CurationError(
+            f"the {name}'s embeddings are not L2-normalised: a row has length {worst:.4g}",
+            remedy="pass them through torch.nn.functional.normalize(..., dim=-1)",
+            field=name,
+        )
+
+
+def _norms(side_ND: Tensor) -> Tensor:
+    """Length of each row, at least float32 [N]."""
+    wide = torch.promote_types(side_ND.dtype, torch.float32)
+    blocks = torch.split(side_ND.detach(), ROWS_AT_ONCE)
+    return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=wide) for block in blocks])
+
+
+def _check_scale(name: str, scale: float, bias: float, loss: LossForm) -> None:
+    if not (math.isfinite(scale) and math.isfinite(bias)):
+        raise CurationError(
+            f"the {name}'s scale or bias is not finite ({scale}, {bias})",
+            remedy="check the model: its learned temperature has diverged",
+            field=name,
+        )
+    if scale <= 0:
+        raise CurationError(
+            f"the {name}'s scale is {scale:.4g}",
+            remedy="pass the positive factor on cosine similarities; of a learned logarithm, exp(log_scale)",
+            field=name,
+        )
+    # Logarithms of the usual scales, 10 to 1000, lie below 7. A model in training may well hold all its logits down for
+    # a while, but not with so small a scale.
+    if loss == "sigmoid" and scale < 7 and scale + bias < -5:
+        raise CurationError(
+            f"the {name}'s scale of {scale:.4g} with a bias of {bias:.4g} looks like a logarithm: "
+            f"not even identical embeddings would match (a logit of {scale + bias:.4g})",
+            remedy="pass exp(log_scale), the factor on cosine similarities",
             field=name,
         )
 

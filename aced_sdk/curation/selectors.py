@@ -79,9 +79,10 @@ def pair_scores(reference: Embeddings, loss: LossForm = "sigmoid") -> Tensor:
         float32 [N] (float64 for float64 embeddings), on the device of the embeddings.
 
     Raises:
-        CurationError: if embeddings are misshapen or not finite.
+        CurationError: if the embeddings are misshapen, not finite or not L2-normalised, or the scale is not positive or
+            evidently a logarithm.
     """
-    check("reference", reference)
+    check("reference", reference, loss)
     scale, bias = number(reference.scale), number(reference.bias)
     dtype = torch.float64 if reference.image.dtype == torch.float64 else torch.float32
     scores = reference.image.new_empty(len(reference), dtype=dtype)
@@ -105,7 +106,7 @@ def static_filter(reference: Embeddings, share: float, loss: LossForm = "sigmoid
         int64 [kept], best first, equal scores in pool order.
 
     Raises:
-        CurationError: if the share is out of range, or the embeddings are misshapen or not finite.
+        CurationError: if the share is out of range; further as `pair_scores`.
     """
     if not 0 < share <= 1:
         raise CurationError(f"a share of {share}", remedy="give a share above 0 and at most 1", field="share")

@@ -3,14 +3,71 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from aced_sdk.config import Curation, Independent, Joint
+from aced_sdk.curation.scores import weights_of
 from aced_sdk.errors import CurationError
+from aced_sdk.towers.embeddings import Embeddings
+
+COLLAPSE_REMEDY = "lower curation.gain or the filter ratio (a smaller curation.super_batch), or enlarge the pool"
+"""What to do about `DrawStatistics.collapsed`."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""The quantiles that `score_quantiles` gives."""
+
+
+@torch.no_grad()
+def score_quantiles(
+    config: Curation, student: Embeddings | None, reference: Embeddings | None, picked: Tensor
+) -> dict[str, tuple[float, ...]]:
+    """How the scores of a super-batch lie, and those of the pairs picked from it.
+
+    A pair's score is its own log-weight before anything is picked, without the gain: the diagonal of the joint score
+    (JEST, arXiv 2406.17711, section 3). O(N D) for N candidates.
+
+    Args:
+        config: which score and which form of the loss.
+        student: embeddings of the candidates, where the config needs them.
+        reference: likewise.
+        picked: int64 [b], places among the candidates.
+
+    Returns:
+        `QUANTILES` of "candidates" and of "picked"; nothing where a config scores no candidates.
+
+    Raises:
+        CurationError: as `select`.
+    """
+    if not isinstance(config, Independent | Joint):
+        return {}
+    scores = weights_of(student, reference, config.score, config.loss).current()
+    at = scores.new_tensor(QUANTILES)
+    both = torch.stack([torch.quantile(part, at) for part in (scores, scores[picked.to(scores.device)])])
+    candidates, chosen = both.tolist()  # one wait for the device
+    return {"candidates": tuple(candidates), "picked": tuple(chosen)}
+
+
+def even_pool_size(draws: int, pairs: int) -> float:
+    """The effective pool size (see `DrawSummary`) to expect of draws that fall evenly on the pairs.
+
+    It is below the number of pairs, since chance draws some more often. Counts of even draws are nearly Poisson with
+    mean draws / pairs; for Poisson K, E[K log K] = mean * E[log(1 + K)], so that exp(entropy) = draws *
+    exp(-E[log(1 + K)]). Good to a few parts in 1 / pairs.
+    """
+    if draws == 0:
+        return 0.0
+    mean = draws / pairs
+    reach = 12 * math.sqrt(mean)  # deviations on either side
+    counts = torch.arange(max(0, math.floor(mean - reach)), math.ceil(mean + reach) + 20, dtype=torch.float64)
+    chance = torch.softmax(counts * math.log(mean) - torch.lgamma(counts + 1), dim=0)
+    return draws * math.exp(-float(chance @ torch.log1p(counts)))
 
 
 @dataclass(frozen=True)
@@ -54,8 +111,16 @@ class DrawStatistics:
                 remedy="give one bool for each pair of the pool",
                 field="noisy",
             )
-        self._counts = np.zeros(num_pairs, dtype=np.int32)
         self._noisy = noisy
+        self._noisy_share = None if noisy is None else float(noisy.mean())
+        self._count(np.zeros(num_pairs, dtype=np.int32))
+
+    def _count(self, counts: npt.NDArray[np.int32]) -> None:
+        self._counts = counts
+        # How many pairs were drawn k times: all measures but those of noise follow from it, without a
+        # pass over the pool.
+        self._tally = np.bincount(counts)
+        self._noisy_draws = 0 if self._noisy is None else int(counts[self._noisy].sum(dtype=np.int64))
 
     @property
     def counts(self) -> npt.NDArray[np.int32]:
@@ -65,7 +130,7 @@ class DrawStatistics:
         return view
 
     def update(self, rows: npt.NDArray[Any] | torch.Tensor) -> None:
-        """Count the trained pairs, integer [K] rows of the pool.
+        """Count the trained pairs, integer [K] rows of the pool. O(K log K), whatever the pool's size.
 
         Raises:
             CurationError: if a row is outside the pool.
@@ -77,26 +142,56 @@ class DrawStatistics:
                 remedy="count rows of the pool, not of the super-batch",
                 field="rows",
             )
-        np.add.at(self._counts, drawn, 1)
+        pairs, times = np.unique(drawn, return_counts=True)
+        before = self._counts[pairs]
+        after = before + times.astype(np.int32)
+        self._counts[pairs] = after
+        most = int(after.max(initial=0))
+        if most >= len(self._tally):  # doubled, so that growing stays cheap
+            self._tally = np.concatenate([self._tally, np.zeros(2 * most + 1 - len(self._tally), dtype=np.int64)])
+        np.subtract.at(self._tally, before, 1)
+        np.add.at(self._tally, after, 1)
+        if self._noisy is not None:
+            self._noisy_draws += int(times[self._noisy[pairs]].sum())
 
     def summary(self) -> DrawSummary:
-        """The measures of all draws so far; zeros before the first."""
-        counts = self._counts
-        draws = int(counts.sum(dtype=np.int64))
-        noisy_pool = None if self._noisy is None else float(self._noisy.mean())
+        """The measures of all draws so far; zeros before the first. O(draws of the most drawn pair)."""
+        pairs = len(self._counts)
+        times = np.flatnonzero(self._tally)[::-1]  # most drawn first
+        often = self._tally[times]
+        draws = int(times @ often)
         if draws == 0:
-            return DrawSummary(0, 0.0, 0.0, 0.0, None, noisy_pool)
-        top = max(1, round(len(counts) / 10))
-        most = np.partition(counts, len(counts) - top)[-top:]
-        seen = counts[counts > 0]
-        share = seen / draws
+            return DrawSummary(0, 0.0, 0.0, 0.0, None, self._noisy_share)
+        top = max(1, round(pairs / 10))
+        in_top = np.diff(np.minimum(np.cumsum(often), top), prepend=0)
         return DrawSummary(
             draws=draws,
-            unique_coverage=len(seen) / len(counts),
-            top_decile_share=int(most.sum(dtype=np.int64)) / draws,
-            effective_pool_size=float(np.exp(-(share * np.log(share)).sum())),
-            noisy_drawn=None if self._noisy is None else int(counts[self._noisy].sum(dtype=np.int64)) / draws,
-            noisy_pool=noisy_pool,
+            unique_coverage=(pairs - int(self._tally[0])) / pairs,
+            top_decile_share=int(times @ in_top) / draws,
+            effective_pool_size=draws * math.exp(-float(often @ (times * np.log(np.maximum(times, 1)))) / draws),
+            noisy_drawn=None if self._noisy is None else self._noisy_draws / draws,
+            noisy_pool=self._noisy_share,
+        )
+
+    def collapsed(self, below: float) -> str | None:
+        """A sentence with figures if the draws fall on a narrow part of the pool; None if they do not.
+
+        It says nothing before there are as many draws as pairs: until then few pairs could be drawn twice. The order
+        offers each pair once in a pass over the pool, so that a sampler that keeps a share s of its candidates reaches
+        at least s of the pool however greedy it is: the measure cannot fall below s.
+
+        Args:
+            below: share of `even_pool_size` under which the effective pool size counts as collapsed.
+        """
+        summary, pairs = self.summary(), len(self._counts)
+        if summary.draws < pairs:
+            return None
+        even = even_pool_size(summary.draws, pairs)
+        if summary.effective_pool_size >= below * even:
+            return None
+        return (
+            f"the draws have collapsed onto about {summary.effective_pool_size:,.0f} of {pairs:,} pairs "
+            f"(effective pool size after {summary.draws:,} draws; even draws would reach about {even:,.0f})"
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -117,4 +212,4 @@ class DrawStatistics:
                 remedy="resume with the data the run began with",
                 field="counts",
             )
-        self._counts = counts.cpu().numpy().astype(np.int32, copy=True)
+        self._count(counts.cpu().numpy().astype(np.int32, copy=True))

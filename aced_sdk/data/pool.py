@@ -10,7 +10,7 @@ import struct
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Pool:
 
     def __init__(self, shards: Sequence[str | Path]) -> None:
         self.shards = expand(shards)
-        self.samples: list[Sample] = [s for number, path in enumerate(self.shards) for s in _index(path, number)]
+        self.samples: list[Sample] = [s for number, path in enumerate(self.shards) for s in _samples(path, number)]
         if not self.samples:
             raise DataError(
                 "the shards hold no samples", remedy="name tars with KEY.png|jpg|webp and KEY.txt", field="data.shards"
@@ -176,9 +176,15 @@ def expand(shards: Sequence[str | Path]) -> list[Path]:
     return paths
 
 
-def _index(path: Path, number: int) -> list[Sample]:
+def _samples(path: Path, number: int) -> tuple[Sample, ...]:
+    facts = path.stat()
+    return _index(path, number, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)  # a run plans, caches and trains over the same shards, and a process may make many runs
+def _index(path: Path, number: int, size: int, mtime_ns: int) -> tuple[Sample, ...]:
+    """The samples of a tar; size and time of change are those of the file that was read."""
     samples: dict[str, Sample] = {}
-    size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -202,4 +208,4 @@ def _index(path: Path, number: int) -> list[Sample]:
             remedy="fetch or write it again, or leave it out",
             field="data.shards",
         ) from error
-    return list(samples.values())
+    return tuple(samples.values())

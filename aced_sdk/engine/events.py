@@ -52,6 +52,8 @@ class StepDone(Event):
         data_seconds: share of `seconds` spent waiting for data.
         scale: the student's learned scale, where it has one.
         bias: its learned bias.
+        distilled: examples of second, evenly drawn batches so far; 0 where no distillation term has one. They are
+            not among `trained`.
     """
 
     loss: float
@@ -64,6 +66,7 @@ class StepDone(Event):
     data_seconds: float
     scale: float | None = None
     bias: float | None = None
+    distilled: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,13 @@ class Selected(Event):
         picked: rows trained on, in the order drawn.
         candidates: rows of the super-batch.
         statistics: coverage of the pool so far (unique coverage, share of the top tenth, effective pool size ...).
+        scores: the 5, 25, 50, 75 and 95 % quantiles of the pairs' own scores, of all `candidates` and of the `picked`.
     """
 
     picked: tuple[int, ...]
     candidates: tuple[int, ...]
     statistics: dict[str, float]
+    scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As `Event.to_dict`; rows of large super-batches are left out, since a log of them would outgrow the run."""
@@ -99,10 +104,18 @@ class Evaluated(Event):
 
 @dataclass(frozen=True)
 class StepSkipped(Event):
-    """A step whose loss or gradient was not finite; the weights are as before."""
+    """A step whose loss or gradient was not finite; the weights are as before.
+
+    Attributes:
+        reason: what was not finite.
+        in_a_row: such steps without a good one between them, this one included.
+        keys: names of at most 8 pairs of the step, and only of those whose embeddings are not finite where there are
+            such.
+    """
 
     reason: str
     in_a_row: int
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from aced_sdk import config
 from aced_sdk.errors import ConfigError
 from aced_sdk.objectives import contrastive, distillation
 from aced_sdk.towers.embeddings import Embeddings
+
+Batch = Literal["same", "iid"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +34,19 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted loss of student and teacher."""
+    """One weighted loss.
+
+    Attributes:
+        name: unique in its objective.
+        weight: above 0.
+        batch: the pairs it is computed on: the sub-batch itself, or a second one drawn evenly.
+        loss: of the student's embeddings, all teachers' of the same pairs, and the captions' numbers.
+    """
 
     name: str
     weight: float
-    loss: Callable[[Embeddings, Embeddings | None], Tensor]
+    batch: Batch
+    loss: Callable[[Embeddings, Sequence[Embeddings], Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,19 +55,32 @@ class Objective:
 
     terms: tuple[Term, ...]
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None = None) -> LossTerms:
-        """The loss of a sub-batch.
+    def __call__(
+        self,
+        student: Embeddings,
+        teachers: Sequence[Embeddings] | Embeddings | None = (),
+        *,
+        captions: Tensor | None = None,
+        batch: Batch = "same",
+    ) -> LossTerms:
+        """The loss of the terms that are computed on one batch; 0 if there are none.
 
         Args:
-            student: embeddings of the b pairs, in training; scale and bias may be learned 0-dim tensors.
-            teacher: the teacher's embeddings of the same pairs; None without distillation.
+            student: embeddings of b pairs, in training; scale and bias may be learned 0-dim tensors.
+            teachers: the teachers' embeddings of the same pairs, in the order that terms number them; one alone may
+                be given as it is.
+            captions: int64 [b], equal numbers for equal captions; read only where repeated captions are told apart.
+            batch: which batch the pairs are: "same", the sub-batch, or "iid", the evenly drawn second one.
 
         Raises:
-            ConfigError: if a distillation term finds no teacher.
+            ConfigError: if a distillation term finds no teacher of its number, or captions are needed and missing.
             ModelError: if embeddings do not fit each other.
         """
-        losses = {term.name: term.loss(student, teacher) for term in self.terms}
-        total = torch.stack([term.weight * losses[term.name] for term in self.terms]).sum()
+        taught = () if teachers is None else (teachers,) if isinstance(teachers, Embeddings) else teachers
+        terms = [term for term in self.terms if term.batch == batch]
+        losses = {term.name: term.loss(student, taught, captions) for term in terms}
+        weighted = [term.weight * losses[term.name] for term in terms]
+        total = torch.stack(weighted).sum() if weighted else student.image.new_zeros(())
         return LossTerms(total, {name: loss.detach() for name, loss in losses.items()})
 
 
@@ -66,35 +90,32 @@ def build_objective(objective: config.Objective) -> Objective:
     A part is named `contrastive`, or by its distillation loss (`softmax`, and `softmax_2` for a second one).
 
     Raises:
-        ConfigError: if a distillation term sets a scale that its loss does not have.
+        ConfigError: if a distillation term sets what its loss does not have.
     """
     task = objective.contrastive
-    if task.loss == "softmax" and task.chunk is not None:
-        raise ConfigError(
-            "only the sigmoid loss is computed in slabs", remedy="leave chunk out", field="objective.contrastive.chunk"
-        )
-    terms = [Term("contrastive", task.weight, _contrastive(task))] if task.weight > 0 else []
+    terms = [Term("contrastive", task.weight, "same", _contrastive(task))] if task.weight > 0 else []
     for place, term in enumerate(objective.distillation):
-        loss = _with_teacher(_distillation(term, f"objective.distillation.{place}"))
+        loss = _with_teacher(_distillation(term, f"objective.distillation.{place}"), term.teacher)
         before = sum(other.loss == term.loss for other in objective.distillation[:place])
         if term.weight > 0:
-            terms.append(Term(f"{term.loss}_{before + 1}" if before else term.loss, term.weight, loss))
+            name = f"{term.loss}_{before + 1}" if before else term.loss
+            terms.append(Term(name, term.weight, term.batch, loss))
     return Objective(tuple(terms))
 
 
-def _contrastive(task: config.Contrastive) -> Callable[[Embeddings, Embeddings | None], Tensor]:
-    def loss(student: Embeddings, teacher: Embeddings | None) -> Tensor:
-        if task.loss == "sigmoid":
-            return contrastive.sigmoid_loss(student, task.chunk)
-        return contrastive.softmax_loss(student)
+def _contrastive(task: config.Contrastive) -> Callable[[Embeddings, Sequence[Embeddings], Tensor | None], Tensor]:
+    form = contrastive.sigmoid_loss if task.loss == "sigmoid" else contrastive.softmax_loss
+
+    def loss(student: Embeddings, teachers: Sequence[Embeddings], captions: Tensor | None) -> Tensor:
+        return form(student, task.chunk, captions=captions, repeated=task.repeated)
 
     return loss
 
 
 def _distillation(term: config.Distillation, field: str) -> Callable[[Embeddings, Embeddings], Tensor]:
-    scales = {"teacher_scale": term.teacher_scale, "student_scale": term.student_scale}
-    known = {"feature": (), "interactive": ("student_scale",)}.get(term.loss, tuple(scales))
-    for name, value in scales.items():
+    settings = {"teacher_scale": term.teacher_scale, "student_scale": term.student_scale, "chunk": term.chunk}
+    known = {"feature": (), "interactive": ("student_scale", "chunk")}.get(term.loss, tuple(settings))
+    for name, value in settings.items():
         if value is not None and name not in known:
             raise ConfigError(
                 f"the distillation loss {term.loss!r} has no {name}",
@@ -108,19 +129,20 @@ def _distillation(term: config.Distillation, field: str) -> Callable[[Embeddings
         "interactive": distillation.interactive,
         "relational": distillation.relational,
     }
-    return partial(losses[term.loss], **{name: scales[name] for name in known})
+    return partial(losses[term.loss], **{name: settings[name] for name in known})
 
 
 def _with_teacher(
-    loss: Callable[[Embeddings, Embeddings], Tensor],
-) -> Callable[[Embeddings, Embeddings | None], Tensor]:
-    def checked(student: Embeddings, teacher: Embeddings | None) -> Tensor:
-        if teacher is None:
+    loss: Callable[[Embeddings, Embeddings], Tensor], number: int
+) -> Callable[[Embeddings, Sequence[Embeddings], Tensor | None], Tensor]:
+    def checked(student: Embeddings, teachers: Sequence[Embeddings], captions: Tensor | None) -> Tensor:
+        if number >= len(teachers):
             raise ConfigError(
-                "a distillation term needs the teacher's embeddings",
-                remedy="set teacher=Frozen(model=...), or a reference that teaches too",
+                f"a distillation term needs the teacher's embeddings, and of teachers 0 to {number} "
+                f"{len(teachers)} were given",
+                remedy="set teacher=Frozen(model=...), one for each number, or a reference that teaches too",
                 field="teacher",
             )
-        return loss(student, teacher)
+        return loss(student, teachers[number])
 
     return checked

@@ -7,12 +7,15 @@ is a mean over the b pairs, so that its weight does not depend on the batch size
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aced_sdk.errors import ModelError
-from aced_sdk.objectives.contrastive import in_full
+from aced_sdk.objectives.contrastive import in_full, match_slab
+from aced_sdk.objectives.slabs import in_slabs
 from aced_sdk.towers.embeddings import Embeddings
 
 
@@ -22,6 +25,7 @@ def softmax_kd(
     *,
     teacher_scale: float | None = None,
     student_scale: float | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Softmax-KD (ACED, arXiv 2411.18674, eq. 3): cross-entropy of the teacher's match distributions and the student's.
 
@@ -32,10 +36,9 @@ def softmax_kd(
         teacher: the teacher's embeddings of the same pairs; its dimension may differ.
         teacher_scale: scale on the teacher's cosines; None: its own learned one.
         student_scale: likewise for the student; None: its own, which then learns from this loss too.
+        chunk: rows of a slab, see `aced_sdk.objectives.slabs.in_slabs`; None: one slab. The value is the same.
     """
-    logits = _logits(student, teacher, teacher_scale, student_scale, with_bias=False)
-    with _no_autocast(student):
-        return 0.5 * (_cross_entropy(*logits) + _cross_entropy(*(side.T for side in logits)))
+    return _both_ways(_cross_entropy_slab, student, teacher, teacher_scale, student_scale, chunk)
 
 
 def sigmoid_kd(
@@ -44,16 +47,19 @@ def sigmoid_kd(
     *,
     teacher_scale: float | None = None,
     student_scale: float | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Sigmoid-KD: binary cross-entropy of all b x b pairs against sigmoid(teacher's logit), summed over texts.
 
     Both logits are scale * cosine + bias, each model with its own bias. The teacher should be sigmoid-trained: a
     softmax-trained one has no bias, and calls every second pair a match. Arguments as in `softmax_kd`.
     """
-    student_bb, teacher_bb = _logits(student, teacher, teacher_scale, student_scale, with_bias=True)
+    (image, text, scale, bias), (t_image, t_text, t_scale, t_bias) = _both(
+        student, teacher, teacher_scale, student_scale
+    )
     with _no_autocast(student):
-        losses = F.binary_cross_entropy_with_logits(student_bb, teacher_bb.sigmoid(), reduction="sum")
-        return losses / len(student_bb)
+        whole = [text, t_text, scale, bias, t_scale, t_bias]
+        return in_slabs(_binary_slab, chunk, [image, t_image], whole) / len(image)
 
 
 def feature_matching(student: Embeddings, teacher: Embeddings) -> Tensor:
@@ -69,21 +75,23 @@ def feature_matching(student: Embeddings, teacher: Embeddings) -> Tensor:
         return F.mse_loss(image, _frozen(teacher.image, image)) + F.mse_loss(text, _frozen(teacher.text, text))
 
 
-def interactive(student: Embeddings, teacher: Embeddings, *, student_scale: float | None = None) -> Tensor:
+def interactive(
+    student: Embeddings, teacher: Embeddings, *, student_scale: float | None = None, chunk: int | None = None
+) -> Tensor:
     """Interactive contrastive learning (CLIP-KD, section 3): the student's images against the teacher's texts, and
     the student's texts against the teacher's images, each by softmax cross-entropy towards its own pair, halved.
 
-    Both models must have one embedding dimension. The scale is the student's unless `student_scale` is given.
+    Both models must have one embedding dimension. The scale is the student's unless `student_scale` is given; `chunk`
+    as in `softmax_kd`.
     """
     _same_dimension(student, teacher, "interactive")
     _same_pairs(student, teacher)
     image, text, learned, _ = in_full(student)
     scale = learned if student_scale is None else student_scale
     with _no_autocast(student):
-        own = torch.arange(len(image), device=image.device)
-        by_image = F.cross_entropy(scale * image @ _frozen(teacher.text, text).T, own)
-        by_text = F.cross_entropy(scale * text @ _frozen(teacher.image, image).T, own)
-        return 0.5 * (by_image + by_text)
+        by_image = in_slabs(match_slab, chunk, [image], [_frozen(teacher.text, text), scale])
+        by_text = in_slabs(match_slab, chunk, [text], [_frozen(teacher.image, image), scale])
+        return 0.5 * (by_image + by_text) / len(image)
 
 
 def relational(
@@ -92,6 +100,7 @@ def relational(
     *,
     teacher_scale: float | None = None,
     student_scale: float | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Contrastive relational distillation (CLIP-KD, section 3): KL(p || q) of the match
     distributions, both ways, halved.
@@ -99,35 +108,71 @@ def relational(
     It is `softmax_kd` less the teacher's entropy: the same gradient, and zero when the student agrees. Arguments as
     there.
     """
-    logits = _logits(student, teacher, teacher_scale, student_scale, with_bias=False)
-    with _no_autocast(student):
-        return 0.5 * (_divergence(*logits) + _divergence(*(side.T for side in logits)))
+    return _both_ways(_divergence_slab, student, teacher, teacher_scale, student_scale, chunk)
 
 
-def _logits(
+def _both_ways(
+    slab: Callable[..., Tensor],
     student: Embeddings,
     teacher: Embeddings,
     teacher_scale: float | None,
     student_scale: float | None,
-    with_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's logits, image i in row i, both [b, b]."""
+    chunk: int | None,
+) -> Tensor:
+    """Half the mean over rows of a loss of match distributions, image to text and text to image."""
+    (image, text, scale, _), (t_image, t_text, t_scale, _) = _both(student, teacher, teacher_scale, student_scale)
+    with _no_autocast(student):
+        by_image = in_slabs(slab, chunk, [image, t_image], [text, t_text, scale, t_scale])
+        by_text = in_slabs(slab, chunk, [text, t_text], [image, t_image, scale, t_scale])
+        return 0.5 * (by_image + by_text) / len(image)
+
+
+_Parts = tuple[Tensor, Tensor, Tensor | float, Tensor]
+
+
+def _both(
+    student: Embeddings, teacher: Embeddings, teacher_scale: float | None, student_scale: float | None
+) -> tuple[_Parts, _Parts]:
+    """Image, text, scale and bias of both models, scales as asked for, the teacher without gradient."""
     _same_pairs(student, teacher)
     image, text, scale, bias = in_full(student)
     t_image, t_text, t_scale, t_bias = (_frozen(part, image) for part in in_full(teacher))
-    with _no_autocast(student):
-        student_bb = (scale if student_scale is None else student_scale) * image @ text.T
-        teacher_bb = (t_scale if teacher_scale is None else teacher_scale) * t_image @ t_text.T
-        return (student_bb + bias, teacher_bb + t_bias) if with_bias else (student_bb, teacher_bb)
+    return (
+        (image, text, scale if student_scale is None else student_scale, bias),
+        (t_image, t_text, t_scale if teacher_scale is None else teacher_scale, t_bias),
+    )
 
 
-def _cross_entropy(student_bb: Tensor, teacher_bb: Tensor) -> Tensor:
-    return F.cross_entropy(student_bb, teacher_bb.softmax(dim=1))
+# Slabs: r rows of both models against all b others. The student's logits are those of row i in row i.
 
 
-def _divergence(student_bb: Tensor, teacher_bb: Tensor) -> Tensor:
-    q, p = student_bb.log_softmax(dim=1), teacher_bb.log_softmax(dim=1)
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+def _cross_entropy_slab(
+    _: int, ours: Tensor, t_ours: Tensor, others: Tensor, t_others: Tensor, scale: Tensor, t_scale: Tensor
+) -> Tensor:
+    p_rb = (t_scale * t_ours @ t_others.T).softmax(dim=1)
+    return F.cross_entropy(scale * ours @ others.T, p_rb, reduction="sum")
+
+
+def _divergence_slab(
+    _: int, ours: Tensor, t_ours: Tensor, others: Tensor, t_others: Tensor, scale: Tensor, t_scale: Tensor
+) -> Tensor:
+    log_p_rb = (t_scale * t_ours @ t_others.T).log_softmax(dim=1)
+    return F.kl_div((scale * ours @ others.T).log_softmax(dim=1), log_p_rb, reduction="sum", log_target=True)
+
+
+def _binary_slab(
+    _: int,
+    ours: Tensor,
+    t_ours: Tensor,
+    others: Tensor,
+    t_others: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    t_scale: Tensor,
+    t_bias: Tensor,
+) -> Tensor:
+    targets_rb = (t_scale * t_ours @ t_others.T + t_bias).sigmoid()
+    return F.binary_cross_entropy_with_logits(scale * ours @ others.T + bias, targets_rb, reduction="sum")
 
 
 def _frozen(part: Tensor, like: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from aced_sdk.config import DistillConfig, Frozen, Stored
+from aced_sdk.cache import stored_width
+from aced_sdk.config import DistillConfig, Frozen, Independent, Joint, Stored
 from aced_sdk.data import Pool
 from aced_sdk.engine import pick_device, thread_limit
-from aced_sdk.towers import DualEncoder, build, load
+from aced_sdk.towers import DualEncoder, build, check_size, load
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,37 @@ def plan(config: DistillConfig) -> Plan:
     steps, curation = config.schedule.steps, config.curation
     trained = steps * curation.sub_batch
     scored = steps * curation.candidates if curation.needs_student else 0
-    widths = {name: load(name).embedding_dim for name in sorted({f.model for f in _frozen(config) if isinstance(f, Frozen)})}
+    passes = _passes(config, encoder, trained=trained, scored=scored)
+    # One cache for each model and for each reading of stored embeddings, wherever it lies.
+    caches = {frozen.replace(cache=None) for frozen in _frozen(config)}
+    widths = [stored_width(f, pool) if isinstance(f, Stored) else load(f.model).embedding_dim for f in caches]
     height, width = encoder.preprocess_config.size
     per_pair = 3 * height * width + 4 * encoder.context_length if config.data.prepared else 0
-    disk = len(pool) * (per_pair + sum(2 * 2 * dim for dim in widths.values()))
+    disk = len(pool) * (per_pair + sum(2 * 2 * dim for dim in widths))
     return Plan(
         pairs=len(pool),
         trained=trained,
         scored=scored,
-        macs=profile.macs * (3 * trained + scored),
-        cost_over_iid=(3 * trained + scored) / (3 * trained),
+        macs=round(profile.macs * passes),
+        cost_over_iid=passes / (3 * trained),
         memory=16 * profile.parameters,
         disk=disk + config.engine.keep_checkpoints * 12 * profile.parameters,
-        seconds=_forward_seconds(encoder, config) * (3 * trained + scored),
+        seconds=_forward_seconds(encoder, config) * passes,
     )
+
+
+def _passes(config: DistillConfig, encoder: DualEncoder, *, trained: int, scored: int) -> float:
+    """Forward passes of one pair at the student's own size that the run costs, a backward pass counted as two."""
+    curation = config.curation
+    cheap, share = 1.0, 0.0
+    if isinstance(curation, Joint | Independent) and curation.scoring_size is not None:
+        check_size(encoder, curation.scoring_size, field="curation.scoring_size")
+        cheap = encoder.profile(curation.scoring_size).macs / encoder.profile().macs
+        share = curation.scoring_share
+    batches = 2 if config.objective.needs_iid_batch else 1
+    # Micro-batches embed once more, unless the scores at full size serve as that pass; a second batch was scored too.
+    again = 1 if config.engine.micro_batch is not None and (scored == 0 or share > 0) else 0
+    return scored * cheap + batches * trained * (3 + again) * (1 - share + share * cheap)
 
 
 def _frozen(config: DistillConfig) -> list[Frozen | Stored]:

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aced_sdk.reporting.jsonl import JsonlWriter, read_events
     from aced_sdk.reporting.progress import Progress, Stages
-    from aced_sdk.reporting.run_report import report
 
-__all__ = ["JsonlWriter", "Progress", "Stages", "read_events", "report"]
+__all__ = ["JsonlWriter", "Progress", "Stages", "read_events"]
 
 _HOMES = {
     "JsonlWriter": "jsonl",
     "read_events": "jsonl",
     "Progress": "progress",
     "Stages": "progress",
-    "report": "run_report",
 }
 
 

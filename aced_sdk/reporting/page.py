@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
+Band = Sequence[tuple[float, float, float]]
+
 _TEMPLATES = Path(__file__).parent / "templates"
 
 PALETTE = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#868e96", "#c2255c", "#1864ab", "#e67700")
 """Line colours in their order; told apart also by those who see fewer colours, with the marks beside them."""
 
+_ALARM = "#c92a2a"
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -76,13 +79,23 @@ def image_uri(picture: Image.Image | str | Path) -> str:
     """A picture (or the file of one) as a `data:` address holding a PNG."""
     from PIL import Image
 
-    buffer = io.BytesIO()
     if isinstance(picture, Image.Image):
-        picture.save(buffer, format="PNG", optimize=True)
-    else:
-        with Image.open(picture) as opened:
-            opened.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return _data_uri(picture, "png", optimize=True)
+    with Image.open(picture) as opened:
+        return _data_uri(opened, "png", optimize=True)
+
+
+def thumbnail_uri(picture: Image.Image, side: int = 144) -> str:
+    """A picture as a `data:` address holding a WebP whose longer side is at most `side` pixels: a few kilobytes."""
+    small = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    small.thumbnail((side, side))
+    return _data_uri(small, "webp", quality=75)
+
+
+def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def figure_svg(figure: Figure, label: str) -> Markup:
@@ -108,6 +121,8 @@ def line_chart(
     y: str,
     colours: Mapping[str, str] | None = None,
     dashed: Sequence[str] = (),
+    bands: Mapping[str, Sequence[Band]] | None = None,
+    marks: Mapping[float, str] | None = None,
     as_percent: bool = False,
     from_zero: bool = True,
 ) -> Markup:
@@ -120,6 +135,8 @@ def line_chart(
         y: label of the vertical axis, with its unit.
         colours: name to colour; a name without one takes the next of `PALETTE`.
         dashed: names of lines to draw dashed, such as a base rate.
+        bands: name of a line to the areas (x, low, high) to shade around it.
+        marks: upright lines: x to a word written beside it.
         as_percent: y values are shares in 0..1 and are shown times 100.
         from_zero: the vertical axis begins at zero.
     """
@@ -128,14 +145,19 @@ def line_chart(
 
     figure = Figure(figsize=(5.6, 3.5), layout="constrained")
     axes = figure.add_subplot()
+    unit = 100 if as_percent else 1
     for number, (name, points) in enumerate(lines.items()):
-        xs, ys = [point[0] for point in points], [point[1] * (100 if as_percent else 1) for point in points]
+        xs, ys = [point[0] for point in points], [point[1] * unit for point in points]
+        colour = (colours or {}).get(name, PALETTE[number % len(PALETTE)])
+        for band in (bands or {}).get(name, ()):
+            low, high = [point[1] * unit for point in band], [point[2] * unit for point in band]
+            axes.fill_between([point[0] for point in band], low, high, color=colour, alpha=0.16, linewidth=0)
         few = len(points) <= 40
         axes.plot(
             xs,
             ys,
             label=name,
-            color=(colours or {}).get(name, PALETTE[number % len(PALETTE)]),
+            color=colour,
             linestyle="--" if name in dashed else "-",
             linewidth=1.8,
             marker=_MARKS[number % len(_MARKS)] if few and name not in dashed else None,
@@ -149,6 +171,12 @@ def line_chart(
     axes.yaxis.set_major_formatter(FuncFormatter(_short_number))
     if from_zero:
         axes.set_ylim(bottom=0)
+    for place, word in (marks or {}).items():
+        axes.axvline(place, color=_ALARM, linewidth=1.2, linestyle=":")
+        axes.annotate(
+            word, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points",
+            fontsize=8.5, color=_ALARM,
+        )  # fmt: skip
     axes.grid(axis="y", color="#e9ecef", linewidth=0.9)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

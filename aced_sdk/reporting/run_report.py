@@ -10,12 +10,36 @@ from typing import Any
 
 from markupsafe import Markup
 
-from aced_sdk.errors import DataError
+from aced_sdk.config import DistillConfig, Independent, Joint
+from aced_sdk.curation import COLLAPSE_REMEDY, even_pool_size
+from aced_sdk.errors import ConfigError, DataError
+from aced_sdk.reporting.gallery import Group, gallery
 from aced_sdk.reporting.jsonl import read_events
 from aced_sdk.reporting.page import count, duration, line_chart, percent, write_page
 
 _POINTS = 300
 """Points that a line of a chart has at most; more steps are averaged."""
+
+_WARNINGS = 8
+"""Warnings shown at the top; the rest is folded."""
+
+_SCORES = (
+    "Scores of pairs by themselves, before anything is picked: the median, the middle half, and 5 to 95 % of all "
+    "candidates and of the picked."
+)
+_SHARES = (
+    (
+        {"bad_share_selected": "selected", "bad_share_candidates": "candidates"},
+        "Known wrong captions over steps",
+        "Share of pairs marked as noisy, among the selected and among all candidates.",
+    ),
+    (
+        {"unique_coverage": "drawn at least once", "top_decile_share": "draws of the most drawn tenth"},
+        "Coverage of the pool over steps",
+        "Share of the pool drawn at least once, and share of all draws that fell on its most drawn tenth "
+        "(10 % if all are drawn alike).",
+    ),
+)
 
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -31,12 +55,13 @@ class _Section:
 
 
 def report(run_directory: str | Path) -> Path:
-    """Write `report.html` into a run's folder: curves, selection, what was scored and trained, held-out figures.
+    """Write `report.html` into a run's folder: warnings, curves, selection, held-out figures, pairs to look at.
 
-    A run that still goes on, or was interrupted, is reported as far as it came.
+    A run that still goes on, or was interrupted, is reported as far as it came. Pictures come from the shards that
+    `config.yaml` names, draw counts from the newest checkpoint; where those are gone, the page says so.
 
     Args:
-        run_directory: a folder with `events.jsonl` and, if it is there, `config.yaml`.
+        run_directory: a folder with `events.jsonl` and, if they are there, `config.yaml` and checkpoints.
 
     Returns:
         The page's path.
@@ -46,13 +71,27 @@ def report(run_directory: str | Path) -> Path:
     """
     folder = Path(run_directory)
     kinds: dict[str, list[Row]] = {}
+    last: Row | None = None
     for row in read_events(folder / "events.jsonl"):
+        if "picked" in row:
+            last = row
         kinds.setdefault(row["event"], []).append(_slim(row))
     steps = kinds.get("step_done", [])
     if not steps:
         raise DataError(f"{folder} tells of no step yet", remedy="wait until the run has taken its first step")
-    config = folder / "config.yaml"
-    sections = [_training(steps), _evaluation(kinds.get("evaluated", [])), _selection(kinds.get("selected", []))]
+    config = _config(folder)
+    groups: list[Group] = []
+    left_out = ""
+    if isinstance(config, DistillConfig) and (config.curation.needs_student or config.curation.needs_reference):
+        groups, left_out = gallery(folder, config, last)
+    elif isinstance(config, str) and "selected" in kinds:
+        left_out = f"The gallery is left out: {config}."
+    sections = [
+        _training(steps),
+        _evaluation(kinds.get("evaluated", [])),
+        _selection(kinds, config if isinstance(config, DistillConfig) else None),
+    ]
+    text = folder / "config.yaml"
     return write_page(
         folder / "report.html",
         "run.html.j2",
@@ -60,9 +99,20 @@ def report(run_directory: str | Path) -> Path:
         state=_state(kinds),
         tiles=_tiles(kinds),
         sections=[section for section in sections if section is not None],
+        groups=groups,
+        left_out=left_out,
         warnings=_warnings(kinds),
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        warnings_shown=_WARNINGS,
+        config=text.read_text(encoding="utf-8") if text.exists() else "",
     )
+
+
+def _config(folder: Path) -> DistillConfig | str:
+    """The run's config, or why it cannot be read."""
+    try:
+        return DistillConfig.from_yaml(folder / "config.yaml")
+    except ConfigError as error:
+        return error.cause
 
 
 def _slim(row: Row) -> Row:
@@ -91,6 +141,10 @@ def _tiles(kinds: dict[str, list[Row]]) -> list[tuple[str, str, str]]:
         ("Loss", _number(last["loss"]), f"at first {_number(steps[0]['loss'])}"),
         ("Time in steps", duration(seconds), f"{percent(waited / max(seconds, 1e-9))} of it waiting for data"),
     ]
+    for row in kinds.get("selected", [])[-1:]:
+        size, pairs = row["statistics"].get("effective_pool_size"), _pairs(kinds)
+        note = f"effective size {count(size)}" + (f" of {count(pairs)} pairs" if pairs else " pairs")
+        tiles.append(("Pool drawn so far", percent(row["statistics"].get("unique_coverage")), note))
     for task, metrics in (kinds["evaluated"][-1]["metrics"] if "evaluated" in kinds else {}).items():
         name, value = next(iter(metrics.items()), ("", None))
         if value is not None:
@@ -104,6 +158,8 @@ def _training(steps: list[Row]) -> _Section:
     if len(parts) > 1:
         losses |= {name: _points(steps, "parts", name) for name in parts}
     examples = {"trained": _points(steps, "trained"), "scored": _points(steps, "scored")}
+    if steps[-1].get("distilled"):
+        examples["distilled, besides"] = _points(steps, "distilled")
     seconds = {"step": _points(steps, "seconds"), "of it waiting for data": _points(steps, "data_seconds")}
     charts = [
         (line_chart(losses, label="Loss over steps", x="steps", y="loss"), "Loss, and its terms before weighting."),
@@ -142,35 +198,85 @@ def _evaluation(rows: list[Row]) -> _Section | None:
     return _Section("evaluation", "Held-out figures", charts, ["Task", "Metric", "Last"], table)
 
 
-def _selection(rows: list[Row]) -> _Section | None:
-    names = sorted({name for row in rows for name in row["statistics"]})
-    if not names:
-        return None
+def _selection(kinds: dict[str, list[Row]], config: DistillConfig | None) -> _Section | None:
+    rows = kinds.get("selected", [])
+    names = {name for row in rows for name in row["statistics"]}
+    scored = [row for row in rows if row.get("scores")]
     charts = []
-    shares = {f"bad_share_{of}": of for of in ("selected", "candidates")}
-    if set(shares) <= set(names):
-        lines = {of: _points(rows, "statistics", name) for name, of in shares.items()}
-        chart = line_chart(lines, label="Known wrong captions over steps", x="steps", y="%", as_percent=True)
-        charts.append((chart, "Share of pairs marked as noisy, among the selected and among all candidates."))
-    for name in names:
-        if name not in shares:
-            words = name.replace("_", " ")
-            line = {words: _points(rows, "statistics", name)}
-            charts.append((line_chart(line, label=f"{words} over steps", x="steps", y=words), words.capitalize() + "."))
-    return _Section("selection", "Selection", charts)
+    if scored:
+        charts.append((_scores(scored), _SCORES))
+    shown: set[str] = set()
+    for parts, label, words in _SHARES:
+        if parts.keys() <= names:
+            shown |= parts.keys()
+            lines = {of: _points(rows, "statistics", name) for name, of in parts.items()}
+            chart = line_chart(lines, label=label, x="steps", y="%", as_percent=True, dashed=["candidates"])
+            charts.append((chart, words))
+    if "effective_pool_size" in names:
+        shown.add("effective_pool_size")
+        charts.append(_effective_pool(kinds, config))
+    for name in sorted(names - shown):
+        words = name.replace("_", " ")
+        line = {words: _points(rows, "statistics", name)}
+        charts.append((line_chart(line, label=f"{words} over steps", x="steps", y=words), words.capitalize() + "."))
+    return _Section("selection", "Selection", charts) if charts else None
+
+
+def _scores(rows: list[Row]) -> Markup:
+    lines, bands = {}, {}
+    for of in ("candidates", "picked"):
+        lowest, low, middle, high, highest = (_points(rows, "scores", of, place) for place in range(5))
+        lines[of] = middle
+        bands[of] = [
+            [(step, value, above) for (step, value), (_, above) in zip(under, over, strict=True)]
+            for under, over in ((lowest, highest), (low, high))
+        ]
+    return line_chart(lines, label="Scores over steps", x="steps", y="score", bands=bands, from_zero=False)
+
+
+def _effective_pool(kinds: dict[str, list[Row]], config: DistillConfig | None) -> tuple[Markup, str]:
+    lines = {"effective pool size": _points(kinds["selected"], "statistics", "effective_pool_size")}
+    words = "Effective pool size: the number of pairs that, drawn alike, would make draws as varied as these."
+    pairs, trained = _pairs(kinds), {row["step"]: row["trained"] for row in kinds["step_done"]}
+    if pairs:
+        draws = [(step, trained[step]) for step, _ in lines["effective pool size"] if step in trained]
+        lines["even draws"] = [(step, even_pool_size(drawn, pairs)) for step, drawn in draws]
+        words += " Dashed: what even draws would reach, and where the run warns."
+        if config is not None and isinstance(config.curation, Independent | Joint) and draws[-1][1] >= pairs:
+            below = config.curation.collapse_level
+            lines["warns below"] = [
+                (step, below * even_pool_size(drawn, pairs)) for step, drawn in draws if drawn >= pairs
+            ]
+    # The loop gives this remedy with no other warning.
+    collapses = [row["step"] for row in kinds.get("warned", []) if row["remedy"] == COLLAPSE_REMEDY]
+    marks = dict.fromkeys(collapses, "") | dict.fromkeys(collapses[:1], "warned of collapse")
+    label = "Effective pool size over steps"
+    dashed = ["even draws", "warns below"]
+    return line_chart(lines, label=label, x="steps", y="pairs", dashed=dashed, marks=marks), words
+
+
+def _pairs(kinds: dict[str, list[Row]]) -> int | None:
+    """Pairs that the run draws from; None where its log does not tell."""
+    pairs: int | None = kinds["run_started"][-1].get("facts", {}).get("pairs") if "run_started" in kinds else None
+    return pairs
 
 
 def _warnings(kinds: dict[str, list[Row]]) -> list[tuple[str, str, str]]:
     told = [(row["step"], row["cause"], row["remedy"]) for row in kinds.get("warned", [])]
-    skipped = [(row["step"], f"step skipped: {row['reason']}", "") for row in kinds.get("step_skipped", [])]
+    skipped = []
+    for row in kinds.get("step_skipped", []):
+        pairs = f" (pairs {', '.join(row['keys'])})" if row.get("keys") else ""
+        skipped.append((row["step"], f"step skipped: {row['reason']}{pairs}", ""))
     return [(count(step), cause, remedy) for step, cause, remedy in sorted(told + skipped)]
 
 
-def _points(rows: Sequence[Row], name: str, inner: str | None = None) -> Points:
-    """(step, value) of each row that has a value, averaged in blocks so that a chart stays small."""
+def _points(rows: Sequence[Row], *path: str | int) -> Points:
+    """(step, value) of each row that has a value there, averaged in blocks so that a chart stays small."""
     points = []
     for row in rows:
-        value = row[name] if inner is None else row[name].get(inner)
+        value: Any = row
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else value[part]
         if value is not None:
             points.append((row["step"], value))
     block = max(1, -(-len(points) // _POINTS))

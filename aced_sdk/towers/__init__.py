@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual encoders through open_clip and timm: build, load, save, preprocess, tokenise, profile."""
+"""Dual encoders through open_clip and timm: build, load, save, preprocess, tokenise, resize, profile."""
 
 from aced_sdk.towers.dual_encoder import DualEncoder
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.folder import Manifest, build, load, read_config, read_manifest, save
 from aced_sdk.towers.profile import Profile
+from aced_sdk.towers.resolution import check_size, shrink
+from aced_sdk.towers.student import ProfiledStudent
 from aced_sdk.towers.transforms import Preprocess
 
 __all__ = [
@@ -13,9 +15,12 @@ __all__ = [
     "Manifest",
     "Preprocess",
     "Profile",
+    "ProfiledStudent",
     "build",
+    "check_size",
     "load",
     "read_config",
     "read_manifest",
     "save",
+    "shrink",
 ]

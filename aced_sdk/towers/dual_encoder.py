@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from aced_sdk.errors import ModelError
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.profile import Profile, profile_model
+from aced_sdk.towers.resolution import any_size, positions_for
 from aced_sdk.towers.transforms import Preprocess
 
 
@@ -49,7 +51,8 @@ class DualEncoder(nn.Module):
         self.folder = folder
         self._resize = preprocess.resizer()
         if "timm_model_name" in model_cfg["vision_cfg"]:
-            model.visual.to(memory_format=torch.channels_last)
+            _channels_last(model.visual)  # type: ignore[arg-type]
+            any_size(model.visual, preprocess.size)  # type: ignore[arg-type]
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(3, 1, 1), persistent=False)
 
@@ -80,10 +83,15 @@ class DualEncoder(nn.Module):
         """Embed N pairs with gradient.
 
         Args:
-            images: uint8 [N, 3, H, W] as `resize` gives, or float as `preprocess` gives.
+            images: uint8 [N, 3, H, W] as `resize` gives, or float as `preprocess` gives; another size than the
+                tower's own (`shrink`) is taken where `check_size` says so.
             tokens: int64 [N, L] as `tokenize` gives.
+
+        Raises:
+            ModelError: if the tokens are another model's.
         """
-        out = self.model(self.normalise(images), tokens)
+        self._check(tokens)
+        out = self._towers(images, tokens)
         bias = out.get("logit_bias")
         return Embeddings(
             image=out["image_features"].float(),
@@ -92,9 +100,29 @@ class DualEncoder(nn.Module):
             bias=0.0 if bias is None else bias,
         )
 
+    def _towers(self, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        pixels = self.normalise(images).contiguous()  # see _channels_last
+        positions = positions_for(self.model.visual, *pixels.shape[-2:])  # type: ignore[arg-type]
+        stand_ins = {f"visual.{name}": value for name, value in positions.items()}
+        out: dict[str, Tensor] = functional_call(self.model, stand_ins, (pixels, tokens), tie_weights=False)
+        return out
+
+    def _check(self, tokens: Tensor) -> None:
+        """Refuse what this tower's tokenizer cannot have made; an index out of range would end a whole GPU process."""
+        known = int(self.model.vocab_size)  # type: ignore[arg-type]
+        if tokens.shape[1:] == (self.context_length,) and not bool(((tokens < 0) | (tokens >= known)).any()):
+            return
+        ids = tokens.flatten().tolist() or [0]
+        raise ModelError(
+            f"these tokens are another model's: this text tower reads [N, {self.context_length}] with ids below "
+            f"{known}, and was given {list(tokens.shape)} with ids from {min(ids)} to {max(ids)}",
+            remedy="tokenise the texts with this encoder's own .tokenize; the student's tokens mean nothing to a "
+            "teacher with another tokenizer",
+        )
+
     @torch.no_grad()
     def encode_image(self, images: Tensor | Sequence[Image.Image], batch_size: int | None = None) -> Tensor:
-        """L2-normalised float32 [N, D] for pictures, or for a batch of their tensors (uint8 or preprocessed)."""
+        """L2-normalised float32 [N, D] for pictures, or for a batch of their tensors (as for `forward`)."""
         parts = []
         size = batch_size or self._image_batch()
         with _evaluating(self):
@@ -102,8 +130,7 @@ class DualEncoder(nn.Module):
                 part = images[start : start + size]
                 if not isinstance(part, Tensor):
                     part = torch.stack([self.resize(image) for image in part])
-                pixels = self.normalise(part.to(self.mean.device))
-                parts.append(self.model.encode_image(pixels, normalize=True).float())  # type: ignore[operator]
+                parts.append(self._towers(part.to(self.mean.device))["image_features"].float())
         return torch.cat(parts) if parts else torch.empty(0, self.embedding_dim)
 
     def _image_batch(self) -> int:
@@ -113,8 +140,14 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: Tensor | str | Sequence[str], batch_size: int = 256) -> Tensor:
-        """L2-normalised float32 [N, D] for texts, or for their tokens."""
+        """L2-normalised float32 [N, D] for texts, or for their tokens.
+
+        Raises:
+            ModelError: if the tokens are another model's.
+        """
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        if isinstance(texts, Tensor):
+            self._check(tokens)
         embeddings = torch.empty(len(tokens), self.embedding_dim)
         pad = self._pad_id
         # Towers that mask their padding are spared it: short texts go together, cut to the longest of them.
@@ -167,10 +200,13 @@ class DualEncoder(nn.Module):
         """L, the number of tokens of a text."""
         return int(self.model_cfg["text_cfg"].get("context_length", 77))
 
-    def profile(self) -> Profile:
-        """Multiply-accumulates of one picture and one text, and parameters, per tower."""
-        size = self.preprocess_config.size
-        return profile_model(self.model, size, self.tokenize("a picture"))
+    def profile(self, size: int | None = None) -> Profile:
+        """Multiply-accumulates of one picture (size x size; None: the tower's own) and one text, and parameters."""
+        height, width = self.preprocess_config.size if size is None else (size, size)
+        pixels = torch.zeros(1, 3, height, width, device=self.mean.device)
+        tokens = self.tokenize("a picture").to(self.mean.device)
+        text: Any = self.model.encode_text
+        return profile_model(self.model, lambda: self._towers(pixels), lambda: text(tokens))
 
     def fingerprint(self) -> str:
         """Hex digest of weights and preprocessing: what cached embeddings are bound to."""
@@ -180,6 +216,18 @@ class DualEncoder(nn.Module):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _channels_last(visual: nn.Module) -> None:
+    """The layout in which convolutions are quick, but not where pictures enter.
+
+    There, the backward pass of FastViT's 1 x 1 convolution with stride 2 over 3 channels overruns its memory on a CPU
+    (torch 2.15 with oneDNN: "corrupted size vs. prev_size", or worse, nothing).
+    """
+    visual.to(memory_format=torch.channels_last)
+    for module in visual.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            module.to(memory_format=torch.contiguous_format)
 
 
 class _evaluating:

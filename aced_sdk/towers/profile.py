@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -26,28 +27,25 @@ class Profile:
         return self.image_macs + self.text_macs
 
 
-def profile_model(model: nn.Module, size: tuple[int, int], tokens: Tensor) -> Profile:
-    """Count a forward pass of each tower at batch 1 on the model's own device."""
-    device = next(model.parameters()).device
+def profile_model(model: nn.Module, image: Callable[[], object], text: Callable[[], object]) -> Profile:
+    """Count one call of each tower, `image` and `text`, both on a single example."""
     was_training = model.training
     model.eval()
-    pixels = torch.zeros(1, 3, *size, device=device)
-    image = _macs(lambda: model.encode_image(pixels))  # type: ignore[operator]
-    text = _macs(lambda: model.encode_text(tokens[:1].to(device)))  # type: ignore[operator]
+    image_macs, text_macs = _macs(image), _macs(text)
     model.train(was_training)
     visual: Any = model.visual
     return Profile(
-        image_macs=image,
-        text_macs=text,
+        image_macs=image_macs,
+        text_macs=text_macs,
         parameters=sum(p.numel() for p in model.parameters()),
         image_parameters=sum(p.numel() for p in visual.parameters()),
     )
 
 
-def _macs(forward: object) -> int:
+def _macs(forward: Callable[[], object]) -> int:
     # With gradients enabled attention takes its written-out path, whose products the counter knows; the fused
     # inference kernel would count as nothing.
     counter = FlopCounterMode(display=False)
     with torch.enable_grad(), counter:
-        forward()  # type: ignore[operator]
+        forward()
     return int(counter.get_total_flops() // 2)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distillation loop."""
 
-from aced_sdk.training.loop import Parts, train
+from aced_sdk.training.loop import train
+from aced_sdk.training.parts import Parts
 from aced_sdk.training.run import Run, last_step, start
 
 __all__ = ["Parts", "Run", "last_step", "start", "train"]

@@ -5,88 +5,38 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from aced_sdk.cache import EmbeddingCache
-from aced_sdk.config import DistillConfig
-from aced_sdk.curation import DrawStatistics, select
-from aced_sdk.data import SuperBatch, SuperBatches
-from aced_sdk.engine import Callback, Engine, factor, load_checkpoint, save_checkpoint
-from aced_sdk.engine.events import CheckpointSaved, Event, Selected, StepDone, StepSkipped
+from aced_sdk.config import DistillConfig, Independent, Joint
+from aced_sdk.curation import COLLAPSE_REMEDY, Embeddings, score_quantiles, select, select_random
+from aced_sdk.data import SuperBatch
+from aced_sdk.engine import factor
+from aced_sdk.engine.events import CheckpointSaved, Selected, StepDone, StepSkipped, Warned
 from aced_sdk.errors import EngineError
-from aced_sdk.objectives import Objective
-from aced_sdk.towers import DualEncoder, Embeddings
+from aced_sdk.training.parts import Parts
+from aced_sdk.training.progress import Progress, keep, restore
+from aced_sdk.training.scoring import score, scoring_size
+from aced_sdk.training.step import Learned, can_accumulate, is_quiet, learn
 
-
-class Trainee(nn.Module):
-    """The student as engines hold it: tensors in, tensors out."""
-
-    def __init__(self, encoder: DualEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out = self.encoder(images, tokens)
-        return out.image, out.text, torch.as_tensor(out.scale), torch.as_tensor(out.bias)
-
-
-@dataclass
-class Progress:
-    """How far a run is: totals since step 0."""
-
-    step: int = 0
-    position: int = 0
-    trained: int = 0
-    scored: int = 0
-
-
-@dataclass
-class Parts:
-    """What the loop joins.
-
-    Attributes:
-        engine: holds a `Trainee`.
-        batches: opens the stream of super-batches at a position.
-        reference: embeddings to select by in each step, where the curation reads them.
-        teachers: embeddings to distil from, in the numbering of the objective's terms.
-        objective: embeddings of a sub-batch to its loss.
-        statistics: draw counts of the pool.
-        bad: per row of the pool whether its caption is known to be wrong; None where nobody knows.
-        generator: noise of the selection.
-        callbacks: hear every event.
-    """
-
-    engine: Engine
-    batches: Callable[[int], SuperBatches]
-    reference: EmbeddingCache | None
-    teachers: tuple[EmbeddingCache, ...]
-    objective: Objective
-    statistics: DrawStatistics
-    bad: Tensor | None
-    generator: torch.Generator
-    callbacks: list[Callback] = field(default_factory=list)
-
-    def emit(self, event: Event) -> None:
-        """Tell everyone who listens."""
-        for callback in self.callbacks:
-            callback(event)
+_KEYS = 8  # names of pairs told with a skipped step
 
 
 def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) -> Progress:
     """Take all steps that are left.
 
     Raises:
+        ConfigError: if the student cannot be trained in micro-batches, and the config asks for them.
         EngineError: if losses stay non-finite, or a checkpoint cannot be written or read.
     """
-    engine, device = parts.engine, parts.engine.device
-    done = Progress() if resume_from is None else _restore(resume_from, parts)
+    engine, device, curation = parts.engine, parts.engine.device, config.curation
+    can_accumulate(config, engine.module)
+    done = Progress() if resume_from is None else restore(resume_from, parts)
     batches = parts.batches(done.position)
+    scores_serve = config.engine.micro_batch is not None and curation.needs_student and scoring_size(curation) is None
+    quiet: bool | None = None
     bad_in_a_row = 0
     try:
         while done.step < config.schedule.steps:
@@ -94,113 +44,104 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
             super_batch, position = next(batches)
             waited = time.perf_counter() - started
 
-            student = _score(super_batch, parts, config) if config.curation.needs_student else None
+            student = score(super_batch, parts.student, config, device) if curation.needs_student else None
             reference = parts.reference.rows(super_batch.rows, device) if parts.reference else None
-            picked = select(config.curation, student, reference, parts.generator).cpu()
-            batch = super_batch[picked]
+            picked = select(curation, student, reference, parts.generator).cpu()
+            drawn = picked
+            if config.objective.needs_iid_batch:
+                drawn = torch.cat([picked, select_random(len(picked), len(super_batch), parts.generator)])
+            batch = super_batch[drawn]
             teachers = [teacher.rows(batch.rows, device) for teacher in parts.teachers]
 
-            image, text, scale, bias = engine.forward(batch.images.to(device), batch.tokens.to(device))
-            terms = parts.objective(Embeddings(image, text, scale, bias), teachers[0] if teachers else None)
+            if quiet is None and scores_serve:
+                quiet = is_quiet(engine, batch)
+            known = student[drawn.to(device)] if student is not None and quiet else None
+            learned = learn(config, engine, parts.objective, batch, teachers, known)
             rate = config.optimizer.learning_rate * factor(config.schedule, done.step)
-            loss, norm = float(terms.total.detach()), math.nan
-            if math.isfinite(loss):
-                engine.backward(terms.total)
-                norm = engine.step(rate)
+            norm = engine.step(rate) if math.isfinite(learned.loss) else math.nan
 
             scored = done.scored + (len(super_batch) if student is not None else 0)
             done = replace(done, step=done.step + 1, position=position, scored=scored)
             if not math.isfinite(norm):
                 bad_in_a_row += 1
-                _skip(config, parts, done.step, loss, bad_in_a_row)
+                _skip(config, parts, done.step, batch, learned, bad_in_a_row)
             else:
                 bad_in_a_row = 0
-                done = replace(done, trained=done.trained + len(batch))
-                parts.statistics.update(batch.rows)
-                if len(super_batch) > len(batch):
-                    parts.emit(_selected(done.step, batch, super_batch, parts))
+                distilled = done.distilled + len(drawn) - len(picked)
+                done = replace(done, trained=done.trained + len(picked), distilled=distilled)
+                parts.statistics.update(super_batch.rows[picked])
+                if len(super_batch) > len(picked):
+                    parts.emit(_selected(config, parts, done.step, super_batch, picked, student, reference))
                 parts.emit(
                     StepDone(
                         step=done.step,
-                        loss=loss,
-                        parts={name: float(value) for name, value in terms.parts.items()},
+                        loss=learned.loss,
+                        parts=learned.parts,
                         learning_rate=rate,
                         gradient_norm=norm,
                         trained=done.trained,
                         scored=done.scored,
                         seconds=time.perf_counter() - started,
                         data_seconds=waited,
-                        scale=float(scale.detach()),
-                        bias=float(bias.detach()),
+                        scale=float(learned.student.scale),
+                        bias=float(learned.student.bias),
+                        distilled=done.distilled,
                     )
                 )
+                done = _warn_of_collapse(config, parts, done)
             regular = bad_in_a_row == 0 and done.step % config.engine.checkpoint_every == 0
             if regular or done.step == config.schedule.steps:
-                parts.emit(_keep(config, parts, done))
+                parts.emit(CheckpointSaved(done.step, str(keep(config, parts, done))))
     finally:
         batches.close()
     return done
 
 
-@torch.no_grad()
-def _score(batch: SuperBatch, parts: Parts, config: DistillConfig) -> Embeddings:
-    """The student's embeddings of a super-batch, without gradient, in chunks."""
-    engine, size = parts.engine, config.engine.scoring_batch
-    engine.module.eval()
-    outputs = [
-        engine.forward(batch.images[i : i + size].to(engine.device), batch.tokens[i : i + size].to(engine.device))
-        for i in range(0, len(batch), size)
-    ]
-    engine.module.train()
-    _, _, scale, bias = outputs[0]
-    return Embeddings(torch.cat([o[0] for o in outputs]), torch.cat([o[1] for o in outputs]), float(scale), float(bias))
-
-
-def _selected(step: int, batch: SuperBatch, super_batch: SuperBatch, parts: Parts) -> Selected:
-    summary = parts.statistics.summary()
+def _selected(
+    config: DistillConfig,
+    parts: Parts,
+    step: int,
+    super_batch: SuperBatch,
+    picked: torch.Tensor,
+    student: Embeddings | None,
+    reference: Embeddings | None,
+) -> Selected:
+    rows, summary = super_batch.rows[picked], parts.statistics.summary()
     statistics = {
         "unique_coverage": summary.unique_coverage,
         "top_decile_share": summary.top_decile_share,
         "effective_pool_size": summary.effective_pool_size,
     }
     if parts.bad is not None:
-        statistics["bad_share_selected"] = float(parts.bad[batch.rows].float().mean())
+        statistics["bad_share_selected"] = float(parts.bad[rows].float().mean())
         statistics["bad_share_candidates"] = float(parts.bad[super_batch.rows].float().mean())
-    return Selected(step, tuple(batch.rows.tolist()), tuple(super_batch.rows.tolist()), statistics)
+    scores = score_quantiles(config.curation, student, reference, picked)
+    return Selected(step, tuple(rows.tolist()), tuple(super_batch.rows.tolist()), statistics, scores)
 
 
-def _skip(config: DistillConfig, parts: Parts, step: int, loss: float, in_a_row: int) -> None:
-    what = "gradient" if math.isfinite(loss) else "loss"
-    parts.emit(StepSkipped(step, f"the {what} was not finite", in_a_row))
+def _warn_of_collapse(config: DistillConfig, parts: Parts, done: Progress) -> Progress:
+    if done.collapsed or not isinstance(config.curation, Joint | Independent):
+        return done
+    cause = parts.statistics.collapsed(config.curation.collapse_level)
+    if cause is None:
+        return done
+    parts.emit(Warned(done.step, cause, COLLAPSE_REMEDY))
+    return replace(done, collapsed=True)
+
+
+def _skip(config: DistillConfig, parts: Parts, step: int, batch: SuperBatch, learned: Learned, in_a_row: int) -> None:
+    """Tell of a step that was not taken, and of its pairs: those whose embeddings are broken, or any of them."""
+    what = "gradient" if math.isfinite(learned.loss) else "loss"
+    whole = (torch.isfinite(learned.student.image) & torch.isfinite(learned.student.text)).all(dim=1).cpu()
+    suspects = batch.rows if whole.all() else batch.rows[~whole]
+    keys = tuple(parts.keys(suspects[:_KEYS]))
+    parts.emit(StepSkipped(step, f"the {what} was not finite", in_a_row, keys))
     if in_a_row > config.engine.max_bad_steps:
+        more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""
         raise EngineError(
-            f"the {what} was not finite in {in_a_row} steps in a row, up to step {step}",
-            remedy="lower optimizer.learning_rate, or resume from the last checkpoint with engine.precision fp32",
+            f"the {what} was not finite in {in_a_row} steps in a row, up to step {step}, "
+            f"whose pairs are {', '.join(keys[:3])}{more}",
+            remedy="look at these pairs, lower optimizer.learning_rate, or resume from the last checkpoint with "
+            "engine.precision fp32",
             field="optimizer.learning_rate",
         )
-
-
-def _keep(config: DistillConfig, parts: Parts, done: Progress) -> CheckpointSaved:
-    state: dict[str, Any] = {"position": done.position, "trained": done.trained, "scored": done.scored}
-    tensors = {"generator": parts.generator.get_state(), **parts.statistics.state_dict(), **_dropout(parts.engine)}
-    target = save_checkpoint(config.directory, done.step, parts.engine, state, tensors, config.engine.keep_checkpoints)
-    return CheckpointSaved(done.step, str(target))
-
-
-def _dropout(engine: Engine) -> dict[str, Tensor]:
-    """States of torch's own generators, which dropout in a tower draws from."""
-    states = {"torch": torch.get_rng_state()}
-    if engine.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(engine.device)
-    return states
-
-
-def _restore(folder: Path, parts: Parts) -> Progress:
-    state, tensors = load_checkpoint(folder, parts.engine)
-    parts.generator.set_state(tensors.pop("generator"))
-    torch.set_rng_state(tensors.pop("torch"))
-    cuda = tensors.pop("cuda", None)
-    if cuda is not None and parts.engine.device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, parts.engine.device)
-    parts.statistics.load_state_dict(tensors)
-    return Progress(state["step"], state["position"], state["trained"], state["scored"])

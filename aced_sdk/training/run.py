@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from aced_sdk.cache import EmbeddingCache, default_directory, open_cache, write_cache
-from aced_sdk.config import DistillConfig, Frozen, StaticFilter, Stored
+from aced_sdk.cache import (
+    EmbeddingCache,
+    default_directory,
+    open_cache,
+    stored_fingerprint,
+    write_cache,
+    write_stored,
+)
+from aced_sdk.config import DistillConfig, Frozen, Independent, Joint, StaticFilter, Stored
 from aced_sdk.curation import DrawStatistics, static_filter
 from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
 from aced_sdk.data.source import Rows
-from aced_sdk.engine import Callback, build_engine, checkpoints, read_launch, step_of, thread_limit
+from aced_sdk.engine import Callback, build_engine, checkpoints, pick_device, read_launch, step_of, thread_limit
 from aced_sdk.engine.events import RunEnded, RunStarted, Warned
 from aced_sdk.errors import CacheError, ConfigError, DataError, UnsupportedError
 from aced_sdk.objectives import build_objective
-from aced_sdk.towers import DualEncoder, build, load, save
-from aced_sdk.training.loop import Parts, Trainee, train
+from aced_sdk.towers import DualEncoder, build, check_size, load, save
+from aced_sdk.training.loop import train
+from aced_sdk.training.parts import Parts, Trainee
+from aced_sdk.training.step import can_accumulate
 
 CONFIG = "config.yaml"
 _SKIPPED = "look at the shards; data.max_bad_fraction bounds how many may be left out"
@@ -38,7 +48,8 @@ class Run:
         directory: config, events, checkpoints and the student's folder.
         student: the trained encoder; it can be named wherever a folder can (`aced.load(run.student)`).
         step: steps taken.
-        metrics: trained and scored examples, and the last held-out figures, task to metric to value.
+        metrics: trained, scored and distilled examples (the last those of a second batch), and the last held-out
+            figures, task to metric to value.
     """
 
     directory: Path
@@ -92,6 +103,9 @@ def _start(
     encoder = build(config.student, config.seed)
     # What a config can get wrong is told before hours of caching.
     objective = build_objective(config.objective)
+    can_accumulate(config, encoder)
+    if isinstance(config.curation, Joint | Independent) and config.curation.scoring_size is not None:
+        check_size(encoder, config.curation.scoring_size, field="curation.scoring_size")
     callbacks = list(listen(encoder))
     reference = frozen_embeddings(config.reference, pool, config, watch) if config.curation.needs_reference else None
     teachers = tuple(
@@ -115,12 +129,14 @@ def _start(
     generator = torch.Generator().manual_seed(config.seed + 1)
     parts = Parts(
         engine=build_engine(Trainee(encoder), config.engine, config.optimizer),
+        student=encoder,
         batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
         reference=None if isinstance(config.curation, StaticFilter) else reference,  # it has filtered the rows already
         teachers=teachers,
         objective=objective,
         statistics=DrawStatistics(len(pool)),
         bad=None if bad is None else torch.from_numpy(bad),
+        keys=lambda rows: [pool.samples[int(row)].key for row in rows],
         generator=generator,
         callbacks=callbacks,
     )
@@ -138,39 +154,41 @@ def _start(
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.bad.most_common())
         parts.emit(Warned(done.step, f"pairs were skipped as they were read: {reasons}", _SKIPPED))
     encoder.eval()
-    save(encoder, config.directory / "student", facts=student_facts(config, done.trained, done.scored))
+    counts = {"trained": done.trained, "scored": done.scored, "distilled": done.distilled}
+    save(encoder, config.directory / "student", facts=student_facts(config, counts))
     parts.emit(RunEnded(done.step, time.perf_counter() - started, done.trained, done.scored))
-    return Run(config.directory, encoder, done.step, {"trained": done.trained, "scored": done.scored})
+    return Run(config.directory, encoder, done.step, dict(counts))
 
 
-def student_facts(config: DistillConfig, trained: int, scored: int) -> dict[str, Any]:
+def student_facts(config: DistillConfig, counts: dict[str, int]) -> dict[str, Any]:
     """What a student's manifest says of its making."""
     return {
         "config": config.hash(),
         "curation": config.curation.method,
         "seed": config.seed,
-        "trained": trained,
-        "scored": scored,
+        **counts,
         "versions": {name: version(name) for name in ("torch", "open_clip_torch", "aced-sdk")},
     }
 
 
-def frozen_embeddings(frozen: Frozen | Stored | None, pool: Pool, config: DistillConfig, watch: Watch) -> EmbeddingCache:
-    """The cached embeddings of a frozen model, made where they are missing."""
+def frozen_embeddings(
+    frozen: Frozen | Stored | None, pool: Pool, config: DistillConfig, watch: Watch
+) -> EmbeddingCache:
+    """The cached embeddings of a frozen model, or of those in the shards, made where they are missing."""
     if frozen is None:
         raise ConfigError("a frozen model is needed, and none is named", remedy="set reference", field="reference")
+    write: Callable[..., EmbeddingCache]
     if isinstance(frozen, Stored):
-        raise UnsupportedError("stored embeddings are not read yet", remedy="name a model", field="teacher")
-    encoder = load(frozen.model)
-    fingerprint = encoder.fingerprint()
+        fingerprint, write = stored_fingerprint(frozen), partial(write_stored, frozen)
+    else:
+        encoder = load(frozen.model).to(pick_device(config.engine, 0))
+        fingerprint, write = encoder.fingerprint(), partial(write_cache, encoder)
     directory = frozen.cache or default_directory(fingerprint, pool)
     try:
         return open_cache(directory, fingerprint, pool)
     except CacheError:
-        # Absent or incomplete: write what is missing. A cache of another model is refused by write_cache.
-        return write_cache(
-            encoder, pool, directory, config.data, progress=lambda n, of: watch("cache embeddings", n, of)
-        )
+        # Absent or incomplete: write what is missing. A cache of something else is refused again.
+        return write(pool, directory, config.data, progress=lambda n, of: watch("cache embeddings", n, of))
 
 
 def known_bad(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:

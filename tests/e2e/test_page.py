@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from aced_sdk.engine.events import RunEnded, RunStarted, StepDone
-from aced_sdk.reporting import JsonlWriter, report
+from aced_sdk.reporting import JsonlWriter
+from aced_sdk.reporting.run_report import report
 from examples.quickstart.page import (
     KindAccuracy,
     LicenceRow,

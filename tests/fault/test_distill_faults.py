@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,14 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import distillation, encoder, picture, write_pool
+from tiny import ARCHITECTURE, distillation, encoder, picture, write_pool
+from torch import Tensor
 
 import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.config import DistillConfig
+from aced_sdk.data import Order, Pool
 from aced_sdk.engine import checkpoints, step_of
 from aced_sdk.engine.events import Event, StepDone, StepSkipped
 from aced_sdk.errors import (
@@ -153,9 +157,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     def poisoned(objective: Any) -> Any:
         real = original(objective)
 
-        def loss(student: Any, teacher: Any = None) -> Any:
+        def loss(student: Any, teachers: Any = (), **more: Any) -> Any:
             count[0] += 1
-            terms = real(student, teacher)
+            terms = real(student, teachers, **more)
             return type(terms)(terms.total * float("nan"), terms.parts) if count[0] in steps else terms
 
         return loss
@@ -163,13 +167,14 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(room, "build_objective", poisoned)
 
 
+@pytest.mark.parametrize("micro_batch", [None, 4])
 @pytest.mark.parametrize("kind", ["single", "deepspeed"])
 def test_a_loss_that_is_not_finite_is_skipped(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, micro_batch: int | None
 ) -> None:
     poison(monkeypatch, {2, 3, 5})
     heard: list[Event] = []
-    engine = aced.Engine(kind=kind, device="cpu", max_bad_steps=2)
+    engine = aced.Engine(kind=kind, device="cpu", max_bad_steps=2, micro_batch=micro_batch)
     run = aced.distill(config(world, tmp_path / "run", engine=engine), callbacks=[heard.append])
     skipped = [(event.step, event.in_a_row) for event in heard if isinstance(event, StepSkipped)]
     assert skipped == [(2, 1), (3, 2), (5, 1)]
@@ -177,9 +182,51 @@ def test_a_loss_that_is_not_finite_is_skipped(
     assert all(torch.isfinite(tensor).all() for tensor in run.student.model.state_dict().values())
 
 
+def test_a_skipped_step_names_its_pairs(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {2})
+    heard: list[Event] = []
+    made = config(world, tmp_path / "run", curation=aced.Iid(sub_batch=16))
+    aced.distill(made, callbacks=[heard.append])
+    (skipped,) = [event for event in heard if isinstance(event, StepSkipped)]
+    order = Order(np.arange(64), seed=0).take(0, 32)[16:]  # the second step's pairs
+    assert skipped.keys == tuple(f"{row:06d}" for row in order[:8])
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_pairs_whose_embeddings_are_broken_are_named_first(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int | None
+) -> None:
+    original, pool = towers.DualEncoder.forward, Pool([world / "pool"])
+    culprit = towers.load(world / "reference").resize(pool.image(37, 10**6))
+
+    def poisoned(self: towers.DualEncoder, images: Tensor, tokens: Tensor) -> towers.Embeddings:
+        out = original(self, images, tokens)
+        hit = (images == culprit).flatten(1).all(dim=1)
+        return dataclasses.replace(out, image=out.image.masked_fill(hit[:, None], float("nan")))
+
+    monkeypatch.setattr(towers.DualEncoder, "forward", poisoned)
+    heard: list[Event] = []
+    engine = aced.Engine(kind="single", device="cpu", micro_batch=micro_batch, max_bad_steps=0)
+    made = config(world, tmp_path / "run", curation=aced.Iid(sub_batch=16), engine=engine)
+    with pytest.raises(EngineError, match="whose pairs are 000037"):
+        aced.distill(made, callbacks=[heard.append])
+    assert [event.keys for event in heard if isinstance(event, StepSkipped)] == [("000037",)]
+
+
+def test_micro_batches_of_a_student_with_batch_norm_are_refused(world: Path, tmp_path: Path) -> None:
+    convolutional = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+    student = aced.Student(architecture=ARCHITECTURE | {"vision_cfg": convolutional})
+    engine = aced.Engine(kind="single", device="cpu", micro_batch=4)
+    with pytest.raises(ConfigError, match="batch norms") as caught:
+        aced.distill(config(world, tmp_path / "run", student=student, engine=engine))
+    assert caught.value.field == "engine.micro_batch"
+    assert aced.distill(config(world, tmp_path / "whole", student=student)).step == 6
+
+
 def test_losses_that_stay_not_finite_stop_the_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, set(range(4, 100)))
-    with pytest.raises(EngineError, match="not finite in 2 steps in a row, up to step 5") as caught:
+    told = r"not finite in 2 steps in a row, up to step 5, whose pairs are \d{6}, \d{6}, \d{6} and 5 more"
+    with pytest.raises(EngineError, match=told) as caught:
         aced.distill(config(world, tmp_path / "run", engine=aced.Engine(
             kind="single", device="cpu", checkpoint_every=2, max_bad_steps=1)))  # fmt: skip
     assert caught.value.field == "optimizer.learning_rate"

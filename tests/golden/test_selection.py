@@ -10,6 +10,7 @@ import torch
 
 from aced_sdk.curation import Embeddings, select_independent, select_joint
 from aced_sdk.curation.scores import weights_of
+from benchmarks import selection as benchmark
 
 Array = npt.NDArray[np.float64]
 SCORES = ("learnability", "easy_reference", "hard_learner")
@@ -153,3 +154,11 @@ def test_a_large_scale_does_not_overflow() -> None:
             float32(student), float32(hot), size=25, num_chunks=5, loss=loss, gumbel=torch.from_numpy(gumbel)
         )
         assert rows.tolist() == expected
+
+
+def test_the_benchmarks_written_out_forms_are_the_algorithm() -> None:
+    student, reference = pair(11, 120)
+    gumbel = np.random.default_rng(12).gumbel(size=(6, 120))
+    expected = algorithm_1(student, reference, 48, "learnability", "sigmoid", 1.0, gumbel)
+    for form in benchmark.FORMS:
+        assert benchmark.draw(form, student, reference, 48, torch.from_numpy(gumbel)).tolist() == expected

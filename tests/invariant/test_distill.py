@@ -17,9 +17,11 @@ from torch import Tensor
 import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.config import DistillConfig
-from aced_sdk.data import Decoding, Order, Pool
+from aced_sdk.data import Decoding, Order, Pool, SuperBatch
 from aced_sdk.engine.events import CheckpointSaved, Event, RunEnded, Selected, StepDone
 from aced_sdk.errors import ConfigError, UnsupportedError
+from aced_sdk.training.parts import Trainee
+from aced_sdk.training.scoring import cheap_places, score
 
 DROPPED = ARCHITECTURE | {"vision_cfg": ARCHITECTURE["vision_cfg"] | {"patch_dropout": 0.5}}
 
@@ -85,6 +87,7 @@ def break_off_at(step: int) -> Any:
     [
         *(("aced", step) for step in (1, 3, 6)),
         *((kind, 3) for kind in ("iid", "independent", "static", "dropout", "bf16", "deepspeed", "zero-2")),
+        *((kind, 3) for kind in ("micro", "micro-dropout", "second batch", "cheap scoring")),
     ],
 )
 def test_broken_off_and_resumed_is_as_never_broken_off(world: Path, tmp_path: Path, kind: str, step: int) -> None:
@@ -97,6 +100,10 @@ def test_broken_off_and_resumed_is_as_never_broken_off(world: Path, tmp_path: Pa
         "bf16": {"engine": engine(precision="bf16")},
         "deepspeed": {"engine": engine("deepspeed")},
         "zero-2": {"engine": engine("deepspeed", zero_stage=2)},
+        "micro": {"engine": engine(micro_batch=2)},
+        "micro-dropout": {"engine": engine(micro_batch=2), "student": aced.Student(architecture=DROPPED)},
+        "second batch": {"objective": aced.Objective(distillation=(aced.Distillation(batch="iid"),))},
+        "cheap scoring": {"curation": aced.Joint(sub_batch=8, super_batch=16, num_chunks=4, scoring_size=8)},
     }
     whole = aced.distill(config(world, tmp_path / "whole", **changes[kind]))
     with pytest.raises(KeyboardInterrupt):
@@ -215,6 +222,93 @@ def test_scored_and_trained_examples_are_counted_apart(world: Path, tmp_path: Pa
     assert (run.metrics["trained"], run.metrics["scored"]) == (48, 0)
     manifest = towers.read_manifest(tmp_path / "easy" / "student")
     assert (manifest.facts["trained"], manifest.facts["scored"], manifest.facts["curation"]) == (48, 0, "joint")
+
+
+def test_the_scores_of_candidates_and_picked_are_told(world: Path, tmp_path: Path) -> None:
+    curation = aced.Joint(sub_batch=8, super_batch=24, num_chunks=4, gain=100.0)
+    heard: list[Event] = []
+    aced.distill(config(world, tmp_path / "run", curation=curation), callbacks=[heard.append])
+    told = [event.scores for event in heard if isinstance(event, Selected)]
+    assert len(told) == 6
+    for scores in told:
+        assert set(scores) == {"candidates", "picked"}
+        assert all(list(quantiles) == sorted(quantiles) and len(quantiles) == 5 for quantiles in scores.values())
+    assert sum(scores["picked"][2] > scores["candidates"][2] for scores in told) >= 5  # greedy draws take high scores
+
+
+def test_a_collapse_is_told_once_however_often_a_run_is_resumed(world: Path, tmp_path: Path) -> None:
+    # Greedy enough to take the same third of the candidates in every pass over the pool.
+    easy = {"score": "easy_reference", "gain": 1e4, "num_chunks": 1}
+    curation = aced.Joint(sub_batch=26, super_batch=78, collapse_margin=0.85, **easy)
+    made = config(world, tmp_path / "run", curation=curation, objective=aced.Objective())
+    with pytest.raises(KeyboardInterrupt):
+        aced.distill(made, callbacks=[break_off_at(5)])
+    aced.resume(tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    warned = [row for row in rows if row["event"] == "warned" and "collapsed" in row["cause"]]
+    assert [row["step"] for row in warned] == [4]  # the first with as many draws as there are pairs
+    assert "curation.gain" in warned[0]["remedy"]
+    quiet = made.replace(curation=curation.replace(collapse_margin=0.0), directory=tmp_path / "quiet")
+    heard: list[Event] = []
+    aced.distill(quiet, callbacks=[heard.append])
+    assert not [event for event in heard if event.name == "warned" and "collapsed" in event.cause]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("share", "cheap"), [(0.5, [1, 3, 5, 7]), (0.25, [3, 7]), (0.01, [])])
+def test_cheap_scoring_trains_its_share_at_the_scoring_size(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, cheap: list[int]
+) -> None:
+    scored, trained = [], []
+    encode, forward = towers.DualEncoder.encode_image, Trainee.forward
+    monkeypatch.setattr(
+        towers.DualEncoder, "encode_image", lambda self, x, *a: (scored.append(tuple(x.shape)), encode(self, x, *a))[1]
+    )
+    monkeypatch.setattr(Trainee, "forward", lambda self, x, t: (trained.append(tuple(x.shape)), forward(self, x, t))[1])
+    curation = aced.Joint(sub_batch=8, super_batch=16, num_chunks=4, scoring_size=8, scoring_share=share)
+    assert cheap_places(curation, 16).nonzero().flatten().tolist() == cheap + [8 + place for place in cheap]
+    made = config(world, tmp_path / "run", curation=curation, schedule=aced.Schedule(steps=1))
+    assert aced.distill(made).metrics["scored"] == 16
+    assert [shape for shape in scored if shape[0] > 1] == [(16, 3, 8, 8)]  # a picture alone is a check of the size
+    sizes = [(8 - len(cheap), 3, 16, 16), (len(cheap), 3, 8, 8)]
+    assert trained == [shape for shape in sizes if shape[0]]
+
+
+def test_a_distinct_caption_is_embedded_once_for_all_its_pairs(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, student = config(world, tmp_path / "run"), encoder(0)
+    tokens = student.tokenize(["red cat", "blue boat", "red cat", "red cat", "tree"])
+    batch = SuperBatch(torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8), tokens, torch.arange(5))
+    with torch.no_grad():
+        expected = student(batch.images, batch.tokens)
+    texts: list[int] = []
+    encode = towers.DualEncoder.encode_text
+    monkeypatch.setattr(
+        towers.DualEncoder, "encode_text", lambda self, t, *a: (texts.append(len(t)), encode(self, t, *a))[1]
+    )
+    found = score(batch, student, made, torch.device("cpu"))
+    assert texts == [3]
+    torch.testing.assert_close(found.image, expected.image, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.text, expected.text, rtol=0, atol=1e-6)
+    assert (found.scale, found.bias) == (expected.scale.item(), expected.bias.item())
+
+
+def test_several_teachers_each_teach_their_term(world: Path, tmp_path: Path) -> None:
+    towers.save(encoder(9), tmp_path / "second")
+    reference = config(world, tmp_path).reference
+    assert isinstance(reference, aced.Frozen)
+    second = aced.Frozen(model=str(tmp_path / "second"), cache=tmp_path / "cache")
+
+    def parts(name: str, teachers: tuple[aced.Frozen, ...], *terms: aced.Distillation) -> dict[str, float]:
+        heard: list[Event] = []
+        made = config(world, tmp_path / name, teacher=teachers, objective=aced.Objective(distillation=terms))
+        aced.distill(made.replace(schedule=aced.Schedule(steps=1)), callbacks=[heard.append])
+        return next(event for event in heard if isinstance(event, StepDone)).parts
+
+    one, two = aced.Distillation(), aced.Distillation(teacher=1, weight=3.0)
+    both = parts("both", (reference, second), one, two)
+    turned = parts("turned", (second, reference), one, two)
+    assert both["softmax"] == turned["softmax_2"] != both["softmax_2"] == turned["softmax"]
 
 
 def test_a_static_filter_draws_only_the_top_share(world: Path, tmp_path: Path) -> None:

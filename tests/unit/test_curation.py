@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +69,13 @@ def with_nan(embeddings: Embeddings) -> Embeddings:
     return replace(embeddings, text=text)
 
 
+def longer(embeddings: Embeddings, length: float, dtype: torch.dtype = torch.float32) -> Embeddings:
+    """One caption's embedding is not of unit length."""
+    text = embeddings.text.clone()
+    text[7] *= length
+    return replace(embeddings, image=embeddings.image.to(dtype), text=text.to(dtype))
+
+
 @pytest.mark.parametrize(
     ("student", "reference", "options", "message", "field"),
     [
@@ -81,6 +89,14 @@ def with_nan(embeddings: Embeddings) -> Embeddings:
         (STUDENT, with_nan(REFERENCE), {}, "2 of 40 rows of the reference's", "reference"),
         (with_nan(STUDENT), REFERENCE, {}, "2 of 40 rows of the student's", "student"),
         (STUDENT, replace(REFERENCE, scale=math.inf), {}, "scale or bias is not finite", "reference"),
+        (longer(STUDENT, 1.05), REFERENCE, {}, "the student's embeddings are not L2-normalised.*1.05$", "student"),
+        (STUDENT, longer(REFERENCE, 0.97), {"loss": "softmax"}, "the reference's embeddings.*0.97$", "reference"),
+        (STUDENT, longer(REFERENCE, 1.06, torch.bfloat16), {}, "reference's embeddings are not L2", "reference"),
+        (replace(STUDENT, image=5 * STUDENT.image), REFERENCE, {}, "has length 5", "student"),
+        (replace(STUDENT, scale=0.0), REFERENCE, {}, "the student's scale is 0", "student"),
+        (STUDENT, replace(REFERENCE, scale=-3.0), {"loss": "softmax"}, "the reference's scale is -3", "reference"),
+        (replace(STUDENT, scale=math.log(10), bias=-10.0), REFERENCE, {}, "looks like a logarithm", "student"),
+        (STUDENT, replace(REFERENCE, scale=math.log(117), bias=-12.9), {}, "looks like a logarithm", "reference"),
         (STUDENT, model(39, 1), {}, "40 pairs and the reference 39", "reference"),
         (replace(STUDENT, text=STUDENT.text[:5]), REFERENCE, {}, "shapes", "student"),
         (STUDENT, REFERENCE, {"gumbel": torch.zeros(3, 40)}, "shape", "gumbel"),
@@ -93,10 +109,37 @@ def with_nan(embeddings: Embeddings) -> Embeddings:
 def test_select_joint_refuses(
     student: Embeddings | None, reference: Embeddings | None, options: dict[str, Any], message: str, field: str
 ) -> None:
-    with pytest.raises(CurationError, match=message) as caught:
+    with pytest.raises(CurationError) as caught:
         select_joint(student, reference, **({"size": 8, "num_chunks": 4} | options))
+    assert re.search(message, caught.value.cause)
     assert caught.value.field == field
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        replace(STUDENT, scale=1.0, bias=0.0),
+        replace(STUDENT, scale=10.0, bias=-16.0),  # a student that holds all its logits down, early in training
+        longer(STUDENT, 1.01),
+        longer(STUDENT, 1.03, torch.bfloat16),
+        longer(STUDENT, 1.0, torch.float16),
+    ],
+)
+def test_what_only_looks_odd_is_accepted(student: Embeddings) -> None:
+    assert len(select_joint(student, REFERENCE, size=8, num_chunks=4)) == 8
+    softmax = replace(student, scale=math.log(10), bias=-10.0)  # the bias is not read
+    assert len(select_joint(softmax, REFERENCE, size=8, num_chunks=4, loss="softmax")) == 8
+
+
+def test_remedies_name_the_cure() -> None:
+    for student, cure in (
+        (longer(STUDENT, 2.0), "torch.nn.functional.normalize"),
+        (replace(STUDENT, scale=math.log(10), bias=-10.0), "exp\\(log_scale\\)"),
+        (replace(STUDENT, scale=-1.0), "exp\\(log_scale\\)"),
+    ):
+        with pytest.raises(CurationError, match=f"Remedy: .*{cure}"):
+            select_independent(student, REFERENCE, size=8)
 
 
 def test_other_selectors_refuse() -> None:
@@ -110,6 +153,10 @@ def test_other_selectors_refuse() -> None:
         static_filter(REFERENCE, 0.0)
     with pytest.raises(CurationError, match="not finite"):
         static_filter(with_nan(REFERENCE), 0.5)
+    with pytest.raises(CurationError, match="not L2-normalised"):
+        static_filter(longer(REFERENCE, 1.1), 0.5)
+    with pytest.raises(CurationError, match="logarithm"):
+        pair_scores(replace(REFERENCE, scale=2.3, bias=-10.0))
 
 
 def test_half_precision_and_autocast_do_not_change_the_arithmetic() -> None:
@@ -172,7 +219,7 @@ def test_no_square_matrix_is_built(loss: str, monkeypatch: pytest.MonkeyPatch) -
     assert items < largest.elements <= size // chunks * items
     # Slabs are themselves cut: the picks stay.
     monkeypatch.setattr(scores_module, "_CPU_SLAB", 7 * items)
-    monkeypatch.setattr(scores_module, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(scores_module, "_LEAST_LINES", 1)
     with LargestTensor() as largest:
         cut = select_joint(student, reference, size=size, num_chunks=chunks, loss=loss, generator=generator())
     assert largest.elements <= 8 * items

@@ -78,11 +78,28 @@ def test_contrastive_losses_are_open_clips() -> None:
     torch.testing.assert_close(softmax_loss(STUDENT), loss.ClipLoss()(image, text, scale))
 
 
+# Every loss over pairs, as a function of student, teacher, captions and slab.
+PAIRWISE: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": lambda s, t, c, chunk: sigmoid_loss(s, chunk),
+    "sigmoid masked": lambda s, t, c, chunk: sigmoid_loss(s, chunk, captions=c, repeated="masked"),
+    "sigmoid positives": lambda s, t, c, chunk: sigmoid_loss(s, chunk, captions=c, repeated="positives"),
+    "softmax": lambda s, t, c, chunk: softmax_loss(s, chunk),
+    "softmax masked": lambda s, t, c, chunk: softmax_loss(s, chunk, captions=c, repeated="masked"),
+    "softmax positives": lambda s, t, c, chunk: softmax_loss(s, chunk, captions=c, repeated="positives"),
+    "softmax kd": lambda s, t, c, chunk: softmax_kd(s, t, chunk=chunk),
+    "sigmoid kd": lambda s, t, c, chunk: sigmoid_kd(s, t, student_scale=3.0, chunk=chunk),
+    "interactive": lambda s, t, c, chunk: interactive(s, t, chunk=chunk),
+    "relational": lambda s, t, c, chunk: relational(s, t, teacher_scale=5.0, chunk=chunk),
+}
+CAPTIONS = torch.tensor([4, 7, 4, 4, 1, 7, 0, 9, 4])
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 9, 100])
-def test_slabs_change_neither_loss_nor_gradients(chunk: int) -> None:
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_slabs_change_neither_loss_nor_gradients(name: str, chunk: int) -> None:
     whole, whole_leaves = learned(STUDENT)
     slabs, slab_leaves = learned(STUDENT)
-    expected, loss = sigmoid_loss(whole), sigmoid_loss(slabs, chunk)
+    expected, loss = (PAIRWISE[name](s, SAME_DIM, CAPTIONS, size) for s, size in ((whole, None), (slabs, chunk)))
     expected.backward()
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
@@ -90,16 +107,21 @@ def test_slabs_change_neither_loss_nor_gradients(chunk: int) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
 
 
-def test_slabs_are_not_kept_for_the_backward_pass() -> None:
-    def kept(chunk: int | None) -> int:
-        sizes: list[int] = []
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_slabs_are_not_kept_for_the_backward_pass(name: str) -> None:
+    def kept(chunk: int | None) -> list[Tensor]:
+        saved: list[Tensor] = []
         student, _ = learned(model(3, pairs=64, dim=2))
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            sigmoid_loss(student, chunk)
-        return max(sizes)
+        teacher, captions = model(4, pairs=64, dim=2), torch.arange(64) % 40
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            PAIRWISE[name](student, teacher, captions, chunk)
+        return saved
 
-    assert kept(None) == 64 * 64
-    assert kept(8) <= 64 * 2
+    assert max(x.numel() for x in kept(None)) == 64 * 64
+    assert max(x.numel() for x in kept(8)) <= 64 * 2
+    # All of it together, memory that tensors share counted once, is less than a quarter of one matrix of logits.
+    apart = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept(8)}
+    assert sum(apart.values()) < 64 * 64 * 8 / 4
 
 
 def test_softmax_kd_is_equation_3() -> None:
@@ -154,7 +176,10 @@ def test_relational_is_softmax_kd_less_the_teachers_entropy() -> None:
     [
         (lambda s: sigmoid_loss(s), True),
         (lambda s: sigmoid_loss(s, 4), True),
+        (lambda s: sigmoid_loss(s, 4, captions=CAPTIONS, repeated="positives"), True),
         (lambda s: softmax_loss(s), False),
+        (lambda s: softmax_loss(s, captions=CAPTIONS, repeated="masked"), False),
+        (lambda s: softmax_loss(s, 4, captions=CAPTIONS, repeated="positives"), False),
         (lambda s: softmax_kd(s, TEACHER), False),
         (lambda s: softmax_kd(s, TEACHER, teacher_scale=9.0, student_scale=3.0), False),
         (lambda s: sigmoid_kd(s, TEACHER), True),
@@ -251,16 +276,80 @@ def test_softmax_contrastive_can_be_built() -> None:
     torch.testing.assert_close(terms.total, softmax_loss(STUDENT))
 
 
+def test_terms_find_their_teacher_and_their_batch() -> None:
+    objective = build_objective(
+        config.Objective(
+            distillation=(
+                config.Distillation(teacher=1, weight=2.0),
+                config.Distillation(loss="feature", batch="iid", weight=3.0),
+                config.Distillation(loss="sigmoid", teacher=1, batch="iid"),
+            )
+        )
+    )
+    same = objective(STUDENT, [SAME_DIM, TEACHER])
+    assert list(same.parts) == ["contrastive", "softmax"]
+    torch.testing.assert_close(same.total, sigmoid_loss(STUDENT) + 2 * softmax_kd(STUDENT, TEACHER))
+    second = objective(STUDENT, [SAME_DIM, TEACHER], batch="iid")
+    assert list(second.parts) == ["feature", "sigmoid"]
+    torch.testing.assert_close(second.total, 3 * feature_matching(STUDENT, SAME_DIM) + sigmoid_kd(STUDENT, TEACHER))
+    with pytest.raises(ConfigError, match="of teachers 0 to 1 1 were given"):
+        objective(STUDENT, SAME_DIM)
+
+
+def test_a_batch_without_terms_has_no_loss() -> None:
+    alone = config.Objective(contrastive=config.Contrastive(weight=0), distillation=(config.Distillation(batch="iid"),))
+    terms = build_objective(alone)(STUDENT, TEACHER)
+    assert (terms.total.item(), terms.parts) == (0, {})
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_captions_that_never_repeat_change_nothing(loss: str) -> None:
+    forms = [
+        build_objective(config.Objective(contrastive=config.Contrastive(loss=loss, repeated=repeated)))(
+            STUDENT, captions=torch.arange(9).flip(0)
+        ).total
+        for repeated in ("negatives", "masked", "positives")
+    ]
+    torch.testing.assert_close(forms[1], forms[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(forms[2], forms[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [sigmoid_loss, softmax_loss])
+def test_a_caption_repeated_a_hundred_times_weighs_less_than_twice(loss: Callable[..., Tensor]) -> None:
+    many = model(5, pairs=120)
+    captions = torch.cat([torch.zeros(100, dtype=torch.int64), torch.arange(1, 21)])
+    text = torch.cat([many.text[:1].expand(100, -1), many.text[100:]])  # equal captions, equal embeddings
+    student = replace(many, text=text, scale=1.0, bias=0.0)
+    masked = loss(student, captions=captions, repeated="masked").item()
+    positives = loss(student, captions=captions, repeated="positives").item()
+    assert masked < positives < 2 * masked
+
+
+def test_one_caption_alone_leaves_nothing_to_tell_apart() -> None:
+    student, leaves = learned(STUDENT)
+    for repeated in ("masked", "positives"):
+        softmax_loss(student, captions=torch.zeros(9), repeated=repeated).backward()
+        assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
+
+
+def test_captions_that_are_missing_or_do_not_fit_are_refused() -> None:
+    for loss in (sigmoid_loss, softmax_loss):
+        with pytest.raises(ConfigError, match="given no captions") as caught:
+            loss(STUDENT, repeated="masked")
+        assert caught.value.field == "objective.contrastive.repeated"
+        with pytest.raises(ModelError, match=r"captions have shape \[3\] for 9 pairs"):
+            loss(STUDENT, captions=torch.arange(3), repeated="positives")
+
+
 def test_settings_without_meaning_are_refused() -> None:
     for term, name in (
         (config.Distillation(loss="feature", student_scale=2.0), "student_scale"),
         (config.Distillation(loss="interactive", teacher_scale=2.0), "teacher_scale"),
+        (config.Distillation(loss="feature", chunk=2), "chunk"),
     ):
         with pytest.raises(ConfigError, match=f"has no {name}") as caught:
             build_objective(config.Objective(distillation=(config.Distillation(), term)))
         assert caught.value.field == f"objective.distillation.1.{name}"
-    with pytest.raises(ConfigError, match="slabs"):
-        build_objective(config.Objective(contrastive=config.Contrastive(loss="softmax", chunk=8)))
 
 
 def test_embeddings_that_do_not_fit_are_refused() -> None:

@@ -60,3 +60,28 @@ def test_a_plan_meets_the_mistakes_of_a_run(world: tuple[Path, Path], tmp_path: 
         aced.plan(distillation(tmp_path / "run", tmp_path / "none", reference))
     with pytest.raises(ModelError, match="is no model folder"):
         aced.plan(distillation(tmp_path / "run", pool, tmp_path / "none"))
+
+
+def test_cheap_scoring_second_batches_and_micro_batches_are_counted(tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool")
+    made = distillation(tmp_path / "run", pool, towers.save(encoder(1), tmp_path / "reference"))
+    assert aced.plan(made).cost_over_iid == pytest.approx(5 / 3)  # f = .5
+    student = encoder()
+    small = student.profile(8).macs / student.profile().macs
+    cheap = made.replace(curation=made.curation.replace(scoring_size=8))
+    assert aced.plan(cheap).cost_over_iid == pytest.approx((2 * small + 3 * (0.5 + 0.5 * small)) / 3)
+    second = aced.Objective(distillation=(aced.Distillation(batch="iid"),))
+    assert aced.plan(made.replace(objective=second)).cost_over_iid == pytest.approx(8 / 3)
+    again = made.replace(curation=aced.Iid(sub_batch=8), engine=made.engine.replace(micro_batch=4))
+    assert aced.plan(again).cost_over_iid == pytest.approx(4 / 3)
+
+
+def test_a_reference_that_scores_alone_has_no_scoring_size() -> None:
+    with pytest.raises(aced.AcedError, match="the reference's alone"):
+        aced.Joint(score="easy_reference", scoring_size=8)
+
+
+def test_the_collapse_level_stands_between_the_narrowest_draws_and_even_ones() -> None:
+    level = aced.Joint(sub_batch=256, super_batch=1280, collapse_margin=0.1).collapse_level
+    assert level == pytest.approx(0.28)
+    assert aced.Joint(sub_batch=256, super_batch=1280, collapse_margin=0.0).collapse_level == 0

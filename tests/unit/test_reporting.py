@@ -13,13 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from aced_sdk import config
+from aced_sdk.curation import COLLAPSE_REMEDY
 from aced_sdk.engine.events import Evaluated, RunEnded, RunStarted, Selected, StepDone, StepSkipped, Warned
 from aced_sdk.errors import DataError
-from aced_sdk.reporting import JsonlWriter, Progress, Stages, read_events, report
-from aced_sdk.reporting.page import count, duration, figure_svg, image_uri, line_chart, percent, write_page
+from aced_sdk.files import save_tensors, write_json
+from aced_sdk.reporting import JsonlWriter, Progress, Stages, read_events
+from aced_sdk.reporting.page import (
+    count,
+    duration,
+    figure_svg,
+    image_uri,
+    line_chart,
+    percent,
+    thumbnail_uri,
+    write_page,
+)
+from aced_sdk.reporting.run_report import report
+from tests import tiny
 
 
 class Terminal(io.StringIO):
@@ -178,6 +193,21 @@ def test_a_picture_survives_its_data_address(tmp_path: Path) -> None:
         assert (back.size, back.getpixel((0, 0))) == ((5, 3), (10, 200, 30, 128))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK", "I;16"])
+def test_a_thumbnail_is_small_and_keeps_its_shape(mode: str) -> None:
+    head, _, body = thumbnail_uri(Image.new(mode, (900, 600)), side=90).partition(",")
+    back = Image.open(io.BytesIO(base64.b64decode(body)))
+    assert (head, back.size, back.format) == ("data:image/webp;base64", (90, 60), "WEBP")
+    assert len(body) < 4000
+
+
+def test_a_thumbnail_stays_see_through() -> None:
+    picture = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+    back = Image.open(io.BytesIO(base64.b64decode(thumbnail_uri(picture).partition(",")[2])))
+    assert back.convert("RGBA").getpixel((5, 5))[3] == 0  # type: ignore[index]
+    assert picture.size == (40, 40)
+
+
 def test_a_figure_becomes_svg_with_its_label_escaped() -> None:
     figure = Figure()
     figure.add_subplot().plot([1, 2], [3, 4])
@@ -193,6 +223,16 @@ def test_a_chart_draws_every_line_in_percent() -> None:
     assert "<!-- one -->" in text
     assert "<!-- two -->" in text
     assert "<!-- 40 -->" in text  # an axis tick: 0.4 is shown as 40
+
+
+def test_a_chart_shades_bands_and_marks_places() -> None:
+    bare = {"one": [(0.0, 1.0), (10.0, 2.0)]}
+    plain = line_chart(bare, label="l", x="x", y="y")
+    full = line_chart(bare, label="l", x="x", y="y", bands={"one": [[(0, 0.5, 1.5), (10, 1, 3)]]}, marks={5: "here"})
+    assert "<!-- here -->" in full
+    assert "fill-opacity: 0.16" in full
+    assert "<!-- here -->" not in plain
+    assert "fill-opacity" not in plain
 
 
 def test_pages_escape_what_they_are_given(tmp_path: Path) -> None:
@@ -255,3 +295,131 @@ def test_a_run_without_steps_has_no_report(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text(json.dumps({"event": "run_started", "step": 0, "steps": 9}) + "\n")
     with pytest.raises(DataError, match="no step yet"):
         report(tmp_path)
+
+
+def test_scores_coverage_and_a_collapse_are_drawn(tmp_path: Path) -> None:
+    with JsonlWriter(tmp_path / "events.jsonl") as writer:
+        writer(RunStarted(0, steps=20, config_hash="abc", facts={"pairs": 500}))
+        for number in range(1, 21):
+            shares = {"unique_coverage": 0.1, "top_decile_share": 0.9, "effective_pool_size": 40.0, "odd": 1.0}
+            # A log of an older version, then a newer one.
+            scores = {} if number < 5 else {"candidates": (-5, -4, -3, -2, -1), "picked": (-2.0, -1.5, -1, -0.5, 0)}
+            writer(Selected(number, (1,), (1, 2), shares, scores))
+            writer(step(number))
+        writer(Warned(7, cause="the draws have collapsed", remedy=COLLAPSE_REMEDY))
+    text = report(tmp_path).read_text(encoding="utf-8")
+    assert "Scores of pairs by themselves" in text
+    assert 'aria-label="Scores over steps"' in text
+    assert text.count("fill-opacity: 0.16") == 4  # two bands each around the candidates' and the picked's median
+    assert "<!-- warned of collapse -->" in text
+    assert "<!-- even draws -->" in text
+    assert "<!-- drawn at least once -->" in text
+    assert "<figcaption>Odd.</figcaption>" in text
+    assert "effective size 40 of 500 pairs" in text
+    assert "The gallery is left out: cannot read" in text
+
+
+def test_a_log_without_scores_has_no_chart_of_them(tmp_path: Path) -> None:
+    rows = [step(1).to_dict(), Selected(1, (1,), (1, 2), {"unique_coverage": 0.1}).to_dict()]
+    rows[1].pop("scores")
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = report(tmp_path).read_text(encoding="utf-8")
+    assert "Scores" not in text.replace("Examples scored", "")
+    assert "Unique coverage." in text
+
+
+def test_warnings_stand_first_and_many_are_folded(tmp_path: Path) -> None:
+    with JsonlWriter(tmp_path / "events.jsonl") as writer:
+        writer(step(20))
+        for number in range(1, 12):
+            writer(StepSkipped(number, reason="the loss was not finite", in_a_row=1, keys=("a/<1>", "a/2")))
+    text = report(tmp_path).read_text(encoding="utf-8")
+    assert text.index('id="warnings"') < text.index('id="training"')
+    assert "<summary>3 more</summary>" in text
+    assert text.count("the loss was not finite (pairs a/&lt;1&gt;, a/2)") == 11
+
+
+# --- the gallery -------------------------------------------------------------------------------------------------
+
+
+def curated_run(folder: Path, counts: list[int] | None, rows: bool = True, **changes: Any) -> Path:
+    """A run's folder over a pool of 40 pairs whose row 3 is broken and whose row 5 has an odd caption."""
+    broken = {3: tiny.pair(3) | {"png": b"rubbish"}, 5: tiny.pair(5) | {"txt": b"<b>" + b"long " * 40}}
+    pool = tiny.write_pool(folder / "pool", 40, broken=broken)
+    run = folder / "run"
+    tiny.distillation(run, pool, folder / "reference", **changes).to_yaml(run / "config.yaml")
+    with JsonlWriter(run / "events.jsonl") as writer:
+        writer(RunStarted(0, steps=2, config_hash="abc", facts={"pairs": 40}))
+        for number in (1, 2):
+            candidates = tuple(range(16 if rows else 5000))  # an event of so many is logged without rows
+            writer(Selected(number, tuple(range(number, number + 8)), candidates, {"unique_coverage": 0.5}))
+            writer(step(number))
+    if counts is not None:
+        for number, older in ((1, [99] * 40), (2, counts)):
+            checkpoint = run / "checkpoints" / f"step-{number:08d}"
+            checkpoint.mkdir(parents=True)
+            save_tensors(checkpoint / "loop.safetensors", {"counts": torch.tensor(older, dtype=torch.int32)})
+            write_json(checkpoint / "state.json", {"step": number})
+    return run
+
+
+def groups(page: Path) -> dict[str, list[str]]:
+    """Captions (with their notes) by title of the gallery."""
+    parts = page.read_text(encoding="utf-8").split("<h3>")[1:]
+    found = {}
+    for part in parts:
+        thumbs = re.findall(r'<div class="thumb.*?src="data:image/webp[^>]*>(.*?)</div>', part, flags=re.DOTALL)
+        found[part.split("</h3>")[0]] = [re.sub(r"<em>(.*)</em>", r": \1", thumb) for thumb in thumbs]
+    return found
+
+
+def test_the_gallery_shows_drawn_and_undrawn_picked_and_rejected(tmp_path: Path) -> None:
+    run = curated_run(tmp_path, [0, 0, 0, 30, 7, 9, *[1] * 34])
+    page = report(run)
+    shown = groups(page)
+    assert list(shown) == ["Most drawn", "Never drawn", "Picked in step 2", "Rejected in step 2"]
+    odd = "&lt;b&gt;" + ("long " * 40)[:86] + "…"
+    assert shown["Most drawn"][:3] == [
+        f"{odd}: drawn 9 ×",
+        f"{tiny.caption(4)}: drawn 7 ×",
+        f"{tiny.caption(6)}: drawn 1 ×",
+    ]
+    assert len(shown["Most drawn"]) == 12
+    assert sorted(shown["Never drawn"]) == sorted(tiny.caption(row) for row in (0, 1, 2))
+    assert shown["Picked in step 2"] == [odd if row == 5 else tiny.caption(row) for row in (2, 4, 5, 6, 7, 8, 9)]
+    assert sorted(shown["Rejected in step 2"]) == sorted(tiny.caption(row) for row in (0, 1, *range(10, 16)))
+    text = page.read_text(encoding="utf-8")
+    assert "Some of 3 among 40 pairs." in text
+    assert text.count('class="thumb noisy"') == 3 + 1 + 2 + 2  # every fourth pair: 4 8 12 (drawn), 0, 4 8, 0 12
+    assert "The gallery is left out" not in text
+
+
+def test_a_gallery_shows_what_it_can(tmp_path: Path) -> None:
+    early = report(curated_run(tmp_path / "early", None))
+    assert list(groups(early)) == ["Picked in step 2", "Rejected in step 2"]
+    assert "Not shown: how often pairs were drawn, before the first checkpoint." in early.read_text(encoding="utf-8")
+    large = report(curated_run(tmp_path / "large", [1] * 40, rows=False))
+    assert list(groups(large)) == ["Most drawn"]
+    assert "no rows of super-batches this large" in large.read_text(encoding="utf-8")
+    static = config.StaticFilter(sub_batch=8)
+    kept = report(curated_run(tmp_path / "static", [0] * 30 + [1] * 10, rows=False, curation=static))
+    assert list(groups(kept)) == ["Most drawn", "Never drawn"]
+    assert "Not shown" not in kept.read_text(encoding="utf-8")
+
+
+def test_a_gallery_is_left_out_with_a_sentence(tmp_path: Path) -> None:
+    run = curated_run(tmp_path, [1] * 40)
+    (tmp_path / "pool" / "0001.tar").unlink()
+    assert "left out: the shards hold 20 pairs now, and the run drew from 40." in report(run).read_text(
+        encoding="utf-8"
+    )
+    (run / "checkpoints" / "step-00000002" / "loop.safetensors").write_bytes(b"torn")
+    assert "The gallery is left out: " in report(run).read_text(encoding="utf-8")
+    (tmp_path / "pool" / "0000.tar").unlink()
+    assert "holds no tars." in report(run).read_text(encoding="utf-8")
+    assert groups(run / "report.html") == {}
+
+
+def test_an_uncurated_run_has_no_gallery(tmp_path: Path) -> None:
+    iid = curated_run(tmp_path, [1] * 40, curation=config.Iid(sub_batch=8))
+    assert 'id="gallery"' not in report(iid).read_text(encoding="utf-8")

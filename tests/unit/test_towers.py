@@ -6,18 +6,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURE, encoder
+from torch import Tensor, nn
 
 from aced_sdk import towers
-from aced_sdk.config import Student
-from aced_sdk.errors import AcedError, ModelError, UnsupportedError
+from aced_sdk.config import Engine, Optimizer, Student
+from aced_sdk.engine import build_engine
+from aced_sdk.errors import AcedError, ConfigError, ModelError, UnsupportedError
 from aced_sdk.towers import huggingface
 from aced_sdk.towers.folder import CONFIG, MANIFEST, WEIGHTS
 
@@ -204,3 +210,182 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ModelError, match="cannot be saved"):
         towers.save(encoder(), tmp_path / "file" / "student")
+
+
+# -- other sizes ----------------------------------------------------------------------------------------------------
+
+
+def coarse(count: int, side: int = 16) -> Tensor:
+    """Pictures that keep most of what they show at half the side: uint8 [count, 3, side, side]."""
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    return blocks.repeat_interleave(side // 4, dim=2).repeat_interleave(side // 4, dim=3)
+
+
+def timm_tower(name: str, size: int, **vision: object) -> towers.DualEncoder:
+    tower = {"timm_model_name": name, "timm_model_pretrained": False, "timm_proj": "linear", "image_size": size}
+    return encoder(vision_cfg=tower | vision)
+
+
+def test_shrunk_pictures_are_pillows() -> None:
+    images = torch.stack([encoder().resize(picture) for picture in pictures()])
+    small = towers.shrink(images, 8)
+    assert (small.shape, small.dtype) == ((4, 3, 8, 8), torch.uint8)
+    for picture, own in zip(images, small, strict=True):
+        theirs = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((8, 8), Image.Resampling.BICUBIC)
+        distance = own.permute(1, 2, 0).int() - torch.from_numpy(np.array(theirs)).int()
+        assert int(distance.abs().max()) <= 1  # rounding
+    assert towers.shrink(images, 16) is images
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_shrunk_pictures_are_the_same_on_a_gpu() -> None:
+    images = coarse(4, 64)
+    distance = towers.shrink(images.cuda(), 24).cpu().int() - towers.shrink(images, 24).int()
+    assert int(distance.abs().max()) <= 1
+
+
+def test_the_own_size_is_left_as_it_was() -> None:
+    own, images = encoder(), coarse(4)
+    with torch.no_grad():
+        out = own(images, own.tokenize(["a"] * 4))
+        plain = own.model.encode_image(own.normalise(images), normalize=True)
+    assert torch.equal(out.image, plain)
+    assert torch.equal(own.encode_image(images), plain)
+
+
+def test_half_the_size_is_another_view_of_the_same_picture() -> None:
+    own, images = encoder(), coarse(16)
+    names = list(own.state_dict())
+    whole, half = own.encode_image(images), own.encode_image(towers.shrink(images, 8))
+    assert torch.isfinite(half).all()
+    assert not torch.equal(half, whole)
+    similar = whole @ half.T
+    assert similar.diagonal().mean() > similar.mean()
+    assert list(own.state_dict()) == names
+    assert own.profile(8).image_macs < 0.5 * own.profile().image_macs
+    assert own.profile(8).text_macs == own.profile().text_macs
+
+
+def test_resampled_positions_are_those_that_open_clip_gives_a_smaller_tower() -> None:
+    sizes = {"layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+    large = encoder(vision_cfg=sizes | {"image_size": 32})
+    small = encoder(vision_cfg=sizes | {"image_size": 16})
+    weights = large.model.state_dict()
+    open_clip.factory.resize_pos_embed(weights, small.model)
+    small.model.load_state_dict(weights)
+    images = coarse(4)
+    torch.testing.assert_close(large.encode_image(images), small.encode_image(images), atol=1e-6, rtol=0)
+
+
+class Images(nn.Module):
+    def __init__(self, encoder: towers.DualEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        image: Tensor = self.encoder(images, tokens).image
+        return image
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("single", 0), ("deepspeed", 0), ("deepspeed", 2)])
+def test_both_sizes_train_the_one_set_of_positions(kind: Any, stage: Any) -> None:
+    steps = []
+    for size in (16, 8):
+        own = encoder()
+        positions = own.model.visual.positional_embedding
+        before = positions.detach().clone()
+        config = Engine(kind=kind, zero_stage=stage, device="cpu")
+        engine = build_engine(Images(own), config, Optimizer(weight_decay=0))
+        engine.backward(engine.forward(towers.shrink(coarse(4), size), own.tokenize(["a"] * 4))[:, 0].sum())
+        engine.step(1e-2)
+        steps.append((own.model.visual.positional_embedding.detach() - before).abs().amax(dim=1))
+    assert all((step > 1e-3).all() for step in steps)  # the class token's and each patch's
+    assert not torch.equal(*steps)
+
+
+def test_a_size_that_the_tower_cannot_take_is_told_before_training() -> None:
+    towers.check_size(encoder(), 8)
+    towers.check_size(encoder(), 16)
+    for size, cause, remedy in ((12, "no multiple of the student's patch of 8", "take 8"), (24, "16 x 16", "smaller")):
+        with pytest.raises(ConfigError, match=cause) as caught:
+            towers.check_size(encoder(), size, field="curation.scoring_size")
+        assert (remedy in caught.value.remedy, caught.value.field) == (True, "curation.scoring_size")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "pool", "learned"),
+    [
+        ("vit_tiny_patch16_224", 224, "token", "trunk.pos_embed"),
+        ("vit_pwee_patch16_reg1_gap_256", 256, "avg", "trunk.pos_embed"),  # no position of a class token, as SigLIP
+        ("resnet18", 64, "avg", "trunk.conv1.weight"),
+    ],
+)
+def test_timms_vits_and_convolutional_towers_take_other_sizes(name: str, size: int, pool: str, learned: str) -> None:
+    own, half = timm_tower(name, size, timm_pool=pool), size // 2
+    towers.check_size(own, half)
+    own(towers.shrink(coarse(2, size), half), own.tokenize(["a", "b"])).image[:, 0].sum().backward()
+    gradient = own.model.visual.get_parameter(learned).grad
+    assert gradient is not None
+    assert float(gradient.abs().sum()) > 0
+    assert own.profile(half).image_macs < 0.5 * own.profile().image_macs
+
+
+def test_a_tower_of_one_size_says_so() -> None:
+    with pytest.raises(ConfigError, match="224 x 224 alone"):
+        towers.check_size(timm_tower("eva02_tiny_patch14_224", 224, timm_pool="token"), 112)
+
+
+def test_a_timm_tower_whose_size_is_no_multiple_of_its_patch_still_works() -> None:
+    tower = {"timm_model_name": "vit_so400m_patch14_siglip_384", "timm_pool": "map", "image_size": 384}
+    student = towers.ProfiledStudent(architecture=ARCHITECTURE | {"vision_cfg": tower})
+    assert student.profile().image_macs == pytest.approx(335e9, rel=0.01)
+
+
+@pytest.mark.slow
+def test_fastvits_stem_trains_on_a_cpu() -> None:
+    # In a process of its own, for it broke the process's memory: see _channels_last.
+    code = (
+        "from tiny import encoder; import torch; torch.set_num_threads(1)\n"
+        "vision = dict(timm_model_name='fastvit_mci0', timm_pool='avg', image_size=256)\n"
+        "own = encoder(vision_cfg=vision).train()\n"
+        "for _ in range(5): own.model.visual.trunk.stem(torch.zeros(2, 3, 256, 256)).sum().backward()"
+    )
+    folder = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# -- wrong tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.full((2, 8), 49408),  # of a larger vocabulary
+        torch.full((2, 8), -100),  # a label's padding
+        torch.ones(2, 77, dtype=torch.int64),  # of a longer context
+        torch.ones(8, dtype=torch.int64),
+    ],
+)
+def test_tokens_of_another_model_are_refused(tokens: Tensor) -> None:
+    own = encoder()
+    for embed in (own.encode_text, lambda tokens: own(coarse(2), tokens)):
+        with pytest.raises(ModelError, match=r"another model's.*\[N, 8\] with ids below 49408") as caught:
+            embed(tokens)
+        assert "own .tokenize" in caught.value.remedy
+    assert torch.equal(own.encode_text(own.tokenize(TEXTS)), own.encode_text(TEXTS))
+
+
+# -- profiles -------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_is_profiled_without_weights(saved: Path) -> None:
+    by_shape = towers.ProfiledStudent(architecture=ARCHITECTURE)
+    assert by_shape.profile() == encoder().profile()
+    assert by_shape.profile(8) == encoder().profile(8)
+    assert towers.ProfiledStudent(architecture=f"local-dir:{saved}").profile() == encoder().profile()
+    assert by_shape.hash() == Student(architecture=ARCHITECTURE).hash()
+    with pytest.raises(ModelError, match="knows no architecture"):
+        towers.ProfiledStudent(architecture="ViT-B-33").profile()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing embeddings of a pool: the next batch is read, and the last part written, while the model computes."""
+
+from __future__ import annotations
+
+import fcntl
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aced_sdk.cache.embeddings import EmbeddingCache
+from aced_sdk.cache.parts import (
+    CacheManifest,
+    Dtype,
+    Part,
+    bound_shards,
+    check_binding,
+    part_path,
+    read_manifest,
+    read_part,
+    write_part,
+)
+from aced_sdk.config import Data
+from aced_sdk.data import Decoding, Pool, SuperBatch, check_bad
+from aced_sdk.data.source import Rows
+from aced_sdk.errors import CacheError, ModelError
+from aced_sdk.files import write_json
+from aced_sdk.towers import DualEncoder
+
+_AHEAD = 2  # batches read while one is embedded
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """Embeddings of K usable pairs.
+
+    Attributes:
+        rows: int64 [K], numbers in the pool.
+        image: float32 [K, D], L2-normalised.
+        text: likewise.
+    """
+
+    rows: Tensor
+    image: Tensor
+    text: Tensor
+
+
+def write_cache(
+    encoder: DualEncoder,
+    pool: Pool,
+    directory: Path,
+    data: Data,
+    batch_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+    dtype: Dtype | None = None,
+) -> EmbeddingCache:
+    """Embed every pair of the pool; shards whose embeddings are complete are kept, so a killed run goes on.
+
+    Args:
+        encoder: the frozen model, on the device that is to compute.
+        pool: the pairs.
+        directory: where to; another process that writes there is waited for.
+        data: how pairs are decoded, and how many may be unusable.
+        batch_size: pairs read, and held in memory, at once.
+        progress: hears of pairs done and of all.
+        dtype: of the stored numbers; None: what the directory holds, and fp16 in a new one.
+
+    Raises:
+        CacheError: if the directory belongs to another model, pool or dtype, or cannot be written.
+        DataError: if too many pairs are unusable.
+        ModelError: if the model's embeddings are not finite.
+    """
+    manifest = CacheManifest(
+        model=encoder.fingerprint(),
+        dim=encoder.embedding_dim,
+        scale=encoder.scale,
+        bias=encoder.bias,
+        shards=bound_shards(pool),
+        dtype=dtype or "fp16",
+    )
+    decoder = Decoding(pool, encoder, data)
+
+    def embed(batch: SuperBatch) -> Embedded:
+        if not len(batch):
+            return Embedded(batch.rows, *torch.empty(2, 0, encoder.embedding_dim))
+        # Captions repeat; each distinct one is embedded once.
+        distinct, inverse = torch.unique(batch.tokens, dim=0, return_inverse=True)
+        image, text = encoder.encode_image(batch.images).cpu(), encoder.encode_text(distinct).cpu()[inverse]
+        finite = (image.isfinite() & text.isfinite()).all(dim=1)
+        if not finite.all():
+            key = pool.samples[int(batch.rows[~finite][0])].key
+            raise ModelError(
+                f"the frozen model's embeddings of {int((~finite).sum())} pairs are not finite, of {key} for one",
+                remedy="check the model's weights",
+            )
+        return Embedded(batch.rows, image, text)
+
+    cache = write_parts(directory, manifest, pool, decoder.fetch, embed, batch_size, progress, dtype)
+    check_usable(cache, decoder.bad, data)
+    return cache
+
+
+def write_parts(
+    directory: Path,
+    manifest: CacheManifest,
+    pool: Pool,
+    read: Callable[[Rows], Read],
+    embed: Callable[[Read], Embedded],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+    dtype: Dtype | None,
+) -> EmbeddingCache:
+    """Write what is missing or torn.
+
+    Args:
+        directory: where to.
+        manifest: what the cache is bound to.
+        pool: the pairs.
+        read: from rows to what `embed` takes; runs in a thread, ahead.
+        embed: the embeddings of the usable pairs among them.
+        batch_size: rows per call.
+        progress: hears of pairs done and of all.
+        dtype: that a cache must hold which is there already; None: any.
+
+    Raises:
+        CacheError: if the directory belongs to something else, or cannot be written.
+    """
+    tell = progress or (lambda *_: None)
+    with _alone(directory):
+        manifest = _bind(directory, manifest, dtype)
+        shards = [rows for _, rows in pool.shard_rows()]
+        done, missing = 0, []
+        for number, rows in enumerate(shards):
+            if _complete(directory, number, len(rows), manifest):
+                done += len(rows)
+                tell(done, len(pool))
+            else:
+                missing.append(number)
+        batches = {number: _cut(shards[number], batch_size) for number in missing}
+        ahead = _read_ahead(read, [batch for number in missing for batch in batches[number]])
+        with closing(ahead), ThreadPoolExecutor(1, thread_name_prefix="write-cache") as writer:
+            writing: Future[None] | None = None
+            for number in missing:
+                part = Part.empty(len(shards[number]), manifest)
+                for rows in batches[number]:
+                    embedded = embed(next(ahead))
+                    places = embedded.rows - shards[number].start
+                    part.image[places] = embedded.image.to(part.image.dtype)
+                    part.text[places] = embedded.text.to(part.text.dtype)
+                    part.usable[places] = True
+                    done += len(rows)
+                    tell(done, len(pool))
+                if writing is not None:
+                    writing.result()  # no more than one part waits in memory
+                writing = writer.submit(_save, directory, number, part)
+            if writing is not None:
+                writing.result()
+        return EmbeddingCache(directory, manifest, [len(rows) for rows in shards], verified=True)
+
+
+def check_usable(cache: EmbeddingCache, bad: Counter[str], data: Data) -> None:
+    """Stop where too many pairs are unusable; `bad` has the reasons, if all were met in this call.
+
+    Raises:
+        DataError: above the bound.
+    """
+    unusable = int((~cache.usable).sum())
+    reasons = bad if bad.total() == unusable else Counter(unusable=unusable)
+    check_bad(reasons, len(cache.usable), data.max_bad_fraction, least=1)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the directory: a second writer waits, and then finds the parts there. Leftovers of killed ones go."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in directory.glob(".*.tmp"):
+            leftover.unlink()
+        yield
+
+
+def _bind(directory: Path, manifest: CacheManifest, dtype: Dtype | None) -> CacheManifest:
+    path = directory / "cache.json"
+    if path.is_file():
+        found = read_manifest(directory)
+        check_binding(found, manifest.model, manifest.shards, directory, dtype)
+        return found
+    try:
+        write_json(path, manifest.model_dump(mode="json"))
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    return manifest
+
+
+def _complete(directory: Path, number: int, rows: int, manifest: CacheManifest) -> bool:
+    try:
+        read_part(part_path(directory, number), rows, manifest, verify=True)
+    except CacheError:
+        return False
+    return True
+
+
+def _cut(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _read_ahead(read: Callable[[Rows], Read], batches: Sequence[range]) -> Generator[Read]:
+    """What `read` gives for each batch, in order."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-cache") as reader:
+        waiting: deque[Future[Read]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(reader.submit(read, np.arange(batch.start, batch.stop, dtype=np.int64)))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            reader.shutdown(wait=True, cancel_futures=True)
+
+
+def _save(directory: Path, number: int, part: Part) -> None:
+    try:
+        write_part(part_path(directory, number), part)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+
+
+def _unwritable(directory: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"cannot write embeddings to {directory}: {error.strerror or error}",
+        remedy="free disk space and run again: complete shards are kept",
+        field="cache",
+    )

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of another size than the tower's own: cheap scoring, and training at both sizes (JEST's Flexi, FlexiViT).
+
+Convolutional towers take any size as they are. A ViT's learned positions are resampled to the coarser grid, with
+gradient to the one parameter that is kept, so that folders know nothing of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aced_sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aced_sdk.towers.dual_encoder import DualEncoder
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Pictures at another side length, antialiased bicubic as in preprocessing.
+
+    Args:
+        images: uint8 [N, 3, H, W], on a CPU or a GPU.
+        size: new height and width; where they are the old ones, the input itself comes back.
+
+    Returns:
+        uint8 [N, 3, size, size].
+    """
+    from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+    small: Tensor = resize(images, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return small
+
+
+def any_size(visual: nn.Module, own: tuple[int, int]) -> None:
+    """Lift a timm ViT's refusal of sizes that are not its own (height, width); its positions are resampled here."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk: Any = getattr(visual, "trunk", None)
+    if isinstance(trunk, VisionTransformer):
+        embed: Any = trunk.patch_embed
+        # One whose own size is no multiple of its patch (so400m-14 at 384) would then refuse that.
+        whole = all(side % patch == 0 for side, patch in zip(own, embed.patch_size, strict=True))
+        embed.strict_img_size = not (whole and tuple(embed.img_size) == own)
+
+
+def positions_for(visual: nn.Module, height: int, width: int) -> dict[str, Tensor]:
+    """What stands in for an image tower's learned positions when pictures are height x width.
+
+    Returns:
+        {parameter name inside `visual`: [prefix + rows * columns, D]} for `torch.func.functional_call`, differentiable
+        towards the parameter; {} at the tower's own size and for towers without such positions.
+    """
+    found = _positions(visual)
+    if found is None:
+        return {}
+    name, own, (rows, columns), (patch_height, patch_width) = found
+    grid = (height // patch_height, width // patch_width)
+    if grid == (rows, columns):
+        return {}
+    prefix, spatial = torch.split(own, [own.shape[-2] - rows * columns, rows * columns], dim=-2)
+    old = spatial.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
+    new = F.interpolate(old, grid, mode="bicubic", antialias=True, align_corners=False).to(own.dtype)
+    return {name: torch.cat([prefix, new.flatten(2).transpose(1, 2).reshape(*own.shape[:-2], -1, own.shape[-1])], -2)}
+
+
+def _positions(visual: Any) -> tuple[str, Tensor, tuple[int, int], tuple[int, int]] | None:
+    """Name, value, grid and patch of a plain ViT's learned positions, open_clip's or timm's."""
+    from open_clip.transformer import VisionTransformer as OpenClipViT
+    from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+    if isinstance(visual, OpenClipViT):
+        return "positional_embedding", visual.positional_embedding, visual.grid_size, visual.patch_size
+    trunk = getattr(visual, "trunk", None)
+    if isinstance(trunk, TimmViT) and trunk.pos_embed is not None:
+        return "trunk.pos_embed", trunk.pos_embed, trunk.patch_embed.grid_size, trunk.patch_embed.patch_size
+    return None
+
+
+def check_size(encoder: DualEncoder, size: int, field: str | None = None) -> None:
+    """Find out before training whether the image tower takes size x size pictures; costs one forward pass.
+
+    Args:
+        encoder: the student.
+        size: side in pixels at which it shall score, such as `curation.scoring_size`.
+        field: the config field to name in the error.
+
+    Raises:
+        ConfigError: if the size exceeds the tower's own, is no multiple of its patch, or the tower cannot take it.
+    """
+    height, width = encoder.preprocess_config.size
+    if height != width or size > height:
+        raise ConfigError(
+            f"the student sees pictures of {height} x {width}, and shall score them at {size} x {size}",
+            remedy="take a smaller side; it is for square towers alone",
+            field=field,
+        )
+    found = _positions(encoder.model.visual)
+    patch = found[3][0] if found else 1
+    if size % patch:
+        raise ConfigError(
+            f"the side of {size} pixels is no multiple of the student's patch of {patch}",
+            remedy=f"take {max(patch, size // patch * patch)}",
+            field=field,
+        )
+    try:
+        encoder.encode_image(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"the student's image tower takes pictures of {height} x {width} alone ({error})",
+            remedy="leave the scoring size out, or take a plain ViT or a convolutional tower",
+            field=field,
+        ) from error

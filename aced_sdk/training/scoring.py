@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The student's embeddings of a super-batch, without gradient, as cheaply as the config allows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aced_sdk.config import Curation, DistillConfig, Independent, Joint
+from aced_sdk.data import SuperBatch
+from aced_sdk.engine.base import precision
+from aced_sdk.towers import DualEncoder, Embeddings, shrink
+
+
+@torch.no_grad()
+def score(batch: SuperBatch, student: DualEncoder, config: DistillConfig, device: torch.device) -> Embeddings:
+    """Embeddings of all B candidates, in evaluation mode and the engine's precision.
+
+    Pictures have `curation.scoring_size` where it is set. Captions repeat, and each distinct one is embedded once.
+    """
+    step, size = config.engine.scoring_batch, scoring_size(config.curation)
+    distinct, inverse = torch.unique(batch.tokens, dim=0, return_inverse=True)
+    # On a CPU the encoder's own, smaller batches stay in the caches.
+    at_once = None if device.type == "cpu" else step
+    with precision(config.engine, device):
+        images = torch.cat(
+            [student.encode_image(shrunk(part.to(device), size), at_once) for part in torch.split(batch.images, step)]
+        )
+        texts = student.encode_text(distinct, min(step, 256) if at_once is None else step)
+    return Embeddings(images, texts[inverse.to(texts.device)], student.scale, student.bias)
+
+
+def shrunk(images: Tensor, size: int | None) -> Tensor:
+    """uint8 [N, 3, H, W] at `size` pixels a side; None: as they are."""
+    return images if size is None else shrink(images, size)
+
+
+def scoring_size(curation: Curation) -> int | None:
+    """The side in pixels at which the student scores, where that is not its own."""
+    return curation.scoring_size if isinstance(curation, Joint | Independent) and curation.needs_student else None
+
+
+def cheap_places(curation: Curation, pairs: int) -> Tensor:
+    """bool [pairs]: which pairs of each sub-batch are trained at the scoring size, spread over the draw order."""
+    places = torch.arange(pairs) % curation.sub_batch
+    if not isinstance(curation, Joint | Independent) or scoring_size(curation) is None:
+        return torch.zeros(pairs, dtype=torch.bool)
+    share, of = round(curation.scoring_share * curation.sub_batch), curation.sub_batch
+    return (places + 1) * share // of > places * share // of

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedding cache: its writing beside the frozen model's bare inference, its reading beside RAM and the loader.
+
+    python -m benchmarks.cache [--device cuda] [--architectures ViT-B-32 ViT-S-32] [--output FILE]
+
+Writing: an open_clip model with random weights embeds PNG pictures made here and their captions. Bare inference has all
+pictures decoded and all captions tokenised beforehand; `write_cache` starts from the tars and ends with its files
+on disk, the hashing of weights and shards (`start_seconds`) included. Both run alternately; each batch counts with the
+least time that it took in any run, since other work on the machine only ever adds to it. `share_of_bare` is the ratio
+of the two rates, and `noisy` says that whole runs of the same work differed by more than a tenth.
+Reading: random rows of a cache of random embeddings, in the page cache as after an epoch, beside the same rows of
+tensors in RAM and beside the pictures of the same pairs, decoded from tars or read from prepared arrays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from aced_sdk.cache import EmbeddingCache, write_cache
+from aced_sdk.cache.parts import CacheManifest, Part, part_path, write_part
+from aced_sdk.config import Data, Student
+from aced_sdk.data import Decoding, Pool, prepare
+from aced_sdk.towers import DualEncoder, Embeddings, build
+from benchmarks.machine import emit, machine
+
+SHARDS = 4
+
+
+def picture(generator: np.random.Generator) -> bytes:
+    """A PNG of a few plain shapes on white, 128 x 128."""
+    image = Image.new("RGB", (128, 128), "white")
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y, wide, high = (int(value) for value in generator.integers(8, 64, 4))
+        colour = tuple(int(value) for value in generator.integers(0, 256, 3))
+        shape = draw.ellipse if generator.random() < 0.5 else draw.rectangle
+        shape((x, y, x + wide, y + high), fill=colour)
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_pool(folder: Path, pairs: int, seed: int) -> Pool:
+    """Tars of pictures, each with a caption of its own."""
+    generator = np.random.default_rng(seed)
+    for shard, rows in enumerate(np.array_split(np.arange(pairs), SHARDS)):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for row in rows.tolist():
+                text = f"picture {row} of six plain shapes on white, as icons are".encode()
+                for extension, content in (("png", picture(generator)), ("txt", text)):
+                    member = tarfile.TarInfo(f"{row:06d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return Pool([folder])
+
+
+def seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+def writing(encoder: DualEncoder, name: str, pool: Pool, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`write_cache` beside bare inference, alternately."""
+    data = Data(shards=tuple(str(shard) for shard in pool.shards), workers=arguments.workers)
+    decoder, everything = Decoding(pool, encoder, data), np.arange(len(pool), dtype=np.int64)
+    # As `write_cache` cuts them: no batch crosses from one shard into the next.
+    batches = [
+        decoder.fetch(everything[rows.start : rows.stop][start : start + arguments.batch])
+        for _, rows in pool.shard_rows()
+        for start in range(0, len(rows), arguments.batch)
+    ]
+    decoding = min(seconds(decoder.fetch, everything) for _ in range(2))
+
+    def bare() -> list[float]:
+        marks = [time.perf_counter()]
+        for batch in batches:
+            encoder.encode_image(batch.images).cpu()
+            encoder.encode_text(batch.tokens).cpu()
+            marks.append(time.perf_counter())
+        return [float(step) for step in np.diff(marks)]
+
+    def write(target: Path) -> list[float]:
+        marks = [time.perf_counter()]
+        write_cache(encoder, pool, target, data, arguments.batch, lambda *_: marks.append(time.perf_counter()))
+        return [float(step) for step in np.diff([*marks, time.perf_counter()])]
+
+    encoder.encode_image(batches[0].images)  # the first call loads libraries
+    start = min(seconds(encoder.fingerprint) for _ in range(2))
+    runs = [(bare(), write(folder / f"{name}-{number}")) for number in range(arguments.repeats)]
+    alone, written = (np.array(times) for times in zip(*runs, strict=True))
+    best = [times.min(axis=0).sum() for times in (alone, written)]
+    totals = [times.sum(axis=1) for times in (alone, written)]
+    return {
+        "architecture": name,
+        "pixels": list(encoder.preprocess_config.size),
+        "pairs": len(pool),
+        "batch": arguments.batch,
+        "decoding_threads": arguments.workers,
+        "decoding_pairs_per_second": len(pool) / decoding,
+        "start_seconds": start,
+        "bare_pairs_per_second": len(pool) / best[0],
+        "write_cache_pairs_per_second": len(pool) / best[1],
+        "share_of_bare": best[0] / best[1],
+        "run_seconds": {"bare": totals[0].tolist(), "write_cache": totals[1].tolist()},
+        "noisy": any(bool(total.max() > 1.1 * total.min()) for total in totals),
+    }
+
+
+def random_cache(folder: Path, pairs: int, dim: int, seed: int) -> tuple[CacheManifest, list[int]]:
+    """A cache of random embeddings in parts of at most 10,000 pairs."""
+    manifest = CacheManifest(model="random", dim=dim, scale=1.0, bias=0.0, shards=())
+    sizes = [len(part) for part in np.array_split(np.arange(pairs), math.ceil(pairs / 10_000))]
+    noise = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        image, text = torch.nn.functional.normalize(torch.randn(2, size, dim, generator=noise), dim=-1).half()
+        write_part(part_path(folder, number), Part(image, text, torch.ones(size, dtype=torch.bool)))
+    return manifest, sizes
+
+
+def reading(encoder: DualEncoder, pool: Pool, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`rows` beside the same rows in RAM and beside the step's data loading."""
+    device = torch.device(arguments.device)
+    manifest, sizes = random_cache(folder / "random", arguments.cached, arguments.dim, arguments.seed)
+    opening = seconds(EmbeddingCache, folder / "random", manifest, sizes)
+    cache = EmbeddingCache(folder / "random", manifest, sizes)
+    everything = torch.arange(0, arguments.cached, 100)
+    first, whole = seconds(cache.rows, everything, device), cache.embeddings
+
+    def from_ram(rows: torch.Tensor) -> Embeddings:
+        picked = whole[rows]
+        image, text = (torch.nn.functional.normalize(v.to(device).float(), dim=-1) for v in (picked.image, picked.text))
+        return Embeddings(image, text, 1.0)
+
+    data = Data(shards=tuple(str(shard) for shard in pool.shards), workers=arguments.workers)
+    decoder, prepared = Decoding(pool, encoder, data), prepare(pool, encoder, data, folder / "prepared")
+    noise = torch.Generator().manual_seed(arguments.seed)
+    results = []
+    for batch in arguments.batches:
+        times: dict[str, list[float]] = {"rows": [], "ram": [], "prepared": [], "decoding": []}
+        for _ in range(arguments.repeats + 2):
+            rows = torch.randint(arguments.cached, (batch,), generator=noise)
+            pictures = rows.numpy() % len(pool)
+            times["rows"].append(seconds(cache.rows, rows, device))
+            times["ram"].append(seconds(from_ram, rows))
+            times["prepared"].append(seconds(prepared.fetch, pictures))
+            sample = pictures[:256]
+            times["decoding"].append(seconds(decoder.fetch, sample) * batch / len(sample))
+        best = {name: min(values) for name, values in times.items()}
+        results.append(
+            {
+                "rows": batch,
+                "seconds": best,
+                "rows_over_ram": best["rows"] / best["ram"],
+                "rows_over_prepared_pictures": best["rows"] / best["prepared"],
+                "rows_over_decoding": best["rows"] / best["decoding"],
+            }
+        )
+    return {
+        "pairs": arguments.cached,
+        "dim": arguments.dim,
+        "megabytes": 4 * arguments.cached * arguments.dim / 1e6,
+        "parts": len(sizes),
+        "open_seconds": opening,
+        "first_touch_of_all_parts_seconds": first,
+        "batches": results,
+    }
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description="writing and reading of the embedding cache")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--architectures", nargs="+", default=["ViT-B-32"], help="open_clip names of frozen models")
+    parser.add_argument("--pairs", type=int, default=96, help="pairs to embed")
+    parser.add_argument("--batch", type=int, default=16, help="pairs read at once while writing")
+    parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads")
+    parser.add_argument("--workers", type=int, default=1, help="threads that decode")
+    parser.add_argument("--cached", type=int, default=100_000, help="pairs in the cache that is read")
+    parser.add_argument("--dim", type=int, default=768, help="embedding dimension of the cache that is read")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096], help="rows read at once")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="write the JSON object to this file too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result: dict[str, Any] = {"benchmark": "cache", "seed": arguments.seed, "writing": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "pool").mkdir()
+        pool = write_pool(folder / "pool", arguments.pairs, arguments.seed)
+        for architecture in arguments.architectures:
+            encoder = build(Student(architecture=architecture), arguments.seed).eval().to(arguments.device)
+            result["writing"].append(writing(encoder, architecture, pool, folder, arguments))
+        result["reading"] = reading(encoder, pool, folder, arguments)
+    emit(result | machine(arguments.device), arguments.output)
+
+
+if __name__ == "__main__":
+    main()
