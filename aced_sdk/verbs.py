@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Literal
 
-from aced_sdk.cache import EmbeddingCache, default_directory, write_cache
-from aced_sdk.config import Data, DistillConfig
+from aced_sdk.cache import EmbeddingCache, default_directory, stored_fingerprint, write_cache, write_stored
+from aced_sdk.config import Data, DistillConfig, Engine, Stored
 from aced_sdk.data import Pool
-from aced_sdk.engine import Callback, step_of
+from aced_sdk.engine import Callback, pick_device, step_of
 from aced_sdk.engine.events import Evaluated, Event
 from aced_sdk.errors import ConfigError, EngineError
 from aced_sdk.evaluation import EvaluateEvery, evaluate, load_task
@@ -109,18 +111,21 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
 
 
 def cache_embeddings(
-    model: str | PathLike[str] | DualEncoder,
+    model: str | PathLike[str] | DualEncoder | Stored,
     data: Data | str | PathLike[str] | Sequence[str | PathLike[str]],
     directory: str | PathLike[str] | None = None,
     batch_size: int = 256,
+    dtype: Literal["fp16", "bf16"] | None = None,
 ) -> EmbeddingCache:
     """Embed a pool with a frozen model, shard by shard; complete shards of an earlier, killed call are kept.
 
     Args:
-        model: a dual encoder's folder, hub name, or the encoder itself.
+        model: a dual encoder's folder or hub name, the encoder itself (it stays on its device), or `Stored` for
+            embeddings that the shards carry.
         data: the pool's `Data` config, or its shards.
         directory: where to; by default a folder of the cache home named after model and pool.
         batch_size: pictures per forward pass.
+        dtype: of the embeddings on disk; None: what an earlier call began with, and fp16 in a new directory.
 
     Raises:
         CacheError: if the directory belongs to another model or other shards, or cannot be written.
@@ -129,10 +134,13 @@ def cache_embeddings(
     if not isinstance(data, Data):
         given = [data] if isinstance(data, str | PathLike) else data
         data = Data(shards=tuple(fspath(shard) for shard in given))
-    encoder = model if isinstance(model, DualEncoder) else load(model)
     pool = Pool(data.shards)
-    target = Path(directory) if directory is not None else default_directory(encoder.fingerprint(), pool)
+    write: Callable[..., EmbeddingCache]
+    if isinstance(model, Stored):
+        fingerprint, write = stored_fingerprint(model), partial(write_stored, model)
+    else:
+        encoder = model if isinstance(model, DualEncoder) else load(model).to(pick_device(Engine(), 0))
+        fingerprint, write = encoder.fingerprint(), partial(write_cache, encoder)
+    target = Path(directory) if directory is not None else default_directory(fingerprint, pool)
     with RunBar("cache embeddings") as bar:
-        return write_cache(
-            encoder, pool, target, data, batch_size, lambda done, total: bar.watch("cache embeddings", done, total)
-        )
+        return write(pool, target, data, batch_size, partial(bar.watch, "cache embeddings"), dtype=dtype)

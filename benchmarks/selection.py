@@ -51,18 +51,25 @@ class Job:
     threads: int
 
 
-def pair_losses(model: Embeddings) -> Tensor:
-    """The sigmoid loss of all pairs, [N, N]."""
-    logits = model.scale * model.image @ model.text.T
+def pair_losses(model: Embeddings, rows_K: Tensor) -> Tensor:
+    """The sigmoid loss of some images with all texts, [K, N]."""
+    logits = model.scale * model.image[rows_K] @ model.text.T
     logits += model.bias
-    losses = F.softplus(logits)
-    losses.diagonal().copy_(F.softplus(-logits.diagonal()))
-    return losses
+    logits[torch.arange(len(rows_K), device=rows_K.device), rows_K] *= -1
+    return F.softplus(logits)
+
+
+def score_matrix(student: Embeddings, reference: Embeddings) -> Tensor:
+    """Learnability of all pairs, [N, N]; built some rows at a time, which spares memory."""
+    scores = student.image.new_empty(len(student), len(student))
+    for rows in torch.split(torch.arange(len(student), device=scores.device), 1024):
+        scores[rows] = pair_losses(student, rows) - pair_losses(reference, rows)
+    return scores
 
 
 def algorithm_1(student: Embeddings, reference: Embeddings, size: int, gumbel: Tensor) -> Tensor:
     """Learnability by JEST's Algorithm 1 (arXiv 2406.17711) to the letter: each chunk goes over the whole matrix."""
-    scores = pair_losses(student) - pair_losses(reference)
+    scores = score_matrix(student, reference)
     own, each = scores.diagonal(), size // len(gumbel)
     picked = (own + gumbel[0]).topk(each).indices
     for noise in gumbel[1:]:
@@ -76,8 +83,7 @@ def algorithm_1(student: Embeddings, reference: Embeddings, size: int, gumbel: T
 
 def matrix(student: Embeddings, reference: Embeddings, size: int, gumbel: Tensor) -> Tensor:
     """The same with a running sum: of the N x N scores, a chunk reads its own rows and columns alone."""
-    scores = pair_losses(student)
-    scores -= pair_losses(reference)
+    scores = score_matrix(student, reference)
     weights = scores.diagonal().clone()
     chunks = []
     for noise in gumbel:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from aced_sdk.config.base import Config
 
@@ -42,7 +42,7 @@ class Stored(Config):
     bias: float = Field(0.0, description="bias of a sigmoid-trained model; 0 for a softmax-trained one")
     image: str = Field("image_emb", description="name of the array [augmentations, D] or [D]")
     text: str = Field("text_emb", description="name of the array [captions, D] or [D]; its first row is the caption's")
-    parts: tuple[int, ...] = Field(
+    parts: tuple[PositiveInt, ...] = Field(
         (), description="sizes of the models' embeddings where an ensemble's are joined; each is normalised by itself"
     )
     cache: Path | None = Field(None, description="folder of the embedding cache made of them; default: as for a model")
