@@ -103,7 +103,8 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _claims(claims: Mapping[str, Any]) -> str:
     lines = ["| claim | lead in points | seeds won | over two deviations |", "|---|---|---|---|"]
-    leads = {**claims["order"], **{name: value for name, value in claims.items() if "points" in value}}
+    others = {name: value for name, value in claims.items() if isinstance(value, dict) and "points" in value}
+    leads = {**claims["order"], **others}
     for name, lead in leads.items():
         said = name.replace("_", " ")
         lines.append(f"| {said} | {lead['points']:+.1f} | {lead['seeds_won']} | {_yes(lead['over_two_deviations'])} |")
@@ -158,7 +159,7 @@ def _rows(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _curves(result: Mapping[str, Any], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(7.5, 3.6))
     for row in CURVES:
         curves = result["curves"][row]
         steps = [point["step"] for point in curves[0]]
@@ -166,7 +167,7 @@ def _curves(result: Mapping[str, Any], path: Path) -> None:
         axis.plot(steps, means, _dash(row), marker="o", markersize=3, color=_colour(row), label=NAMES[row])
     axis.set_xlabel(f"steps of {result['sub_batch']} trained pairs")
     axis.set_ylabel("score, per cent")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 
