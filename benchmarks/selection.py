@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true", help="run the paper's size too")
     parser.add_argument("--output", type=Path, help="write the JSON object to this file too")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     torch.set_num_threads(arguments.threads)
     job = Job("", 0, 0, arguments.dim, arguments.chunks, arguments.repeats, arguments.device, arguments.threads)
     forms = FORMS[:1] if arguments.streaming_only else FORMS
@@ -250,6 +252,7 @@ def main() -> None:
         "results": results,
         "paper_scale": paper_scale(results[-1], job, arguments.paper),
         **machine(arguments.device),
+        "load_average_before": load,
     }
     emit(result, arguments.output)
 

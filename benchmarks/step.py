@@ -8,8 +8,9 @@ median over all of a variant's steps but the first two of each run (caches and a
 waits for data included, and by the processor time of the process, which on a CPU is the one to trust when the machine
 is busy with other things. Reference and teacher are embedding caches; what made them does not matter to a step, so
 models with next to no weights stand in for them. ACED here is learnability in the sigmoid form with f = 0.8 and softmax
-distillation; `aced_cheap` scores at half the side and trains half of each sub-batch at it. `by_macs` is what the ratio
-would be if time were MACs, a backward pass twice a forward pass.
+distillation; `aced_cheap` scores at half the side and trains half of each sub-batch at it. `accumulated` is ACED over
+IID where both take the sub-batch in four micro-batches (GradCache): ACED has its first pass from the scoring. `by_macs`
+is what the ratio would be if time were MACs, a backward pass twice a forward pass.
 
 open_clip's trainer (`open_clip_train.main`, in a process of its own) runs the same architecture, batch and precision:
 IID with the sigmoid loss, and with `--distill-model`, which runs the teacher in every step, against softmax
@@ -182,8 +183,8 @@ class Bench:
         }
         self.runs = 0
 
-    def variants(self) -> dict[str, tuple[Curation, aced.Objective]]:
-        """What takes turns, by name."""
+    def variants(self) -> dict[str, tuple[Curation, aced.Objective, int | None]]:
+        """What takes turns, by name: curation, objective and micro-batch."""
         size = self.case.sub_batch
         iid = aced.Iid(sub_batch=size)
         task, kd = aced.Objective(), (aced.Distillation(loss="softmax"),)
@@ -193,14 +194,16 @@ class Bench:
             return aced.Joint(sub_batch=size, super_batch=FILTER * size, num_chunks=16, **options)
 
         return {
-            "iid": (iid, task),
-            "softmax_kd": (iid, aced.Objective(contrastive=aced.Contrastive(loss="softmax"), distillation=kd)),
-            "i_acid": (joint(score="easy_reference"), task),
-            "aced": (joint(), taught),
-            "aced_cheap": (joint(scoring_size=self.case.scoring_size), taught),
+            "iid": (iid, task, None),
+            "softmax_kd": (iid, aced.Objective(contrastive=aced.Contrastive(loss="softmax"), distillation=kd), None),
+            "i_acid": (joint(score="easy_reference"), task, None),
+            "aced": (joint(), taught, None),
+            "aced_cheap": (joint(scoring_size=self.case.scoring_size), taught, None),
+            "iid_accumulated": (iid, task, size // 4),
+            "aced_accumulated": (joint(), taught, size // 4),
         }
 
-    def distil(self, curation: Curation, objective: aced.Objective) -> Laps:
+    def distil(self, curation: Curation, objective: aced.Objective, micro_batch: int | None) -> Laps:
         """Each step of a short run of ours."""
         self.runs += 1
         ticks: Laps = []
@@ -223,6 +226,7 @@ class Bench:
                 device=self.arguments.device,
                 precision=self.arguments.precision,
                 threads=self.arguments.threads,
+                micro_batch=micro_batch,
                 checkpoint_every=10_000,
             ),
             directory=self.folder / "runs" / str(self.runs),
@@ -281,6 +285,7 @@ class Bench:
             "by_macs": {
                 "aced": (FILTER + 3) / 3,
                 "aced_cheap": (FILTER * cheap + 3 * (1 + cheap) / 2) / 3,
+                "accumulated": (FILTER + 3) / (1 + 3),
                 "kd_rate_over_open_clip_distill": {name: 1 + m / (3 * full) for name, m in teachers.items()},
             },
         }
@@ -293,7 +298,8 @@ class Bench:
                 name: {"median": step[name], "least": min(values), "most": max(values), "steps": len(values)}
                 for name, values in seconds.items()
             },
-            "over_iid": {name: step[name] / step["iid"] for name in ("softmax_kd", "i_acid", "aced", "aced_cheap")},
+            "over_iid": {name: step[name] / step["iid"] for name in ("softmax_kd", "i_acid", "aced", "aced_cheap")}
+            | {"accumulated": step["aced_accumulated"] / step["iid_accumulated"]},
         }
         if "open_clip_iid" in step:
             size = self.case.sub_batch
@@ -317,6 +323,7 @@ def main() -> None:
     parser.add_argument("--without-open-clip", action="store_true", help="our own variants alone")
     parser.add_argument("--output", type=Path, help="write the JSON object to this file too")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         students = {name: Bench(name, Path(folder), arguments).measure() for name in arguments.students}
     result = {
@@ -328,6 +335,7 @@ def main() -> None:
         "students": students,
         **machine(arguments.device),
         "threads": arguments.threads,
+        "load_average_before": load,
     }
     emit(result, arguments.output)
 

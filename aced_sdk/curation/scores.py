@@ -24,8 +24,8 @@ from aced_sdk.config import LossForm, Score
 from aced_sdk.errors import CurationError
 from aced_sdk.towers.embeddings import Embeddings
 
-# Elements of one slab: on a CPU it should stay in the second cache, on a GPU (256 MiB in float32) it should fill it.
-_CPU_SLAB = 2**18
+# Elements of one slab: on a CPU it should stay near the caches, on a GPU (256 MiB in float32) it should fill it.
+_CPU_SLAB = 2**20
 _GPU_SLAB = 2**26
 _LEAST_LINES = 64
 # Rows looked at together where a whole pool, perhaps memory-mapped, goes by.
