@@ -5,7 +5,8 @@ from aced_sdk.towers.dual_encoder import DualEncoder
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.folder import Manifest, build, load, read_config, read_manifest, save
 from aced_sdk.towers.profile import Profile
-from aced_sdk.towers.resolution import check_size, shrink
+from aced_sdk.towers.resolution import shrink
+from aced_sdk.towers.sizes import check_size
 from aced_sdk.towers.student import ProfiledStudent
 from aced_sdk.towers.transforms import Preprocess
 

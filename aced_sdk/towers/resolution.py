@@ -7,16 +7,11 @@ gradient to the one parameter that is kept, so that folders know nothing of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from aced_sdk.errors import ConfigError
-
-if TYPE_CHECKING:
-    from aced_sdk.towers.dual_encoder import DualEncoder
 
 
 def shrink(images: Tensor, size: int) -> Tensor:
@@ -80,37 +75,7 @@ def _positions(visual: Any) -> tuple[str, Tensor, tuple[int, int], tuple[int, in
     return None
 
 
-def check_size(encoder: DualEncoder, size: int, field: str | None = None) -> None:
-    """Find out before training whether the image tower takes size x size pictures; costs one forward pass.
-
-    Args:
-        encoder: the student.
-        size: side in pixels at which it shall score, such as `curation.scoring_size`.
-        field: the config field to name in the error.
-
-    Raises:
-        ConfigError: if the size exceeds the tower's own, is no multiple of its patch, or the tower cannot take it.
-    """
-    height, width = encoder.preprocess_config.size
-    if height != width or size > height:
-        raise ConfigError(
-            f"the student sees pictures of {height} x {width}, and shall score them at {size} x {size}",
-            remedy="take a smaller side; it is for square towers alone",
-            field=field,
-        )
-    found = _positions(encoder.model.visual)
-    patch = found[3][0] if found else 1
-    if size % patch:
-        raise ConfigError(
-            f"the side of {size} pixels is no multiple of the student's patch of {patch}",
-            remedy=f"take {max(patch, size // patch * patch)}",
-            field=field,
-        )
-    try:
-        encoder.encode_image(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(
-            f"the student's image tower takes pictures of {height} x {width} alone ({error})",
-            remedy="leave the scoring size out, or take a plain ViT or a convolutional tower",
-            field=field,
-        ) from error
+def patch_of(visual: nn.Module) -> int:
+    """The patch's side in pixels, of a plain ViT; 1 for towers without learned positions."""
+    found = _positions(visual)
+    return found[3][0] if found else 1
