@@ -7,40 +7,62 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.errors import EncoderError, FolderError, InputError
+    from export.batcher import Batcher
+    from export.errors import ClosedError, EncoderError, FolderError, InputError, QueueFullError
+    from export.parity import Parity, verify_folder
     from export.report import ExportError, ExportReport, GraphReport, Manifest
     from export.runtime import OnnxEncoder
     from export.save import to_onnx, verify
+    from export.search import Hit, Search
     from export.transformers_folder import TransformersReport, to_transformers
+    from export.zero_shot import Guess, ZeroShot
 
 _HOME = {
+    "Batcher": "export.batcher",
+    "ClosedError": "export.errors",
     "EncoderError": "export.errors",
-    "FolderError": "export.errors",
-    "InputError": "export.errors",
     "ExportError": "export.report",
     "ExportReport": "export.report",
+    "FolderError": "export.errors",
     "GraphReport": "export.report",
+    "Guess": "export.zero_shot",
+    "Hit": "export.search",
+    "InputError": "export.errors",
     "Manifest": "export.report",
     "OnnxEncoder": "export.runtime",
+    "Parity": "export.parity",
+    "QueueFullError": "export.errors",
+    "Search": "export.search",
     "TransformersReport": "export.transformers_folder",
+    "ZeroShot": "export.zero_shot",
     "to_onnx": "export.save",
     "to_transformers": "export.transformers_folder",
     "verify": "export.save",
+    "verify_folder": "export.parity",
 }
 
 __all__ = [
+    "Batcher",
+    "ClosedError",
     "EncoderError",
     "ExportError",
     "ExportReport",
     "FolderError",
     "GraphReport",
+    "Guess",
+    "Hit",
     "InputError",
     "Manifest",
     "OnnxEncoder",
+    "Parity",
+    "QueueFullError",
+    "Search",
     "TransformersReport",
+    "ZeroShot",
     "to_onnx",
     "to_transformers",
     "verify",
+    "verify_folder",
 ]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,48 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aced_sdk.towers import DualEncoder
+from export.parity import FLOAT32_BOUND, differences
 from export.report import ExportError, Graph, GraphReport, Part, Precision
 from export.runtime import OnnxEncoder
 
-BATCH_SIZES = (1, 3, 5)
 LATENCY_BATCHES = (1, 32)
-FLOAT32_BOUND = 1e-4  # max-abs on normalised embeddings
 _ROUNDS = 9
 _BUDGET_S = 5.0  # for one part and batch size; slow towers get fewer rounds, never fewer than three
-
-TEXTS = (
-    "a photo of a cat",
-    "",
-    "Two red apples, a GREEN pear & 12 plums on a wooden table!",
-    "it's raining; they'll stay, won't they?",
-    "ﬁne “curly” quotes — and ‘more’… &amp; &eacute;t&eacute; <b>",
-    "naïve café Ångström ﬀ ＦＵＬＬ　ＷＩＤＴＨ",
-    "猫の写真 고양이 사진 صورة قطة фото кошки बिल्ली",
-    "😀 🎉 👩‍👩‍👧 🏳️‍🌈 ❤️",
-    "tabs\tand\nlines\r\n and   spaces \u00a0 \u200b end",
-    "<start_of_text> literal <end_of_text> tokens",
-    " ".join(["many words that never end"] * 40),
-)
-
-
-def pictures() -> list[Image.Image]:
-    """Pictures of several sizes, aspect ratios and modes; always the same."""
-    generator = np.random.default_rng(0)
-    made = []
-    shapes = (
-        ((48, 64), "RGB"), ((97, 31), "RGB"), ((50, 200), "L"), ((240, 320), "RGBA"),
-        ((33, 33), "P"), ((120, 90), "LA"), ((7, 5), "RGB"), ((480, 360), "CMYK"),
-    )  # fmt: skip
-    for (height, width), mode in shapes:
-        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-        noisy = np.clip(smooth + generator.integers(-30, 31, smooth.shape), 0, 255).astype(np.uint8)
-        image = Image.fromarray(noisy)
-        if mode in ("RGBA", "LA"):
-            image = image.convert(mode[:-1])
-            image.putalpha(Image.fromarray(generator.integers(0, 256, (height, width), dtype=np.uint8)))
-        made.append(image.convert(mode))
-    return made
 
 
 def check_graph(
@@ -75,21 +41,14 @@ def check_graph(
     encoder = OnnxEncoder(folder, graph.precision, check=False)
     items: Sequence[Any] = images if graph.part == "vision" else texts
     _equal_inputs(encoder, student, graph.part, items)
-    max_abs, cosine = 0.0, 1.0
-    for size in (*BATCH_SIZES, len(items)):
-        part = items[:size]
-        if graph.part == "vision":
-            want, got = student.encode_image(list(part)).cpu().numpy(), encoder.encode_image(part)
-        else:
-            want, got = student.encode_text(list(part)).cpu().numpy(), encoder.encode_text(part)
-        if not np.isfinite(got).all():
-            raise ExportError(
-                f"the {graph.precision} {graph.part} graph gives values that are not finite",
-                remedy=f"leave {graph.precision} out",
-                field="precisions",
-            )
-        max_abs = max(max_abs, float(np.abs(want - got).max()))
-        cosine = min(cosine, float((want * got).sum(1).min()))
+    encode: Any = student.encode_image if graph.part == "vision" else student.encode_text
+    max_abs, cosine = differences(encoder, graph.part, items, encode(list(items)).cpu().numpy())
+    if not math.isfinite(max_abs):
+        raise ExportError(
+            f"the {graph.precision} {graph.part} graph gives values that are not finite",
+            remedy=f"leave {graph.precision} out",
+            field="precisions",
+        )
     if graph.precision == "fp32" and max_abs > FLOAT32_BOUND:
         raise ExportError(
             f"the float32 {graph.part} graph differs from torch by {max_abs:.2e}, more than {FLOAT32_BOUND}",

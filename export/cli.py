@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from export.report import ExportReport
 
 
 class Target(StrEnum):
@@ -38,16 +41,24 @@ def register(app: typer.Typer) -> None:
 
 
 def _export(
-    student: Annotated[Path, typer.Argument(help="saved student folder")],
-    directory: Annotated[Path, typer.Argument(help="folder to write")],
+    student: Annotated[Path | None, typer.Argument(help="saved student folder")] = None,
+    directory: Annotated[Path | None, typer.Argument(help="folder to write")] = None,
     to: Annotated[Target, typer.Option(help="layout of the folder")] = Target.onnx,
     part: Annotated[list[PartName] | None, typer.Option(help="tower, may be repeated; both if left out")] = None,
     precision: Annotated[list[PrecisionName] | None, typer.Option(help="may be repeated; all if left out")] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
     min_cosine: Annotated[float, typer.Option(help="fp16 and int8 below this cosine to torch are refused")] = 0.99,
     measure: Annotated[bool, typer.Option(help="take times")] = True,
+    verify: Annotated[
+        Path | None, typer.Option(help="check this ONNX folder again instead; with STUDENT also against torch")
+    ] = None,
 ) -> None:
     """Export a student: ONNX with verified parity, or a transformers folder."""
+    if verify is not None:
+        _verify(verify, student)
+        return
+    if student is None or directory is None:
+        raise typer.BadParameter("give STUDENT and DIRECTORY, or --verify FOLDER")
     if to is Target.transformers:
         from export.transformers_folder import to_transformers
 
@@ -66,13 +77,34 @@ def _export(
             min_cosine=min_cosine,
             measure=measure,
         )
-        typer.echo(f"{'part':8}{'format':8}{'MB':>8}{'max abs':>10}{'min cosine':>12}{'ms at 1':>9}{'ms at 32':>10}")
-        for graph in report.graphs:
-            times = [f"{graph.latency_ms[n]:.2f}" if n in graph.latency_ms else "-" for n in (1, 32)]
-            typer.echo(
-                f"{graph.part:8}{graph.precision:8}{graph.bytes / 1e6:8.1f}{graph.max_abs:10.1e}"
-                f"{graph.min_cosine:12.5f}{times[0]:>9}{times[1]:>10}"
-            )
-        for part_name, own in report.torch_latency_ms.items():
-            typer.echo(f"{part_name:8}{'torch':8}{'':30}{own[1]:9.2f}{own[32]:10.2f}")
+        _print(report)
     typer.echo(f"written to {directory}")
+
+
+def _print(report: ExportReport) -> None:
+    typer.echo(f"{'part':8}{'format':8}{'MB':>8}{'max abs':>10}{'min cosine':>12}{'ms at 1':>9}{'ms at 32':>10}")
+    for graph in report.graphs:
+        times = [f"{graph.latency_ms[n]:.2f}" if n in graph.latency_ms else "-" for n in (1, 32)]
+        typer.echo(
+            f"{graph.part:8}{graph.precision:8}{graph.bytes / 1e6:8.1f}{graph.max_abs:10.1e}"
+            f"{graph.min_cosine:12.5f}{times[0]:>9}{times[1]:>10}"
+        )
+    for part_name, own in report.torch_latency_ms.items():
+        typer.echo(f"{part_name:8}{'torch':8}{'':30}{own[1]:9.2f}{own[32]:10.2f}")
+
+
+def _verify(folder: Path, student: Path | None) -> None:
+    if student is not None:
+        from export.save import verify
+
+        _print(verify(folder, student))
+    else:
+        from export.parity import verify_folder
+
+        typer.echo(f"{'part':8}{'format':8}{'max abs':>10}{'on export':>11}{'min cosine':>12}{'on export':>11}")
+        for one in verify_folder(folder):
+            typer.echo(
+                f"{one.part:8}{one.precision:8}{one.max_abs:10.1e}{one.reported_max_abs:11.1e}"
+                f"{one.min_cosine:12.5f}{one.reported_min_cosine:11.5f}"
+            )
+    typer.echo(f"{folder} is whole and agrees with its student")

@@ -38,3 +38,11 @@ class FolderError(EncoderError):
 
 class InputError(EncoderError, ValueError):
     """A picture, a text or an option that cannot be used; `field` names it."""
+
+
+class QueueFullError(EncoderError):
+    """A batcher that has as many requests waiting as it may: the caller should come back later."""
+
+
+class ClosedError(EncoderError):
+    """A request to a batcher that was closed."""

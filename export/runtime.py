@@ -16,12 +16,14 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from export.cleaning import CLEANINGS, clean_text
-from export.errors import FolderError, InputError
+from export.errors import EncoderError, FolderError, InputError
 from export.pictures import Geometry, Picture, open_picture
 
 MANIFEST = "export.json"
 FORMAT = 1
 MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn
+MAX_BATCH = 256
+MAX_CHARACTERS = 100_000  # of one text; a text tower reads the first few hundred at most
 
 Item = TypeVar("Item")
 Floats = NDArray[np.float32]
@@ -30,8 +32,8 @@ Floats = NDArray[np.float32]
 class OnnxEncoder:
     """Pictures and texts to embeddings, from a folder that `export.to_onnx` wrote.
 
-    May be used from several threads at once. int8 graphs quantise activations per batch, so that their embeddings of a
-    picture depend a little on the rest of its batch.
+    May be used from several threads at once; the last three arguments bound the memory of each call. int8 graphs
+    quantise activations per batch, so that their embeddings of a picture depend a little on the rest of its batch.
 
     Args:
         directory: the exported folder.
@@ -39,10 +41,13 @@ class OnnxEncoder:
         threads: threads of one call; None leaves it to onnxruntime.
         providers: onnxruntime execution providers in order of preference; None is the CPU.
         check: compare the files with the hashes of `export.json`.
+        parts: which towers to load, "vision" or "text"; None is every one that was exported.
         max_pixels: pictures with more pixels are refused before they are decoded.
+        max_batch: no call of a graph has more rows; larger batches are split.
+        max_characters: longer texts are refused.
 
     Raises:
-        FolderError: if the folder is missing, altered, or has no such precision.
+        FolderError: if the folder is missing, altered, or has no such precision or part.
         InputError: if an option cannot be used.
     """
 
@@ -54,12 +59,16 @@ class OnnxEncoder:
         providers: Sequence[str] | None = None,
         *,
         check: bool = True,
+        parts: Sequence[str] | None = None,
         max_pixels: int = MAX_PIXELS,
+        max_batch: int = MAX_BATCH,
+        max_characters: int = MAX_CHARACTERS,
     ) -> None:
+        at_least_one(max_pixels=max_pixels, max_batch=max_batch, max_characters=max_characters)
         folder = Path(directory)
         self._manifest = read_manifest(folder)
         self.precision = precision
-        self.max_pixels = max_pixels
+        self.max_pixels, self.max_batch, self.max_characters = max_pixels, max_batch, max_characters
         graphs = {graph["part"]: graph for graph in self._manifest["graphs"] if graph["precision"] == precision}
         if not graphs:
             there = sorted({graph["precision"] for graph in self._manifest["graphs"]})
@@ -68,6 +77,14 @@ class OnnxEncoder:
                 remedy=f"take one of: {', '.join(there)}, or export it too",
                 field="precision",
             )
+        for part in parts or ():
+            if part not in graphs:
+                raise FolderError(
+                    f"{folder} has no {part} graph of precision {precision}",
+                    remedy=f"take from: {', '.join(graphs)}",
+                    field="parts",
+                )
+        graphs = {part: graph for part, graph in graphs.items() if not parts or part in parts}
         options = _session_options(threads, precision)
         chosen = _providers(providers)
         text = self._manifest["text"]
@@ -82,6 +99,16 @@ class OnnxEncoder:
         if "text" in graphs:
             self._cleaning: str = text["cleaning"]
             self._tokenizer = _tokenizer(folder / "tokenizer.json")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The towers that are loaded: "vision", "text" or both."""
+        return tuple(self._sessions)
+
+    @property
+    def source(self) -> str:
+        """sha256 of the student's weights: embeddings are comparable where this is equal."""
+        return str(self._manifest["source"]["weights_sha256"])
 
     @property
     def embedding_dim(self) -> int:
@@ -104,7 +131,7 @@ class OnnxEncoder:
         Args:
             images: PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]. Transparency is
                 laid on white; EXIF orientation is not applied, as in training.
-            batch_size: at most so many pictures are decoded and in memory at once.
+            batch_size: at most so many pictures, and at most `max_batch`, are decoded and in memory at once.
 
         Raises:
             InputError: naming the picture that cannot be used.
@@ -123,17 +150,35 @@ class OnnxEncoder:
         """
         return self._encode("text", [texts] if isinstance(texts, str) else texts, batch_size, self.tokenize)
 
+    def warm_up(self, batch_sizes: Sequence[int] = (1,)) -> None:
+        """Run every graph once per batch size, so that the first request does not pay for memory and kernels."""
+        for size in batch_sizes:
+            if "vision" in self._sessions:
+                self.encode_image([Image.new("RGB", (self.geometry.width, self.geometry.height))] * size, size)
+            if "text" in self._sessions:
+                self.encode_text([""] * size, size)
+
     def zero_shot(
         self, images: Sequence[Picture], classnames: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
     ) -> Floats:
-        """Logits float32 [N, C]: scale * cosine + bias, with each class's text embedding the mean over the templates.
+        """Logits float32 [N, C]: scale * cosine + bias against `encode_classes`.
 
         The largest is the predicted class; a softmax over C gives probabilities (a sigmoid each after a sigmoid loss).
+        `export.ZeroShot` keeps the classes for later calls.
 
         Args:
             images: as for `encode_image`.
             classnames: C names.
             templates: texts with `{}` where the name belongs.
+
+        Raises:
+            InputError: if there are no classes or a template has no place for the name.
+        """
+        classes = self.encode_classes(classnames, templates)
+        return np.asarray(self.scale * (self.encode_image(images) @ classes.T) + self.bias, np.float32)
+
+    def encode_classes(self, classnames: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)) -> Floats:
+        """L2-normalised float32 [C, D]: of each class the mean of its text embeddings over the templates.
 
         Raises:
             InputError: if there are no classes or a template has no place for the name.
@@ -145,8 +190,7 @@ class OnnxEncoder:
                 raise InputError(f"'{template}' has no {{}}", remedy="write {} for the class name", field="templates")
         prompts = [template.replace("{}", name) for name in classnames for template in templates]
         each = self.encode_text(prompts).reshape(len(classnames), len(templates), -1)
-        classes = _normalised(each.mean(axis=1))
-        return np.asarray(self.scale * (self.encode_image(images) @ classes.T) + self.bias, np.float32)
+        return _normalised(each.mean(axis=1))
 
     def preprocess(self, images: Sequence[Picture], first: int = 0) -> Floats:
         """The vision graph's input, float32 [N, 3, H, W]; `first` is the number of the first picture in messages."""
@@ -158,9 +202,15 @@ class OnnxEncoder:
         """The text graph's input, int64 [N, context_length]; `first` is the number of the first text in messages."""
         self._graph("text")
         for n, text in enumerate(texts):
+            place = f"texts[{first + n}]"
             if not isinstance(text, str):
-                place = f"texts[{first + n}]"
                 raise InputError(f"{place} is a {type(text).__name__}", remedy="give strings", field=place)
+            if len(text) > self.max_characters:
+                raise InputError(
+                    f"{place} has {len(text)} characters, the bound is {self.max_characters}",
+                    remedy="shorten it, or give OnnxEncoder a larger max_characters",
+                    field=place,
+                )
         cleaned = [clean_text(text, self._cleaning) for text in texts]
         return np.array([encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)], np.int64)
 
@@ -169,10 +219,31 @@ class OnnxEncoder:
 
         Args:
             part: "vision" or "text".
-            inputs: what `preprocess` or `tokenize` gives.
+            inputs: what `preprocess` or `tokenize` gives, at most `max_batch` rows.
+
+        Raises:
+            EncoderError: if onnxruntime cannot run it: a wrong shape, no memory.
         """
-        (output,) = self._graph(part).run(None, {self._inputs[part]: inputs})
+        session = self._graph(part)
+        if len(inputs) > self.max_batch:
+            raise InputError(
+                f"a batch of {len(inputs)} was given, the bound is {self.max_batch}",
+                remedy="split it, or give OnnxEncoder a larger max_batch",
+                field="inputs",
+            )
+        try:
+            (output,) = session.run(None, {self._inputs[part]: inputs})
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise EncoderError(
+                f"onnxruntime cannot run the {part} graph: {error}",
+                remedy="give what preprocess or tokenize gives; if memory is short, a smaller batch",
+                field="inputs",
+            ) from error
         return np.asarray(output, np.float32)
+
+    def embed(self, part: str, inputs: NDArray[Any]) -> Floats:
+        """As `run`, L2-normalised."""
+        return _normalised(self.run(part, inputs))
 
     def _graph(self, part: str) -> Any:
         if part not in self._sessions:
@@ -186,11 +257,22 @@ class OnnxEncoder:
     def _encode(
         self, part: str, items: Sequence[Item], batch_size: int, prepare: Callable[[Sequence[Item], int], NDArray[Any]]
     ) -> Floats:
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}", remedy="give at least 1", field="batch_size")
+        at_least_one(batch_size=batch_size)
         self._graph(part)
-        out = [self.run(part, prepare(batch, first)) for first, batch in _batches(items, batch_size)]
-        return _normalised(np.concatenate(out)) if out else np.empty((0, self.embedding_dim), np.float32)
+        size = min(batch_size, self.max_batch)
+        out = [self.embed(part, prepare(batch, first)) for first, batch in _batches(items, size)]
+        return np.concatenate(out) if out else np.empty((0, self.embedding_dim), np.float32)
+
+
+def at_least_one(**values: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        InputError: naming the first of them.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{name} is {value}", remedy="give at least 1", field=name)
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
@@ -221,7 +303,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     known = {"kind": "onnx_dual_encoder", "format": FORMAT}
     if not isinstance(manifest, dict) or {key: manifest.get(key) for key in known} != known:
         raise FolderError(f"{path} is not an export of format {FORMAT}", remedy="export again, or update this package")
-    missing = {"graphs", "files", "text", "embedding_dim", "scale", "bias"} - manifest.keys()
+    missing = {"graphs", "files", "text", "source", "embedding_dim", "scale", "bias"} - manifest.keys()
     if missing:
         raise FolderError(f"{path} lacks {', '.join(sorted(missing))}", remedy="export the student again")
     if manifest["text"] and manifest["text"].get("cleaning") not in CLEANINGS:
@@ -248,8 +330,7 @@ def check_files(folder: Path, hashes: dict[str, str]) -> None:
 def _session_options(threads: int | None, precision: str) -> Any:
     options = onnxruntime.SessionOptions()
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads is {threads}", remedy="give at least 1, or None", field="threads")
+        at_least_one(threads=threads)
         options.intra_op_num_threads = threads
     if precision == "fp16":
         # The layout passes above this level only serve float32, and some of them crash on half precision.
@@ -270,9 +351,17 @@ def _providers(providers: Sequence[str] | None) -> list[str]:
 
 def _session(path: Path, options: Any, providers: list[str]) -> Any:
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no base class
         raise FolderError(f"onnxruntime cannot load {path}: {error}", remedy="export the student again") from error
+    for name in providers:
+        if name not in session.get_providers():  # onnxruntime only warns, and goes on without it
+            raise InputError(
+                f"onnxruntime cannot start '{name}' here",
+                remedy="install its driver and libraries, or leave it out",
+                field="providers",
+            )
+    return session
 
 
 def _tokenizer(path: Path) -> Tokenizer:

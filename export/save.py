@@ -10,8 +10,10 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from aced_sdk import towers
@@ -19,7 +21,7 @@ from aced_sdk.errors import ConfigError, MissingPackageError, UnsupportedError
 from aced_sdk.files import sha256, whole_folder, write_json
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.folder import CONFIG, MANIFEST, WEIGHTS
-from export import check, runtime
+from export import check, parity, runtime
 from export.errors import EncoderError, InputError
 from export.graphs import INPUTS, OUTPUTS, float16_graph, float32_graph, int8_graph
 from export.pictures import open_picture
@@ -45,7 +47,8 @@ def to_onnx(
     """Write a folder that `OnnxEncoder` runs without torch, verified from picture and text to embedding.
 
     The folder holds `onnx/{vision,text}_model{,_fp16,_int8}.onnx`, `preprocessor_config.json`, `tokenizer.json`,
-    `README.md` and the manifest `export.json`. It appears whole or not at all; an older export there is replaced.
+    `README.md`, torch's embeddings of some inputs for `verify_folder`, and the manifest `export.json`. It appears whole
+    or not at all; an older export there is replaced.
 
     Args:
         student_folder: a saved student.
@@ -97,6 +100,7 @@ def to_onnx(
             files={},
             versions={name: version(name) for name in _PACKAGES},
         )
+        parity.write_torch(folder, _torch_embeddings(student, parts))
         _write(folder, manifest)  # the runtime, which is what gets checked, reads it
         report = _compare(folder, manifest, student, min_cosine, own_pictures, texts)
         if measure:
@@ -110,6 +114,8 @@ def to_onnx(
 
 def verify(directory: str | Path, student_folder: str | PathLike[str] | None = None) -> ExportReport:
     """Check an exported folder again: every file's hash, and with the student given every graph against torch.
+
+    `verify_folder` does so without torch or the student.
 
     Returns:
         the report taken on save, or the fresh one (without times) if the student is given.
@@ -221,6 +227,15 @@ def _preprocessor_config(student: DualEncoder) -> dict[str, object]:
     }
 
 
+def _torch_embeddings(student: DualEncoder, parts: Sequence[Part]) -> dict[str, NDArray[np.float32]]:
+    embeddings = {}
+    if "vision" in parts:
+        embeddings["vision"] = student.encode_image(parity.pictures()).cpu().numpy()
+    if "text" in parts:
+        embeddings["text"] = student.encode_text(list(parity.TEXTS)).cpu().numpy()
+    return embeddings
+
+
 def _compare(
     folder: Path,
     manifest: Manifest,
@@ -229,13 +244,13 @@ def _compare(
     pictures: Sequence[Image.Image],
     texts: Sequence[str],
 ) -> ExportReport:
-    images, captions = [*check.pictures(), *pictures], [*check.TEXTS, *texts]
+    images, captions = [*parity.pictures(), *pictures], [*parity.TEXTS, *texts]
     graphs = (check.check_graph(folder, graph, student, images, captions, min_cosine) for graph in manifest.graphs)
     return ExportReport(
         graphs=tuple(graphs),
         pictures=len(images),
         texts=len(captions),
-        batch_sizes=check.BATCH_SIZES,
+        batch_sizes=parity.BATCH_SIZES,
         min_cosine=min_cosine,
     )
 

@@ -23,7 +23,7 @@ from aced_sdk.towers.huggingface import (
     is_clip_vit,
     vision_weights,
 )
-from export import check
+from export import parity
 from export.report import ExportError
 from export.save import load_student
 
@@ -172,10 +172,10 @@ def _compared(folder: Path, student: DualEncoder) -> TransformersReport:
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(folder).eval()
-    images = [image for image in check.pictures() if image.mode == "RGB"]
+    images = [image for image in parity.pictures() if image.mode == "RGB"]
     pixels = torch.stack([student.preprocess(image) for image in images])
     # Plain texts: CLIPTokenizer has no counterpart to open_clip's cleaning with ftfy and its HTML unescaping.
-    texts = [text for text in check.TEXTS if text.isascii() and "&" not in text and "<" not in text]
+    texts = [text for text in parity.TEXTS if text.isascii() and "&" not in text and "<" not in text]
     processors = {kind: AutoProcessor.from_pretrained(folder, backend=kind) for kind in ("pil", "torchvision")}
     tokens = processors["pil"](text=texts, return_tensors="pt", padding=True, truncation=True)
     out = model(pixel_values=pixels, **tokens)

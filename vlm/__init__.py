@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm.building import build as build
+    from vlm.coco import load_coco_captions as load_coco_captions
+    from vlm.coco import load_vqav2 as load_vqav2
     from vlm.config import Adapt as Adapt
     from vlm.config import Align as Align
     from vlm.config import Lora as Lora
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
     from vlm.data import load_messages as load_messages
     from vlm.generating import answer as answer
     from vlm.generating import caption as caption
+    from vlm.metrics import caption_scores as caption_scores
     from vlm.saving import load as load
     from vlm.saving import save as save
     from vlm.scoring import Scores as Scores
     from vlm.scoring import evaluate as evaluate
     from vlm.tuning import TuneResult as TuneResult
     from vlm.tuning import tune as tune
+    from vlm.vqa import vqa_accuracy as vqa_accuracy
 
 _HOME = {
     "Adapt": "config",
@@ -37,12 +41,16 @@ _HOME = {
     "answer": "generating",
     "build": "building",
     "caption": "generating",
+    "caption_scores": "metrics",
     "evaluate": "scoring",
     "load": "saving",
+    "load_coco_captions": "coco",
     "load_llava": "data",
     "load_messages": "data",
+    "load_vqav2": "coco",
     "save": "saving",
     "tune": "tuning",
+    "vqa_accuracy": "vqa",
 }
 __all__ = sorted(_HOME)
 

@@ -25,7 +25,8 @@ class Sample:
         turns: questions with their answers; the pictures stand before the first question.
         images: paths or PIL pictures; none is a conversation without pictures.
         kind: what scores are grouped by.
-        answers: further right answers to the last question.
+        answers: all right answers to the last question, one for each annotator where there were several; empty: its
+            turn's answer alone. A turn's answer that is not among them counts too.
     """
 
     key: str
@@ -70,10 +71,7 @@ def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: 
     Raises:
         DataError: for a malformed conversation (it is named), or too many unreadable pictures.
     """
-    try:
-        entries = json.loads(Path(json_path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{json_path} cannot be read: {error}", remedy="name a JSON file", field="json_path") from error
+    entries = read_json(json_path, "json_path")
     if not isinstance(entries, list):
         raise DataError(f"{json_path} holds no list of conversations", remedy="write LLaVA's JSON", field="json_path")
     root = Path(image_root)
@@ -144,6 +142,18 @@ def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ..
             raise DataError(f"conversation '{key}' has an empty {what}", remedy="fill it in or remove the conversation")
     turns = tuple(zip(texts[::2], texts[1::2], strict=True))
     return Sample(key, turns, images, str(extra.get("kind", "")), tuple(str(a) for a in extra.get("answers", ())))
+
+
+def read_json(path: str | Path, field: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DataError: if it cannot be read; `field` is the argument that named it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}", remedy="name a JSON file", field=field) from error
 
 
 def readable(samples: Sequence[Sample], max_bad_fraction: float) -> Samples:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aced_sdk.errors import ModelError
-from aced_sdk.files import whole_folder
+from aced_sdk.files import whole_folder, write_json
 from vlm.adapters import base_of, has_adapter
 
 if TYPE_CHECKING:
@@ -23,10 +25,22 @@ pipeline_tag: image-text-to-text
 A LLaVA model tuned with ACED SDK. {how}
 """
 _BASE, _ADAPTER = "base", "adapter"
+# Where each part lies in memory, and where servers and transformers 4 look for it on disk.
+_CLASSIC = {
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
+_VIT = "vision_tower.vision_model."
+_VITS = ("clip_vision_model", "siglip_vision_model")  # older versions keep these in a submodule of this name
 
 
 def save(model: Any, processor: LlavaProcessor, directory: str | Path, merge: bool = True) -> Path:
     """Write a model and its processor, whole or not at all; the model in memory stays as it is.
+
+    Weights have LLaVA's classic names (`classic_names`) and the JSON files what older readers look for, so that
+    transformers 4, transformers 5 and servers all read the folder.
 
     Args:
         model: a LLaVA model, or the PeftModel that `tune` gave.
@@ -92,8 +106,61 @@ def _write(base: LlavaForConditionalGeneration, processor: LlavaProcessor, folde
     shell.load_state_dict(plain_state(base, trained), assign=True)
     shell.tie_weights()
     shell.generation_config = base.generation_config
-    shell.save_pretrained(folder)
+    state = shell.state_dict()
+    if shell.lm_head.weight is shell.get_input_embeddings().weight:
+        del state["lm_head.weight"]  # tied: the config says so, and a file holds a tensor once
+    # transformers 5 has a naming of its own, which version 4 and servers do not know
+    shell.save_pretrained(
+        folder, state_dict=classic_names(state, base.config.vision_config.model_type), save_original_format=False
+    )
     processor.save_pretrained(folder)
+    _classic_json(folder)
+
+
+def _classic_json(folder: Path) -> None:
+    """Add what transformers 4 and servers look for; without it they compute other numbers, or open no processor."""
+    config = _read(folder / "config.json")
+    rope = config["text_config"].get("rope_parameters") or {}
+    if "rope_theta" in rope:  # a missing one is silently 10,000 in version 4
+        config["text_config"]["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["text_config"]["rope_scaling"] = rope
+    write_json(folder / "config.json", config)
+    parts = _read(folder / "processor_config.json")
+    if "image_processor" in parts:
+        write_json(folder / "preprocessor_config.json", parts.pop("image_processor"))
+        write_json(folder / "processor_config.json", parts)
+    tokenizer = _read(folder / "tokenizer_config.json")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # version 5's name for the same class
+        tokenizer |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+    write_json(folder / "tokenizer_config.json", tokenizer)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def classic_names(state: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
+    """A LLaVA state dict under the names of LLaVA-1.5's published checkpoints.
+
+    They are `vision_tower.vision_model.*` (`vision_tower.*` for a tower that is no CLIP or SigLIP ViT),
+    `multi_modal_projector.*`, `language_model.model.*` and `language_model.lm_head.*`.
+
+    Args:
+        state: a state dict of `LlavaForConditionalGeneration`.
+        tower: the vision config's `model_type`.
+    """
+    classic = {}
+    for name, tensor in state.items():
+        part = next(part for part in _CLASSIC if name.startswith(part))
+        renamed = _CLASSIC[part] + name.removeprefix(part)
+        if tower in _VITS and renamed.startswith("vision_tower.") and not renamed.startswith(_VIT):
+            renamed = _VIT + renamed.removeprefix("vision_tower.")
+        classic[renamed] = tensor
+    return classic
 
 
 def plain_state(base: LlavaForConditionalGeneration, trained: bool) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of answers, beside the accuracy with other samples' pictures: what the questions alone give away."""
+"""Scores of answers and captions, beside those with other samples' pictures: what the questions alone give away."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import random
 import re
 import string
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from aced_sdk.errors import EvaluationError, UnsupportedError
 from vlm.data import Sample
 from vlm.generating import answer
+from vlm.metrics import caption_scores
 from vlm.pictures import Picture, same_picture
+from vlm.vqa import vqa_accuracy
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
+
+Metric = Literal["accuracy", "vqa", "captions"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,23 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class KindScore:
-    """Shares in 0..1 over `count` questions; `exact` demands the very characters, `blind` is None if not asked."""
+    """Scores over some questions, shares in 0..1.
+
+    Attributes:
+        count: questions.
+        accuracy: share of right answers.
+        exact: share of answers that are right to the very character.
+        blind: `accuracy` with other samples' pictures; None if that was not asked.
+        metrics: what `metric` adds: `vqa`, or the keys of `vlm.caption_scores`.
+        blind_metrics: the same with other samples' pictures; None if that was not asked.
+    """
 
     count: int
     accuracy: float
     exact: float
     blind: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    blind_metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +98,11 @@ def evaluate(
     processor: LlavaProcessor,
     data: Sequence[Sample],
     *,
-    metric: str = "accuracy",
+    metric: Metric = "accuracy",
     blind: bool = True,
     limit: int | None = None,
     seed: int = 0,
-    max_new_tokens: int = 12,
+    max_new_tokens: int | None = None,
     batch_size: int = 32,
 ) -> Scores:
     """Ask every question of the data and score the answers.
@@ -99,20 +114,24 @@ def evaluate(
         model: a LLaVA model, with or without adapters.
         processor: its processor.
         data: conversations with pictures.
-        metric: `accuracy`; others are not there yet.
+        metric: what is measured beside accuracy, per kind and over all. `vqa`: VQA accuracy (`vlm.vqa_accuracy`), for
+            single questions with all annotators' answers in `Sample.answers`. `captions`: CIDEr, BLEU and ROUGE-L
+            (`vlm.caption_scores`) against the right answers; CIDEr's word weights are those of the kind, or of all.
         blind: also ask with pictures dealt to other samples, none to its own.
         limit: ask only so many conversations, drawn at random.
         seed: of the draw and the deal.
-        max_new_tokens: longest answer, tokens.
+        max_new_tokens: longest answer, tokens; None: 12, or 40 for captions.
         batch_size: questions decoded together.
 
     Raises:
-        EvaluationError: if there is nothing to ask, or only one picture to deal.
+        EvaluationError: if there is nothing to ask, only one picture to deal, or annotators' answers are missing.
         UnsupportedError: for another metric.
     """
-    if metric != "accuracy":
+    if metric not in _METRICS:
         raise UnsupportedError(
-            f"there is no metric '{metric}' in this version", remedy="use metric='accuracy'", field="metric"
+            f"there is no metric '{metric}'; CIDEr, BLEU and ROUGE-L are metric='captions', METEOR is left out",
+            remedy=f"use one of {', '.join(_METRICS)}",
+            field="metric",
         )
     chosen = list(data)
     if limit is not None and limit < len(chosen):
@@ -124,36 +143,67 @@ def evaluate(
         raise EvaluationError(
             "there is nothing to ask, or a conversation without a picture", remedy="check the data", field="data"
         )
+    if metric == "vqa" and (bare := next((s for s in chosen if len(s.turns) > 1 or len(s.answers) < 4), None)):
+        raise EvaluationError(
+            f"VQA accuracy needs one question and the answers of at least four annotators, '{bare.key}' has "
+            f"{len(bare.turns)} and {len(bare.answers)}",
+            remedy="use metric='accuracy', or give all annotators' answers, repetitions included",
+            field="metric",
+        )
     questions = [question for _, question, _, _ in asked]
-    said = answer(model, processor, [sample.images for sample, *_ in asked], questions, max_new_tokens, batch_size)
+    longest = max_new_tokens or (40 if metric == "captions" else 12)
+    said = answer(model, processor, [sample.images for sample, *_ in asked], questions, longest, batch_size)
     unseen: Sequence[str | None] = [None] * len(asked)
     if blind:
         dealt = deal([sample.images for sample, *_ in asked], seed)
-        unseen = answer(model, processor, dealt, questions, max_new_tokens, batch_size)
-    scored, exact = [], []
+        unseen = answer(model, processor, dealt, questions, longest, batch_size)
+    scored, exact, references = [], [], []
     for (sample, question, reply, turn), text, other in zip(asked, said, unseen, strict=True):
-        accepted = (reply, *(a for a in sample.answers if turn == len(sample.turns) - 1 and a != reply))
+        more = sample.answers if turn == len(sample.turns) - 1 else ()
+        accepted = tuple(dict.fromkeys((reply, *more)))
         blind_right = None if other is None else right(other, accepted)
         scored.append(
             ScoredAnswer(sample.key, sample.kind, question, accepted, text, right(text, accepted), other, blind_right)
         )
         exact.append(text in accepted)
+        # people's answers keep their repetitions: both metrics count them
+        references.append(more if metric == "vqa" or reply in more else (reply, *more))
     by_kind: dict[str, list[int]] = defaultdict(list)
     for number, one in enumerate(scored):
         by_kind[one.kind].append(number)
-    kinds = {kind: _score(scored, exact, numbers) for kind, numbers in sorted(by_kind.items())}
-    return Scores(_score(scored, exact, range(len(scored))), kinds, scored)
+
+    def score(numbers: Sequence[int]) -> KindScore:
+        count, some, right_ones = len(numbers), [scored[n] for n in numbers], [references[n] for n in numbers]
+        measure = _METRICS[metric]
+        texts = [one.blind_answer for one in some if one.blind_answer is not None]
+        return KindScore(
+            count,
+            sum(one.right for one in some) / count,
+            sum(exact[n] for n in numbers) / count,
+            sum(bool(one.blind_right) for one in some) / count if blind else None,
+            measure([one.answer for one in some], right_ones),
+            measure(texts, right_ones) if blind else None,
+        )
+
+    kinds = {kind: score(numbers) for kind, numbers in sorted(by_kind.items())}
+    return Scores(score(range(len(scored))), kinds, scored)
 
 
-def _score(scored: Sequence[ScoredAnswer], exact: Sequence[bool], numbers: Sequence[int]) -> KindScore:
-    count = len(numbers)
-    blind = [scored[n].blind_right for n in numbers if scored[n].blind_right is not None]
-    return KindScore(
-        count,
-        sum(scored[n].right for n in numbers) / count,
-        sum(exact[n] for n in numbers) / count,
-        sum(map(bool, blind)) / count if blind else None,
-    )
+def _no_more(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """What `accuracy` adds to itself."""
+    return {}
+
+
+def _vqa(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Mean VQA accuracy."""
+    return {"vqa": sum(map(vqa_accuracy, texts, references)) / len(texts)}
+
+
+_METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]] = {
+    "accuracy": _no_more,
+    "vqa": _vqa,
+    "captions": caption_scores,
+}
 
 
 def deal(images: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture, ...]]:

@@ -20,8 +20,8 @@ import export
 from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import UnsupportedError
-from export.check import TEXTS, pictures
 from export.cli import register
+from export.parity import TEXTS, pictures
 
 ARCHITECTURE = {
     "embed_dim": 32,
@@ -75,7 +75,9 @@ def test_files_and_names(exported: tuple[Path, export.ExportReport], student_fol
     folder, _ = exported
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     graphs = {f"onnx/{part}_model{suffix}.onnx" for part in ("vision", "text") for suffix in ("", "_fp16", "_int8")}
-    assert names == graphs | {"preprocessor_config.json", "tokenizer.json", "export.json", "README.md"}
+    assert names == graphs | {
+        "preprocessor_config.json", "tokenizer.json", "torch_embeddings.npz", "export.json", "README.md",
+    }  # fmt: skip
     manifest = export.Manifest(**json.loads((folder / "export.json").read_text()))
     assert manifest.source.weights_sha256 == towers.read_manifest(student_folder).weights_sha256
     assert manifest.source.license == "Apache-2.0"
@@ -148,6 +150,16 @@ def test_verify_against_the_student(
         export.verify(folder, other)
 
 
+def test_verify_without_torch(exported: tuple[Path, export.ExportReport]) -> None:
+    folder, report = exported
+    found = export.verify_folder(folder)
+    assert [(one.part, one.precision) for one in found] == [(one.part, one.precision) for one in report.graphs]
+    for one, graph in zip(found, report.graphs, strict=True):
+        assert (one.reported_max_abs, one.reported_min_cosine) == (graph.max_abs, graph.min_cosine)
+        assert one.max_abs <= max(1.5 * graph.max_abs, 1e-5)
+        assert one.min_cosine >= graph.min_cosine - 1e-3
+
+
 def test_vision_alone_with_another_geometry(tmp_path: Path) -> None:
     student_folder = save_student(tmp_path / "s", "longest")
     report = export.to_onnx(student_folder, tmp_path / "o", parts=("vision",), precisions=("fp32",), measure=False)
@@ -216,3 +228,11 @@ def test_command(student_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "int8" in result.output
     assert [path.name for path in (tmp_path / "o" / "onnx").iterdir()] == ["vision_model_int8.onnx"]
+    for words in (["--verify", str(tmp_path / "o")], [str(student_folder), "--verify", str(tmp_path / "o")]):
+        result = CliRunner().invoke(app, ["export", *words])
+        assert result.exit_code == 0, result.output
+        assert "agrees with its student" in result.output
+    assert CliRunner().invoke(app, ["export", str(student_folder)]).exit_code == 2
+    (tmp_path / "o" / "README.md").write_text("altered")
+    result = CliRunner().invoke(app, ["export", "--verify", str(tmp_path / "o")])
+    assert isinstance(result.exception, export.FolderError)

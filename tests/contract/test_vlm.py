@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +249,25 @@ def test_tuning_learns_what_the_picture_shows(model: Model, tmp_path: Path) -> N
     assert scores.blind < scores.accuracy - 0.2
     assert scores.kinds["colour"].count == 6
     assert scores.to_dict()["total"]["accuracy"] == scores.accuracy
+    assert (scores.total.metrics, scores.total.blind_metrics) == ({}, {})
     captions = vlm.caption(result.model, processor, [samples()[0].images[0]], prompt="what colour is it ?")
     assert captions == ["red"]
+
+    people = [replace(one, answers=(one.turns[0][1],) * 3 + ("a picture",) * 7) for one in samples()]
+    vqa = vlm.evaluate(result.model, processor, people, metric="vqa")
+    for score, own in ((vqa.total, scores.total), *((vqa.kinds[kind], scores.kinds[kind]) for kind in scores.kinds)):
+        assert own.blind is not None
+        assert score.blind_metrics is not None
+        assert score.metrics["vqa"] == pytest.approx(0.9 * own.accuracy)  # three of ten said so
+        assert score.blind_metrics["vqa"] == pytest.approx(0.9 * own.blind)
+
+    told = vlm.evaluate(result.model, processor, samples(), metric="captions", max_new_tokens=3)
+    assert told.accuracy == scores.accuracy
+    expected = vlm.caption_scores([one.answer for one in told.samples], [one.expected for one in told.samples])
+    assert told.total.metrics == expected
+    assert told.total.blind_metrics is not None
+    assert told.total.blind_metrics["cider"] < expected["cider"] / 2
+    assert json.loads(json.dumps(told.to_dict()))["kinds"]["colour"]["metrics"]["rouge_l"] > 0.5
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
@@ -315,75 +333,6 @@ def test_batched_answers_are_those_of_single_questions(model: Model) -> None:
     ]
     assert together == alone
     assert not llava.training
-
-
-# -- saving -------------------------------------------------------------------------------------------------------
-
-FRESH = """
-import sys, json, torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-base, adapter, picture = sys.argv[1:4]
-model, loading = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True)
-assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
-processor = AutoProcessor.from_pretrained(base)
-if adapter:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, adapter)
-messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour is it ?"}]}]
-text = processor.apply_chat_template(messages, add_generation_prompt=True)
-batch = processor(images=[Image.open(picture)], text=[text], return_tensors="pt")
-with torch.no_grad():
-    logits = model.eval()(**batch).logits[0, -1]
-assert not {"aced_sdk", "vlm"} & set(sys.modules)
-print(json.dumps([type(processor).__name__, logits.tolist()]))
-"""
-
-
-def test_what_is_saved_opens_with_transformers_and_peft_alone(model: Model, tmp_path: Path) -> None:
-    llava, processor = model
-    result = vlm.tune(llava, processor, samples(), config(adapt=6), directory=tmp_path / "run")
-    held_before = {name: value.clone() for name, value in llava.state_dict().items()}
-    merged = vlm.save(result.model, processor, tmp_path / "merged")
-    apart = vlm.save(result.model, processor, tmp_path / "apart", merge=False)
-    assert all(torch.equal(llava.state_dict()[name], value) for name, value in held_before.items())
-    image = samples()[0].images[0]
-    image.save(tmp_path / "p.png")
-    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour is it ?"}]}]
-    batch = processor(
-        images=[image], text=[processor.apply_chat_template(prompt, add_generation_prompt=True)], return_tensors="pt"
-    )
-    with torch.no_grad():
-        expected = llava(**batch).logits[0, -1]
-        untouched = vlm.load(apart / "base")[0](**batch).logits[0, -1]
-    assert (expected - untouched).abs().max() > 1e-3
-    for base, adapter in ((merged, ""), (apart / "base", apart / "adapter")):
-        done = subprocess.run(
-            [sys.executable, "-c", FRESH, str(base), str(adapter), str(tmp_path / "p.png")],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        name, logits = json.loads(done.stdout.splitlines()[-1])
-        assert name == "LlavaProcessor"
-        torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-4, rtol=1e-4)
-    for folder in (merged, apart):
-        again, _ = vlm.load(folder)
-        with torch.no_grad():
-            torch.testing.assert_close(again(**batch).logits[0, -1], expected, atol=1e-4, rtol=1e-4)
-        texts = [path for path in folder.rglob("*") if path.suffix in (".json", ".md", ".jinja")]
-        assert not [path for path in texts if str(tmp_path) in path.read_text()]
-
-
-def test_an_aligned_model_saves_without_adapters(model: Model, tmp_path: Path) -> None:
-    llava, processor = model
-    plan = vlm.TuneConfig(stages=[vlm.Align(steps=2, batch_size=4)])
-    result = vlm.tune(llava, processor, samples(), plan, directory=tmp_path / "run")
-    again, _ = vlm.load(vlm.save(result.model, processor, tmp_path / "saved"))
-    for name, value in llava.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
 
 
 # -- the command --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from PIL import Image
 
@@ -19,7 +21,7 @@ import export
 from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
-from export import check, graphs
+from export import check, graphs, parity
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,11 @@ def test_unknown_options(pristine: Path) -> None:
         export.OnnxEncoder(pristine, providers=["NoSuchProvider"])
     with pytest.raises(export.InputError, match="threads is 0"):
         export.OnnxEncoder(pristine, threads=0)
+    with pytest.raises(export.FolderError, match=r"no audio graph.*vision, text \[field: parts\]"):
+        export.OnnxEncoder(pristine, parts=("audio",))
+    for name in ("max_pixels", "max_batch", "max_characters"):
+        with pytest.raises(export.InputError, match=f"{name} is 0"):
+            export.OnnxEncoder(pristine, **{name: 0})  # type: ignore[arg-type]
     encoder = export.OnnxEncoder(pristine)
     with pytest.raises(export.InputError, match="batch_size is 0"):
         encoder.encode_text(["a"], batch_size=0)
@@ -131,6 +138,11 @@ def test_bad_inputs_are_named(pristine: Path, tmp_path: Path) -> None:
         assert "Remedy: " in str(caught.value)
     with pytest.raises(export.InputError, match=r"texts\[5\] is a int"):
         encoder.encode_text(["a"] * 5 + [3], batch_size=2)  # type: ignore[list-item]
+    with pytest.raises(export.InputError, match=r"texts\[1\] has 100001 characters, the bound is 100000"):
+        encoder.encode_text(["a", "b" * 100_001])
+    with pytest.raises(export.EncoderError, match="onnxruntime cannot run the vision graph"):
+        encoder.run("vision", np.zeros((1, 3, 5, 5), np.float32))
+    assert encoder.encode_image([good]).shape == (1, 8)
     with pytest.raises(export.InputError, match="not a list"):
         encoder.encode_image(good)  # type: ignore[arg-type]
 
@@ -214,7 +226,43 @@ def test_unequal_inputs_are_refused(student: Path, pristine: Path) -> None:
         check.check_graph(pristine, text, encoder, [], ["a cat", "cafÃ©"], 0.99)
     other = towers.build(Student(architecture=encoder.model_cfg, resize="longest"), seed=0)
     with pytest.raises(export.ExportError, match="prepares vision input 0 differently"):
-        check.check_graph(pristine, vision, other, check.pictures(), [], 0.99)
+        check.check_graph(pristine, vision, other, parity.pictures(), [], 0.99)
+
+
+def test_a_provider_that_does_not_start_is_no_silent_cpu(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime lists providers that it was built with; where one cannot start, it warns and goes on without it."""
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: real(path, options))
+    with pytest.raises(export.InputError, match=r"cannot start 'CUDAExecutionProvider'.*\[field: providers\]"):
+        export.OnnxEncoder(pristine, providers=["CUDAExecutionProvider"])
+
+
+def rehash(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "export.json").read_text())
+    manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "export.json").write_text(json.dumps(manifest))
+
+
+def test_verify_folder_tells_what_is_wrong(folder: Path) -> None:
+    assert len(export.verify_folder(folder)) == 2
+    for name in ("README.md", "onnx/text_model.onnx", "torch_embeddings.npz"):
+        kept = (folder / name).read_bytes()
+        flip(folder / name)
+        with pytest.raises(export.FolderError, match=name):
+            export.verify_folder(folder)
+        (folder / name).write_bytes(kept)
+    graph = onnx.load(folder / "onnx/vision_model.onnx")
+    weights = next(tensor for tensor in graph.graph.initializer if len(tensor.dims) == 2)
+    values = onnx.numpy_helper.to_array(weights)
+    for changed in (values[::-1].copy(), np.full_like(values, np.nan)):
+        weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
+        onnx.save_model(graph, str(folder / "onnx/vision_model.onnx"))
+        rehash(folder, "onnx/vision_model.onnx")  # a graph that is what it claims to be, and still wrong
+        with pytest.raises(export.FolderError, match=r"fp32 vision graph .* does not agree with torch"):
+            export.verify_folder(folder)
+    with pytest.raises(export.FolderError, match=r"export\.to_onnx"):
+        export.verify_folder(folder / "nothing")
 
 
 def test_unfinished_export_is_no_export(folder: Path) -> None:
@@ -222,3 +270,5 @@ def test_unfinished_export_is_no_export(folder: Path) -> None:
     (folder / "export.json").write_text(json.dumps(manifest | {"report": None}))
     with pytest.raises(export.ExportError, match="never ended"):
         export.verify(folder)
+    with pytest.raises(export.FolderError, match="never ended"):
+        export.verify_folder(folder)

@@ -20,8 +20,8 @@ import export
 from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.towers import Preprocess
-from export.check import TEXTS, pictures
 from export.cleaning import CLEANINGS, clean_text
+from export.parity import TEXTS, pictures
 from export.pictures import Geometry
 from export.tokenizer import clip_tokenizer
 
@@ -165,11 +165,46 @@ def test_batching_and_empty_input(folder: Path) -> None:
 
 
 def test_threads_share_an_encoder(folder: Path) -> None:
+    """Threads that ask for different things at once get what they would get alone, to the bit."""
     encoder = export.OnnxEncoder(folder, threads=1)
-    images = pictures()
-    want = encoder.encode_image(images), encoder.encode_text(TEXTS)
-    with ThreadPoolExecutor(4) as pool:
-        pairs = list(pool.map(lambda _: (encoder.encode_image(images), encoder.encode_text(TEXTS)), range(12)))
-    for image, text in pairs:
-        np.testing.assert_array_equal(image, want[0])
-        np.testing.assert_array_equal(text, want[1])
+    images = [np.asarray(image.convert("RGB")) for image in pictures()]
+
+    def work(n: int) -> tuple[np.ndarray, np.ndarray]:
+        size = 1 + n % len(images)
+        return encoder.encode_image(images[-size:], batch_size=3), encoder.encode_text(TEXTS[-size:], batch_size=2)
+
+    want = [work(n) for n in range(len(images))]
+    with ThreadPoolExecutor(8) as pool:
+        for n, (image, text) in enumerate(pool.map(work, range(160))):
+            np.testing.assert_array_equal(image, want[n % len(images)][0])
+            np.testing.assert_array_equal(text, want[n % len(images)][1])
+
+
+def test_no_graph_call_is_larger_than_the_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = export.OnnxEncoder(folder, threads=1, max_batch=2)
+    want = export.OnnxEncoder(folder, threads=1).encode_text(TEXTS)
+    sizes: list[int] = []
+    run = encoder.run
+    monkeypatch.setattr(encoder, "run", lambda part, inputs: (sizes.append(len(inputs)), run(part, inputs))[1])
+    np.testing.assert_allclose(encoder.encode_text(TEXTS), want, atol=1e-6)
+    assert max(sizes) == 2
+    with pytest.raises(export.InputError, match="a batch of 3 was given, the bound is 2"):
+        run("text", encoder.tokenize(TEXTS[:3]))
+
+
+def test_warm_up_runs_each_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = export.OnnxEncoder(folder, threads=1)
+    calls: list[tuple[str, int]] = []
+    run = encoder.run
+    monkeypatch.setattr(encoder, "run", lambda part, inputs: (calls.append((part, len(inputs))), run(part, inputs))[1])
+    encoder.warm_up((1, 4))
+    assert calls == [("vision", 1), ("text", 1), ("vision", 4), ("text", 4)]
+
+
+def test_one_tower_alone(folder: Path) -> None:
+    both, text = export.OnnxEncoder(folder), export.OnnxEncoder(folder, parts=("text",))
+    assert (both.parts, text.parts) == (("vision", "text"), ("text",))
+    np.testing.assert_array_equal(text.encode_text(TEXTS), both.encode_text(TEXTS))
+    with pytest.raises(export.FolderError, match="no vision graph"):
+        text.encode_image([pictures()[0]])
+    text.warm_up()

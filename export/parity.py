@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported folder checked where it runs, without torch: its hashes, and its embeddings against torch's own.
+
+An export keeps torch's embeddings of built-in pictures and texts, so that another machine, with another onnxruntime or
+processor, can be held to them later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from export.errors import FolderError
+from export.runtime import Floats, OnnxEncoder, check_files, read_manifest
+
+TORCH = "torch_embeddings.npz"
+BATCH_SIZES = (1, 3, 5)
+FLOAT32_BOUND = 1e-4  # max-abs on normalised embeddings
+
+TEXTS = (
+    "a photo of a cat",
+    "",
+    "Two red apples, a GREEN pear & 12 plums on a wooden table!",
+    "it's raining; they'll stay, won't they?",
+    "ﬁne “curly” quotes — and ‘more’… &amp; &eacute;t&eacute; <b>",
+    "naïve café Ångström ﬀ ＦＵＬＬ　ＷＩＤＴＨ",
+    "猫の写真 고양이 사진 صورة قطة фото кошки बिल्ली",
+    "😀 🎉 👩‍👩‍👧 🏳️‍🌈 ❤️",
+    "tabs\tand\nlines\r\n and   spaces \u00a0 \u200b end",
+    "<start_of_text> literal <end_of_text> tokens",
+    " ".join(["many words that never end"] * 40),
+)
+
+
+def pictures() -> list[Image.Image]:
+    """Pictures of several sizes, aspect ratios and modes; always the same."""
+    generator = np.random.default_rng(0)
+    made = []
+    shapes = (
+        ((48, 64), "RGB"), ((97, 31), "RGB"), ((50, 200), "L"), ((240, 320), "RGBA"),
+        ((33, 33), "P"), ((120, 90), "LA"), ((7, 5), "RGB"), ((480, 360), "CMYK"),
+    )  # fmt: skip
+    for (height, width), mode in shapes:
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        noisy = np.clip(smooth + generator.integers(-30, 31, smooth.shape), 0, 255).astype(np.uint8)
+        image = Image.fromarray(noisy)
+        if mode in ("RGBA", "LA"):
+            image = image.convert(mode[:-1])
+            image.putalpha(Image.fromarray(generator.integers(0, 256, (height, width), dtype=np.uint8)))
+        made.append(image.convert(mode))
+    return made
+
+
+class Parity(NamedTuple):
+    """One graph on this machine beside what was measured when it was exported."""
+
+    part: str
+    precision: str
+    max_abs: float
+    min_cosine: float
+    reported_max_abs: float
+    reported_min_cosine: float
+
+
+def write_torch(folder: Path, embeddings: Mapping[str, Floats]) -> None:
+    """Keep torch's L2-normalised embeddings [N, D] of `pictures` and `TEXTS`, by part."""
+    arrays: dict[str, Any] = dict(embeddings)
+    np.savez(folder / TORCH, **arrays)
+
+
+def verify_folder(directory: str | Path, providers: Sequence[str] | None = None) -> tuple[Parity, ...]:
+    """Check an exported folder without torch or the student: every file's hash, then every graph as it runs here.
+
+    Args:
+        directory: the exported folder.
+        providers: as for `OnnxEncoder`.
+
+    Raises:
+        FolderError: if a file is missing or altered, or a graph is further from torch than `export.to_onnx` allowed.
+        InputError: if a provider cannot be used.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    if not manifest.get("report"):
+        raise FolderError(f"{folder} has no report: its export never ended", remedy="export again", field="directory")
+    check_files(folder, {**manifest["files"], TORCH: manifest["files"].get(TORCH, "")})
+    with np.load(folder / TORCH, allow_pickle=False) as kept:
+        torch = dict(kept)
+    reported = {(graph["part"], graph["precision"]): graph for graph in manifest["report"]["graphs"]}
+    found = []
+    for graph in manifest["graphs"]:
+        part, precision = graph["part"], graph["precision"]
+        encoder = OnnxEncoder(folder, precision, providers=providers, check=False, parts=(part,))
+        items = pictures() if part == "vision" else TEXTS
+        max_abs, cosine = differences(encoder, part, items, torch[part])
+        before = reported[part, precision]
+        parity = Parity(part, precision, max_abs, cosine, before["max_abs"], before["min_cosine"])
+        _allowed(folder, parity, manifest["report"]["min_cosine"])
+        found.append(parity)
+    return tuple(found)
+
+
+def differences(encoder: OnnxEncoder, part: str, items: Sequence[Any], want: Floats) -> tuple[float, float]:
+    """Largest absolute difference and smallest cosine to `want` [N, D], over batches of 1, 3, 5 and N items."""
+    encode: Any = encoder.encode_image if part == "vision" else encoder.encode_text
+    errors, cosines = [], []
+    for size in (*BATCH_SIZES, len(items)):
+        got = encode(items[:size])
+        errors.append(np.abs(want[:size] - got).max())
+        cosines.append((want[:size] * got).sum(1).min())
+    return float(np.max(errors)), float(np.min(cosines))
+
+
+def _allowed(folder: Path, parity: Parity, min_cosine: float) -> None:
+    good = parity.max_abs <= FLOAT32_BOUND if parity.precision == "fp32" else parity.min_cosine >= min_cosine
+    if not good:  # also where a value is not a number
+        raise FolderError(
+            f"the {parity.precision} {parity.part} graph of {folder} does not agree with torch on this machine: "
+            f"max abs {parity.max_abs:.1e}, cosine {parity.min_cosine:.5f} (on export {parity.reported_max_abs:.1e}, "
+            f"{parity.reported_min_cosine:.5f})",
+            remedy="take another precision or provider, or the onnxruntime version that the manifest names",
+            field="precision",
+        )

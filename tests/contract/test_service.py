@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example service on loopback: many clients at once, bad requests, a full queue, a clean end."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import export
+from aced_sdk import towers
+from aced_sdk.config import Student
+
+pytest.importorskip("fastapi", reason="needs aced-sdk[service]")
+uvicorn = pytest.importorskip("uvicorn", reason="needs aced-sdk[service]")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> export.OnnxEncoder:
+    base = tmp_path_factory.mktemp("service")
+    architecture = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    }
+    towers.save(towers.build(Student(architecture=architecture), seed=0), base / "s")
+    export.to_onnx(base / "s", base / "o", precisions=("fp32",), measure=False)
+    return export.OnnxEncoder(base / "o", threads=1)
+
+
+@contextmanager
+def serving(encoder: export.OnnxEncoder, **options: Any) -> Iterator[int]:
+    """The port of a service that runs in a thread of this process."""
+    from examples.service.app import create_app
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        app = create_app(encoder, **options)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield taken.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET" if body is None else "POST", path, body)
+    response = connection.getresponse()
+    content = json.loads(response.read())
+    connection.close()
+    return response.status, content
+
+
+def png(seed: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_many_clients_and_broken_ones_among_them(encoder: export.OnnxEncoder) -> None:
+    from examples.service.load import load
+
+    bodies = [b"broken" if n % 5 == 4 else png(n) for n in range(40)]
+    with serving(encoder, classes=["cat", "dog"], max_batch=8) as port:
+        assert ask(port, "/health") == (
+            200,
+            {"parts": ["vision", "text"], "precision": "fp32", "embedding_dim": 8},
+        )
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda body: ask(port, "/image", body), bodies))
+        for body, (status, content) in zip(bodies, answers, strict=True):
+            if body == b"broken":
+                assert status == 422
+                assert "cannot be decoded" in content["error"]
+                assert content["remedy"]
+            else:
+                assert status == 200
+                np.testing.assert_allclose(content["embedding"], encoder.encode_image([body])[0], atol=1e-6)
+        status, content = ask(port, "/text", "zwei Äpfel".encode())
+        np.testing.assert_allclose(content["embedding"], encoder.encode_text(["zwei Äpfel"])[0], atol=1e-6)
+        status, content = ask(port, "/classify?top=2", png(0))
+        want = export.ZeroShot(encoder, ["cat", "dog"]).classify([png(0)], top=2)[0]
+        assert [guess["name"] for guess in content["classes"]] == [guess.name for guess in want]
+        figures = load("127.0.0.1", port, png(1), clients=4, requests=30)
+        assert figures["errors"] == 0
+        assert 0 < figures["p50_ms"] <= figures["p99_ms"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batcher-")]
+
+
+def test_bad_requests_get_an_answer(encoder: export.OnnxEncoder) -> None:
+    with serving(encoder, max_bytes=5000) as port:
+        for path, body, status, message in (
+            ("/image", b"", 422, "cannot be decoded"),
+            ("/image", png(0)[:200], 422, "cannot be decoded"),
+            ("/image", bytes(5001), 413, "longer than 5000 bytes"),
+            ("/text", b"\xff\xfe", 422, "not UTF-8"),
+            ("/classify", png(0), 404, "Not Found"),
+        ):
+            answer = ask(port, path, body)
+            assert answer[0] == status
+            assert message in answer[1].get("error", answer[1].get("detail"))
+        assert ask(port, "/image", png(0))[0] == 200
+
+
+def test_a_full_queue_is_503_and_passes(encoder: export.OnnxEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(encoder, max_batch=1, queue=1) as port, ThreadPoolExecutor(8) as pool:
+        running, free = threading.Event(), threading.Event()
+        embed = encoder.embed
+
+        def slow(part: str, inputs: Any) -> Any:
+            running.set()
+            assert free.wait(30)
+            return embed(part, inputs)
+
+        monkeypatch.setattr(encoder, "embed", slow)
+        first = pool.submit(ask, port, "/image", png(0))
+        assert running.wait(30)
+        others = [pool.submit(ask, port, "/image", png(n)) for n in range(1, 6)]
+        while sum(other.done() for other in others) < 4:  # one waits, four are refused
+            time.sleep(0.01)
+        free.set()
+        answers = [future.result(30) for future in (first, *others)]
+        assert sorted(status for status, _ in answers) == [200, 200, 503, 503, 503, 503]
+        assert all("requests wait already" in content["error"] for status, content in answers if status == 503)
+        assert ask(port, "/image", png(0))[0] == 200
