@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ _BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+# numpy parses an array's header as a Python literal, and CPython 3.11 counts the depth of all threads' parsing in one
+# place: two at a time may end in a SystemError. Reading the bytes stays in threads.
+_PARSING = Lock()
 
 
 def stored_fingerprint(stored: Stored) -> str:
@@ -147,7 +153,7 @@ def _arrays(stored: Stored, pool: Pool, row: int) -> tuple[Vectors, Vectors]:
     if content is None:
         raise UnusablePair("no stored embeddings")
     try:
-        with np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as archive:
+        with _PARSING, np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as archive:
             return _rows(archive[stored.image]), _rows(archive[stored.text])
     except KeyError as error:
         raise UnusablePair("no array of that name") from error
