@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,16 +84,22 @@ def _alive(process: int) -> bool:
 
 
 @contextmanager
-def alone(directory: Path, what: str) -> Iterator[None]:
+def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this process; the lock ends with the process, however that ends.
 
+    Args:
+        directory: made if it is not there.
+        what: is worked on there, for the error.
+        wait: for another process that holds it, instead of an error.
+
     Raises:
-        ConfigError: if another process holds it.
+        ConfigError: if another process holds it, and is not waited for.
+        OSError: if the folder cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"another process works on {what} in {directory}",
@@ -123,6 +129,17 @@ def save_tensors(target: Path, tensors: dict[str, Tensor], metadata: dict[str, s
     except SafetensorError as error:  # what a full disk raises there
         raise OSError(str(error)) from error
     target.chmod(0o644)
+
+
+def tensor_digest(tensors: Mapping[str, Tensor], start: str = "") -> str:
+    """Hex digest of `start`, then of every tensor's name and bytes in the names' order."""
+    import torch
+
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

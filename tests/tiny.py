@@ -87,3 +87,17 @@ def distillation(directory: Path, pool: Path, reference: Path | None, **changes:
         "directory": directory,
     }
     return config.DistillConfig(**(values | changes))
+
+
+def exported(folder: Path, seed: int = 0) -> Path:
+    """A small student's export in fp32, under `folder`."""
+    import export
+
+    changes = {
+        "embed_dim": 8,
+        "vision_cfg": ARCHITECTURE["vision_cfg"] | {"width": 16},
+        "text_cfg": ARCHITECTURE["text_cfg"] | {"context_length": 12, "heads": 1},
+    }
+    towers.save(encoder(seed, **changes), folder / "s")
+    export.to_onnx(folder / "s", folder / "o", precisions=("fp32",), measure=False)
+    return folder / "o"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -31,7 +30,7 @@ from aced_sdk.engine import (
 )
 from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
-from aced_sdk.files import write_json
+from aced_sdk.files import tensor_digest, write_json
 from aced_sdk.reporting import JsonlWriter, Progress
 from vlm.adapters import base_of, check_saved, has_adapter, prepare, snapshot, table
 from vlm.config import Adapt, Align, TuneConfig
@@ -182,7 +181,7 @@ def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row], base: LlavaFor
         "seed": config.seed,
         "share": config.share,
         "data": fingerprint(rows),
-        "tower": _digest(base.model.vision_tower),
+        "tower": tensor_digest(base.model.vision_tower.state_dict()),
     }
     target = folder / "tune.json"
     if not target.is_file():
@@ -200,14 +199,6 @@ def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row], base: LlavaFor
             remedy="name another directory, or remove it",
             field="directory",
         )
-
-
-def _digest(tower: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForConditionalGeneration) -> list[float]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from aced_sdk.config import Config
 from aced_sdk.data import Pool
 from aced_sdk.errors import CacheError, ConfigError
-from aced_sdk.files import save_tensors, whole_file
+from aced_sdk.files import save_tensors, tensor_digest, whole_file
 
 Dtype = Literal["fp16", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,11 +60,7 @@ class Part:
 
     def digest(self) -> str:
         """Hex digest of all bytes."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(vars(self).items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return tensor_digest(vars(self))
 
 
 def part_path(directory: Path, number: int) -> Path:

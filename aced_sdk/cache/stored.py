@@ -38,7 +38,6 @@ _BROKEN = (
     ValueError,
     SyntaxError,
     MemoryError,
-    NotImplementedError,
     RuntimeError,
     zipfile.BadZipFile,
     zlib.error,

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +31,7 @@ from aced_sdk.config import Data
 from aced_sdk.data import Decoding, Pool, SuperBatch, check_bad
 from aced_sdk.data.source import Rows
 from aced_sdk.errors import CacheError, ModelError
-from aced_sdk.files import write_json
+from aced_sdk.files import alone, write_json
 from aced_sdk.towers import DualEncoder
 
 _AHEAD = 2  # batches read while one is embedded
@@ -181,13 +180,11 @@ def check_usable(cache: EmbeddingCache, bad: Counter[str], data: Data) -> None:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Hold the directory: a second writer waits, and then finds the parts there. Leftovers of killed ones go."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone(directory, "embeddings", wait=True))
+        except OSError as error:
+            raise _unwritable(directory, error) from error
         for leftover in directory.glob(".*.tmp"):
             leftover.unlink()
         yield

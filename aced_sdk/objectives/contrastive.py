@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aced_sdk.config.objective import Repeated
+from aced_sdk.curation.scores import softplus
 from aced_sdk.errors import ConfigError, ModelError
 from aced_sdk.objectives.slabs import in_slabs
 from aced_sdk.towers.embeddings import Embeddings
@@ -125,14 +126,10 @@ def in_full(model: Embeddings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return model.image.to(dtype), model.text.to(dtype), scale, bias
 
 
-def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40.0)
-
-
 def _sigmoid_slab(start: int, text_rD: Tensor, image_bD: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     logits_rb = scale * text_rD @ image_bD.T + bias
     # softplus(-x) = softplus(x) - x turns the diagonal's negatives into positives without a matrix of signs.
-    return _softplus(logits_rb).sum() - logits_rb.diagonal(start).sum()
+    return softplus(logits_rb).sum() - logits_rb.diagonal(start).sum()
 
 
 def _sigmoid_slab_repeated(
@@ -147,8 +144,8 @@ def _sigmoid_slab_repeated(
 ) -> Tensor:
     logits_rb = scale * text_rD @ image_bD.T + bias
     same_rb = captions_r[:, None] == captions_b
-    negatives = _softplus(logits_rb).masked_fill(same_rb, 0).sum()
-    return negatives + _positives(_softplus(-logits_rb), same_rb, weight_r, start)
+    negatives = softplus(logits_rb).masked_fill(same_rb, 0).sum()
+    return negatives + _positives(softplus(-logits_rb), same_rb, weight_r, start)
 
 
 def _softmax_slab_repeated(
@@ -164,7 +161,7 @@ def _softmax_slab_repeated(
     same_rb = captions_r[:, None] == captions_b
     negatives_r = logits_rb.masked_fill(same_rb, -math.inf).logsumexp(dim=1)
     # -log(exp x / (exp x + exp n)) = softplus(n - x)
-    return _positives(_softplus(negatives_r[:, None] - logits_rb), same_rb, weight_r, start)
+    return _positives(softplus(negatives_r[:, None] - logits_rb), same_rb, weight_r, start)
 
 
 def _positives(losses_rb: Tensor, same_rb: Tensor, weight_r: Tensor, start: int) -> Tensor:

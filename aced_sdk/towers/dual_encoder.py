@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aced_sdk.errors import ModelError
+from aced_sdk.files import tensor_digest
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.profile import Profile, profile_model
 from aced_sdk.towers.resolution import any_size, positions_for
@@ -210,12 +210,8 @@ class DualEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Hex digest of weights and preprocessing: what cached embeddings are bound to."""
-        digest = hashlib.sha256(self.preprocess_config.model_dump_json().encode())
-        digest.update(f"context_length={self.context_length}".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        inputs = f"{self.preprocess_config.model_dump_json()}context_length={self.context_length}"
+        return tensor_digest(self.model.state_dict(), inputs)
 
 
 def _channels_last(visual: nn.Module) -> None:

@@ -42,7 +42,7 @@ def _work(job: Job) -> dict[str, Any]:
     return run_job(job, _material)
 
 
-def _deal(config: WorldConfig) -> dict[str, float]:
+def _deal(config: WorldConfig) -> dict[str, float | None]:
     if _material is None:
         raise RuntimeError("a worker deals worlds only after it has begun")
     return make_world(config, _material).auc

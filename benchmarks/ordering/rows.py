@@ -128,7 +128,8 @@ class Job:
         knobs: its settings.
         reference: `large` is the world's own (pretrained trunks); `equal` and `small` are towers of the student's size
             and of less than half of it, trained on the world's trusted pairs.
-        seed: of weights, order and draws; None: the world's.
+
+    Weights, order and draws have the world's seed.
     """
 
     row: str

@@ -30,6 +30,7 @@ from torch import Tensor
 import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.data import Pool, prepare
+from aced_sdk.errors import DataError
 from aced_sdk.files import home, save_tensors, whole_folder, write_json
 from examples.quickstart.box import Box, BoxConfig, build_box, fetch_models
 from examples.quickstart.box.clipart import has_apt
@@ -104,7 +105,7 @@ class World:
     directory: Path
     evaluation: Path
     validation: Path
-    auc: dict[str, float]
+    auc: dict[str, float | None]
 
     @property
     def pool(self) -> Path:
@@ -165,7 +166,10 @@ def _write_material(box: Box, models: dict[str, Path], folder: Path, progress: P
             both.append(features(encoder, true, partial(_tell, progress, len(part))))
     image, text = (torch.cat([pair[side] for pair in both]).half() for side in (0, 1))
     if len(image) != len(captions):
-        raise ValueError(f"{len(captions) - len(image)} pictures of the box cannot be read")
+        raise DataError(
+            f"{len(captions) - len(image)} pictures of the box cannot be read",
+            remedy="delete the box in the cache home; it is built again",
+        )
     save_tensors(folder / "features.safetensors", {"image": image, "text": text})
     write_json(
         folder / "rows.json",
@@ -293,10 +297,10 @@ def _npz(image: Tensor, text: Tensor) -> bytes:
     return stream.getvalue()
 
 
-def share_in_order(scores: Any, bad: Any) -> float:
-    """How often a true pair scores above a shuffled one; NaN where there are no pairs of both."""
+def share_in_order(scores: Any, bad: Any) -> float | None:
+    """How often a true pair scores above a shuffled one; None where there are no pairs of both."""
     if bad.all() or not bad.any():
-        return float("nan")
+        return None
     ranks = scores.argsort().argsort() + 1
     good = ~bad
     return float((ranks[good].sum() - good.sum() * (good.sum() + 1) / 2) / (good.sum() * bad.sum()))

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import exported
 
 import export
-from aced_sdk import towers
-from aced_sdk.config import Student
 
 pytest.importorskip("fastapi", reason="needs aced-sdk[service]")
 uvicorn = pytest.importorskip("uvicorn", reason="needs aced-sdk[service]")
@@ -28,15 +27,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs aced-sdk[service]")
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> export.OnnxEncoder:
-    base = tmp_path_factory.mktemp("service")
-    architecture = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 16},
-        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-    }
-    towers.save(towers.build(Student(architecture=architecture), seed=0), base / "s")
-    export.to_onnx(base / "s", base / "o", precisions=("fp32",), measure=False)
-    return export.OnnxEncoder(base / "o", threads=1)
+    return export.OnnxEncoder(exported(tmp_path_factory.mktemp("service")), threads=1)
 
 
 @contextmanager

@@ -157,7 +157,10 @@ def test_zero_stage_3_is_refused_before_anything_is_made(world: Path, tmp_path: 
 def test_prepared_pictures_make_the_student_that_decoded_ones_make(world: Path, tmp_path: Path) -> None:
     decoded = config(world, tmp_path / "decoded")
     prepared = config(world, tmp_path / "prepared", data=decoded.data.replace(prepared=tmp_path / "p"))
-    same(weights(aced.distill(decoded)), weights(aced.distill(prepared)))
+    first, second = aced.distill(decoded), aced.distill(prepared)
+    same(weights(first), weights(second))
+    assert first.metrics == second.metrics
+    assert list((tmp_path / "p").glob("*/images.npy"))  # the second did read prepared pictures
 
 
 def test_iid_is_what_a_plain_torch_loop_does(world: Path, tmp_path: Path) -> None:

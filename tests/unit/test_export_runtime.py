@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 from PIL import Image
+from tiny import exported
 
 import export
-from aced_sdk import towers
-from aced_sdk.config import Student
 from aced_sdk.towers import Preprocess
 from export.cleaning import CLEANINGS, clean_text
 from export.parity import TEXTS, pictures
@@ -48,15 +47,7 @@ ALPHABET = st.one_of(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("export")
-    architecture = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 16},
-        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-    }
-    towers.save(towers.build(Student(architecture=architecture), seed=0), base / "s")
-    export.to_onnx(base / "s", base / "o", precisions=("fp32",), measure=False)
-    return base / "o"
+    return exported(tmp_path_factory.mktemp("export"))
 
 
 def test_fresh_process_needs_no_torch(folder: Path, tmp_path: Path) -> None:

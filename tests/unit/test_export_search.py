@@ -10,28 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import exported
 
 import export
-from aced_sdk import towers
-from aced_sdk.config import Student
 from export.parity import TEXTS, pictures
 
-ARCHITECTURE = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 16},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-}
 
-
-def exported(base: Path, seed: int) -> export.OnnxEncoder:
-    towers.save(towers.build(Student(architecture=ARCHITECTURE), seed=seed), base / "s")
-    export.to_onnx(base / "s", base / "o", precisions=("fp32",), measure=False)
-    return export.OnnxEncoder(base / "o", threads=1)
+def loaded(base: Path, seed: int) -> export.OnnxEncoder:
+    return export.OnnxEncoder(exported(base, seed), threads=1)
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> export.OnnxEncoder:
-    return exported(tmp_path_factory.mktemp("search"), 0)
+    return loaded(tmp_path_factory.mktemp("search"), 0)
 
 
 @pytest.fixture
@@ -161,7 +152,7 @@ def test_bad_files(search: export.Search, encoder: export.OnnxEncoder, tmp_path:
         with pytest.raises(export.FolderError, match=f"{name} is no saved search"):
             export.Search.load(tmp_path / name, encoder)
     with pytest.raises(export.FolderError, match="another student"):
-        export.Search.load(path, exported(tmp_path / "other", 1))
+        export.Search.load(path, loaded(tmp_path / "other", 1))
 
 
 def test_adding_and_asking_from_threads(encoder: export.OnnxEncoder) -> None:

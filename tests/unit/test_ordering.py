@@ -109,3 +109,4 @@ def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
     scores, bad = rng.normal(size=60), rng.random(60) < 0.4
     pairs = [(good > wrong) for good in scores[~bad] for wrong in scores[bad]]
     assert share_in_order(scores, bad) == pytest.approx(np.mean(pairs))
+    assert share_in_order(scores, np.zeros(60, bool)) is None  # a world without noise has nothing to tell apart
