@@ -17,6 +17,7 @@ from aced_sdk.files import tensor_digest
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.profile import Profile, profile_model
 from aced_sdk.towers.resolution import any_size, positions_for
+from aced_sdk.towers.text import cut, lengths
 from aced_sdk.towers.transforms import Preprocess
 
 
@@ -100,10 +101,16 @@ class DualEncoder(nn.Module):
             bias=0.0 if bias is None else bias,
         )
 
-    def _towers(self, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
-        pixels = self.normalise(images).contiguous()  # see _channels_last
-        positions = positions_for(self.model.visual, *pixels.shape[-2:])  # type: ignore[arg-type]
-        stand_ins = {f"visual.{name}": value for name, value in positions.items()}
+    def _towers(self, images: Tensor | None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        stand_ins: dict[str, Tensor] = {}
+        pixels = None
+        if images is not None:
+            pixels = self.normalise(images).contiguous()  # see _channels_last
+            positions = positions_for(self.model.visual, *pixels.shape[-2:])  # type: ignore[arg-type]
+            stand_ins |= {f"visual.{name}": value for name, value in positions.items()}
+        if tokens is not None:
+            tokens, tables = cut(self.model, tokens, int(lengths(self.model, tokens).max()))
+            stand_ins |= tables
         out: dict[str, Tensor] = functional_call(self.model, stand_ins, (pixels, tokens), tie_weights=False)
         return out
 
@@ -149,23 +156,14 @@ class DualEncoder(nn.Module):
         if isinstance(texts, Tensor):
             self._check(tokens)
         embeddings = torch.empty(len(tokens), self.embedding_dim)
-        pad = self._pad_id
-        # Towers that mask their padding are spared it: short texts go together, cut to the longest of them.
-        lengths = (tokens != pad).sum(dim=1) if pad is not None else torch.full((len(tokens),), tokens.shape[1])
-        order = lengths.argsort(stable=True)
+        # Short texts go together, since a batch is as long as the longest of them.
+        order = lengths(self.model, tokens).argsort(stable=True).cpu()
         with _evaluating(self):
             for start in range(0, len(tokens), batch_size):
                 rows = order[start : start + batch_size]
-                part = tokens[rows, : max(1, int(lengths[rows].max()))].to(self.mean.device)
-                embeddings[rows] = self.model.encode_text(part, normalize=True).float().cpu()  # type: ignore[operator]
+                part = tokens[rows].to(self.mean.device)
+                embeddings[rows] = self._towers(None, part)["text_features"].float().cpu()
         return embeddings.to(self.mean.device)
-
-    @property
-    def _pad_id(self) -> int | None:
-        """The padding token of a Hugging Face text tower, which masks it; None for open_clip's own towers."""
-        if "hf_model_name" not in self.model_cfg["text_cfg"]:
-            return None
-        return int(self.model.text.config.pad_token_id)  # type: ignore[union-attr, arg-type]
 
     def __fspath__(self) -> str:
         """The folder it lies in, so that a student can be named wherever a folder can.

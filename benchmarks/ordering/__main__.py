@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help=f"of {SUB_BATCH} trained pairs each")
     parser.add_argument("--pool", type=int, default=12_000, help="pairs in a world's pool")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
-    parser.add_argument("--sweep-seeds", type=int, default=2)
+    parser.add_argument("--sweep-seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="one compute thread each")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

@@ -5,7 +5,7 @@
 2. *main*: every row, in one world per seed, at equal trained examples; the test tasks are looked at once.
 3. *compute*: rows that score nothing run on until they have cost what ACED costs (3 + 1/(1-f) forward passes a
    trained example, a backward pass counted as two).
-4. *sweeps*: noise, f, reference, chunks, gain, length, pool; around the chosen settings, on fewer seeds.
+4. *sweeps*: length, trusted pairs, noise, f, reference, pool, gain, chunks; around the chosen settings, on fewer seeds.
 """
 
 from __future__ import annotations
@@ -125,7 +125,19 @@ def sweep_jobs(
     core = ("iid", "softmax_kd", "h_acid", "aced", "static_kd")
     strong = ("aced", "i_acid_kd", "static_kd", "trusted")
     return {
-        "length": {str(n * steps): {row: jobs(row, n * steps) for row in strong} for n in (1, 2, 4)},
+        "length": {str(n * steps): {row: jobs(row, n * steps) for row in strong} for n in (1, 4)},
+        # of all trusted emoji and of the pool's own pairs; the reference learns from no more than these
+        "trusted": {
+            f"{share:g}": {
+                row: jobs(row, world={"trusted_emoji": 0.8 * share, "trusted_pool": 0.15 * share}) for row in strong
+            }
+            for share in (0.25, 0.5, 1)
+        },
+        "few_trusted_and_long": {
+            str(4 * steps): {
+                row: jobs(row, 4 * steps, {"trusted_emoji": 0.2, "trusted_pool": 0.0375}) for row in strong
+            }
+        },
         "noise": {str(n): {row: jobs(row, world={"noise": n}) for row in core} for n in (0.0, 0.3, 0.5)},
         "f": {
             "0": {"aced": jobs("softmax_kd")},  # nothing is left out: the same as distillation alone
