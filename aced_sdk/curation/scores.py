@@ -24,8 +24,8 @@ from aced_sdk.config import LossForm, Score
 from aced_sdk.errors import CurationError
 from aced_sdk.towers.embeddings import Embeddings
 
-# Elements of one slab: on a CPU it should stay near the caches, on a GPU (256 MiB in float32) it should fill it.
-_CPU_SLAB = 2**20
+# Elements of one slab: in float32 1 MiB on a CPU, to stay in its caches, and 256 MiB on a GPU, to fill it.
+_CPU_SLAB = 2**18
 _GPU_SLAB = 2**26
 _LEAST_LINES = 64
 # Rows looked at together where a whole pool, perhaps memory-mapped, goes by.

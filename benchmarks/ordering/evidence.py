@@ -3,7 +3,8 @@
 
     python -m benchmarks.ordering.evidence benchmarks/results/ordering-cpu.json docs/evidence
 
-Writes `tables.md` and one SVG for the table, the learning curves and each sweep. Every figure is read from the JSON.
+Writes `tables.md` and one SVG for the table, the learning curves and each sweep
+of several values. Every figure is read from the JSON.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ NAMES = {
     "h_acid_independent": "H-ACID, independent",
     "h_acid": "H-ACID, joint",
     "aced": "ACED (ACIDistill)",
+    "aced_cheap": "ACED, scoring at half the side",
     "aced_iid_distill": "ACED (IIDistill)",
     "static": "static filter",
     "static_kd": "static filter + KD",
@@ -45,6 +47,18 @@ METRICS = {
     "retrieval": "unseen concepts, retrieval",
     "other_domain": "another domain",
 }
+SWEEPS = {
+    "length": "steps",
+    "trusted": "share of the trusted pairs that there are",
+    "few_trusted_and_long": "steps, with a quarter of the trusted pairs",
+    "noise": "share of shuffled captions",
+    "f": "filter ratio f",
+    "reference": "reference and teacher",
+    "pool": "pairs in the pool",
+    "gain": "gain",
+    "chunks": "chunks n",
+}
+APART = ("length", "trusted", "few_trusted_and_long")  # shown by metric too
 _OURS, _OTHERS, _FIXED = "#1f6f8b", "#9aa5ab", "#c9772d"
 
 
@@ -57,7 +71,8 @@ def main() -> None:
     _rows(result, folder / "rows.svg")
     _curves(result, folder / "curves.svg")
     for name, sweep in result.get("sweeps", {}).items():
-        _sweep(name, sweep, folder / f"sweep-{name}.svg")
+        if len(sweep) > 1:
+            _sweep(name, sweep, folder / f"sweep-{name}.svg")
     (folder / "tables.md").write_text(tables(result), encoding="utf-8")
 
 
@@ -79,7 +94,8 @@ def tables(result: Mapping[str, Any]) -> str:
     if "claims" in result:
         parts += ["## What was claimed", _claims(result["claims"])]
     for name, sweep in result.get("sweeps", {}).items():
-        parts += [f"## Sweep: {name} (score, {result['sweep_seeds']} seeds)", _sweep_table(sweep)]
+        parts.append(f"## {SWEEPS[name]} ({result['sweep_seeds']} seeds)")
+        parts += [_sweep_table(sweep, metric) for metric in (METRICS if name in APART else ("score",))]
     parts += ["## Settings, chosen on the validation split", _tuning(result["tuning"])]
     return "\n\n".join(parts) + "\n"
 
@@ -121,11 +137,11 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _sweep_table(sweep: Mapping[str, Mapping[str, Any]]) -> str:
+def _sweep_table(sweep: Mapping[str, Mapping[str, Any]], metric: str) -> str:
     rows = list(dict.fromkeys(row for values in sweep.values() for row in values))
-    lines = ["| | " + " | ".join(sweep) + " |", "|---|" + "---|" * len(sweep)]
+    lines = [f"| {METRICS[metric]} | " + " | ".join(sweep) + " |", "|---|" + "---|" * len(sweep)]
     for row in rows:
-        cells = [_cell(values[row]["score"]) if row in values else "" for values in sweep.values()]
+        cells = [_cell(values[row].get(metric)) if row in values else "" for values in sweep.values()]
         lines.append(f"| {NAMES[row]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -178,7 +194,7 @@ def _sweep(name: str, sweep: Mapping[str, Mapping[str, Any]], path: Path) -> Non
         points = [(place, rows[row]["score"]) for place, rows in enumerate(sweep.values()) if row in rows]
         _line(axis, row, points)
     axis.set_xticks(range(len(values)), values)
-    axis.set_xlabel(name)
+    axis.set_xlabel(SWEEPS[name])
     axis.set_ylabel("score, per cent")
     axis.legend(frameon=False, fontsize=8)
     _save(figure, path)

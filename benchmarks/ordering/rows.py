@@ -9,15 +9,18 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
 import aced_sdk as aced
+from aced_sdk import towers
 from aced_sdk.config import Curation
 from aced_sdk.engine.events import Evaluated, Event, RunEnded, Selected
 from aced_sdk.files import home, write_json
-from benchmarks.ordering.world import STUDENT, Material, World, WorldConfig, make_world
+from aced_sdk.training.scoring import scoring_size
+from benchmarks.ordering.world import SIDE, STUDENT, Material, World, WorldConfig, make_world
 
 SUB_BATCH = 128
 Split = Literal["validation", "evaluation"]
@@ -87,6 +90,7 @@ _LOSS_OF: dict[str, str] = {
     "interactive_kd": "interactive",
     "i_acid_kd": "softmax",
     "aced": "softmax",
+    "aced_cheap": "softmax",
     "aced_iid_distill": "softmax",
     "static_kd": "softmax",
 }
@@ -102,6 +106,7 @@ def method(row: str, knobs: Knobs) -> tuple[Curation, aced.Objective]:
         "i_acid_kd": joint.replace(score="easy_reference"),
         "h_acid": joint,
         "aced": joint,
+        "aced_cheap": joint.replace(scoring_size=SIDE // 2),
         "aced_iid_distill": joint,
         "h_acid_independent": aced.Independent(sub_batch=b, super_batch=super_batch, gain=knobs.gain),
         "static": aced.StaticFilter(sub_batch=b, share=knobs.share),
@@ -148,8 +153,21 @@ class Job:
     def cost(self) -> float:
         """Forward passes of the student per trained example, a step's backward pass counted as two."""
         curation, objective = method(self.row, self.knobs)
+        trained = 6.0 if objective.needs_iid_batch else 3.0
         scored = curation.candidates / curation.sub_batch if curation.needs_student else 0.0
-        return 3 + scored + (3 if objective.needs_iid_batch else 0)
+        size = scoring_size(curation)
+        if isinstance(curation, aced.Joint) and size is not None:
+            share = _pass_at(size)
+            trained *= 1 - curation.scoring_share * (1 - share)
+            scored *= share
+        return trained + scored
+
+
+@cache
+def _pass_at(size: int) -> float:
+    """MACs of a forward pass on pictures of that side, as a share of one at the student's own."""
+    student = towers.build(aced.Student(architecture=STUDENT), 0)
+    return student.profile(size).macs / student.profile().macs
 
 
 def job_config(job: Job, world: World, directory: Path, reference: aced.Frozen | aced.Stored) -> aced.DistillConfig:
