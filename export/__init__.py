@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from export.runtime import OnnxEncoder
     from export.save import to_onnx, verify
     from export.search import Hit, Search
+    from export.timm_folder import TimmReport, to_timm
     from export.transformers_folder import TransformersReport, to_transformers
+    from export.vlm_graph import VlmVisionReport, vlm_vision_to_onnx
     from export.zero_shot import Guess, ZeroShot
 
 _HOME = {
@@ -33,12 +35,16 @@ _HOME = {
     "Parity": "export.parity",
     "QueueFullError": "export.errors",
     "Search": "export.search",
+    "TimmReport": "export.timm_folder",
     "TransformersReport": "export.transformers_folder",
+    "VlmVisionReport": "export.vlm_graph",
     "ZeroShot": "export.zero_shot",
     "to_onnx": "export.save",
+    "to_timm": "export.timm_folder",
     "to_transformers": "export.transformers_folder",
     "verify": "export.save",
     "verify_folder": "export.parity",
+    "vlm_vision_to_onnx": "export.vlm_graph",
 }
 
 __all__ = [
@@ -57,12 +63,16 @@ __all__ = [
     "Parity",
     "QueueFullError",
     "Search",
+    "TimmReport",
     "TransformersReport",
+    "VlmVisionReport",
     "ZeroShot",
     "to_onnx",
+    "to_timm",
     "to_transformers",
     "verify",
     "verify_folder",
+    "vlm_vision_to_onnx",
 ]
 
 

@@ -1,74 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain CLIP ViT student as a transformers folder: `CLIPModel` and `CLIPProcessor`, the same embeddings."""
+"""A ViT student as a transformers folder: `CLIPModel` or `SiglipModel`, whole or the vision tower apart."""
 
 from __future__ import annotations
 
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from aced_sdk.config import Config
-from aced_sdk.errors import ModelError, UnsupportedError
+from aced_sdk.errors import ConfigError, UnsupportedError
 from aced_sdk.files import whole_folder, write_json
 from aced_sdk.towers import DualEncoder
-from aced_sdk.towers.huggingface import (
-    block_weights,
-    clip_image_processor,
-    clip_vision_config,
-    is_clip_vit,
-    vision_weights,
-)
+from aced_sdk.towers.huggingface import activation, clip_image_processor, is_clip_vit, is_siglip_vit
 from export import parity
 from export.report import ExportError
 from export.save import load_student
+from export.transformers_js import lay_beside
+from export.transformers_models import processor, vision_model, whole_model
 
+Tower = Literal["both", "vision"]
 BIAS_KEY = "aced_logit_bias"
+_SOURCE_KEY = "aced_source"
 _BOUND = 1e-5  # max-abs on normalised embeddings of the same tensors
 _PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+_SIGLIP_TEXT = _PLAIN_TEXT | {
+    "no_causal_mask", "pool_type", "proj_type", "proj_bias", "norm_kwargs", "act_kwargs",
+    "hf_tokenizer_name", "tokenizer_kwargs",
+}  # fmt: skip
 
 
 class TransformersReport(Config):
     """The folder as transformers loads it, against the student."""
 
     image_max_abs: float = Field(description="largest difference of normalised image embeddings, same pixel tensors")
-    text_max_abs: float = Field(description="largest difference of normalised text embeddings, same texts")
+    text_max_abs: float | None = Field(
+        description="largest difference of normalised text embeddings, same texts; None for the vision tower apart"
+    )
     pixels_max_abs_pil: float = Field(
         description="largest difference of normalised pixels, backend='pil', RGB pictures"
     )
     pixels_max_abs_torchvision: float = Field(description="the same with transformers' default backend")
 
 
-def to_transformers(student_folder: str | PathLike[str], directory: str | Path) -> TransformersReport:
-    """Write a folder for `CLIPModel.from_pretrained` and `AutoProcessor.from_pretrained`, checked by loading it.
+def to_transformers(
+    student_folder: str | PathLike[str],
+    directory: str | Path,
+    part: Tower = "both",
+    onnx: str | Path | None = None,
+) -> TransformersReport:
+    """Write a folder that transformers loads by itself, checked by loading it.
 
-    CLIPModel has no place for a sigmoid student's bias: it is kept as `aced_logit_bias` in config.json.
+    A plain CLIP ViT with open_clip's CLIP text tower becomes a `CLIPModel`, a SigLIP ViT of timm with a text tower that
+    reads both ways and pools its last token a `SiglipModel`; `AutoModel` and `AutoProcessor` open both. CLIPModel has
+    no place for a sigmoid student's bias: it is kept as `aced_logit_bias` in config.json.
 
     Args:
-        student_folder: a saved student with plain CLIP ViT image tower, open_clip's CLIP text tower and tokenizer.
+        student_folder: a saved student.
         directory: the folder to write; an older one made by this function is replaced.
+        part: "vision" writes the image tower and its image processor alone, as `CLIPVisionModelWithProjection` or
+            `SiglipVisionModel`; then the text tower may be any.
+        onnx: a folder that `to_onnx` made of the same student; its graphs are laid beside, for transformers.js.
 
     Raises:
         ModelError: if the student cannot be loaded.
-        UnsupportedError: for other students.
-        ExportError: if the loaded folder differs from the student, or the directory holds something else.
+        ConfigError: for an unknown part.
+        UnsupportedError: for students that transformers cannot hold exactly.
+        ExportError: if the loaded folder differs from the student, the directory holds something else, or the ONNX
+            folder is another student's.
     """
+    if part not in get_args(Tower):
+        raise ConfigError(f"part is {part!r}", remedy=f"give one of {', '.join(get_args(Tower))}", field="part")
     target = Path(directory)
     if target.exists() and not _replaceable(target):
         raise ExportError(f"{target} holds something else", remedy="name a new or an empty folder", field="directory")
     student, source = load_student(student_folder)
-    _supported(student)
+    siglip = _supported(student, part)
     with whole_folder(target) as folder:
-        _model(student).save_pretrained(folder)
-        _processor(student).save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_json(folder / "config.json", config | {BIAS_KEY: student.bias})
-        report = _compared(folder, student)
-        (folder / "README.md").write_text(_card(student, report, source.license), encoding="utf-8")
+        if onnx is not None:
+            lay_beside(Path(onnx), source, folder)
+        model = vision_model(student, siglip) if part == "vision" else whole_model(student, siglip)
+        _save(model, folder)
+        (clip_image_processor(student) if part == "vision" else processor(student, siglip)).save_pretrained(folder)
+        _classic_json(folder)
+        keys = {_SOURCE_KEY: source.weights_sha256} | ({} if siglip else {BIAS_KEY: student.bias})
+        write_json(folder / "config.json", _read(folder / "config.json") | keys)
+        report = _compared(folder, type(model), student, part)
+        card = _card(student, report, source.license, type(model).__name__)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
@@ -76,19 +99,34 @@ def _replaceable(target: Path) -> bool:
     if target.is_file():
         return False
     config = target / "config.json"
-    return not any(target.iterdir()) or (config.is_file() and BIAS_KEY in config.read_text(encoding="utf-8"))
+    return not any(target.iterdir()) or (config.is_file() and '"aced_' in config.read_text(encoding="utf-8"))
 
 
-def _supported(student: DualEncoder) -> None:
+def _supported(student: DualEncoder, part: Tower) -> bool:
+    """Whether the student is SigLIP-shaped; the other one that transformers holds is CLIP's."""
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 
-    text_cfg = student.model_cfg["text_cfg"]
-    plain_text = type(student.model) is CLIP and set(text_cfg) <= _PLAIN_TEXT
-    if not (is_clip_vit(student) and plain_text and isinstance(student.tokenizer, SimpleTokenizer)):
+    siglip = is_siglip_vit(student)
+    if not (siglip or is_clip_vit(student)):
         raise UnsupportedError(
-            "transformers' CLIPModel holds only a plain CLIP ViT with open_clip's own text tower and tokenizer",
-            remedy="take export.to_onnx, which takes other towers, or load the folder with open_clip",
+            "transformers holds only a plain CLIP ViT or a SigLIP ViT, and this image tower is neither",
+            remedy="take export.to_timm for a tower of timm, export.to_onnx for any, or load the folder with open_clip",
+            field="student_folder",
+        )
+    text_cfg = student.model_cfg["text_cfg"]
+    if siglip:
+        fits = _is_siglip_text(student)
+    else:
+        plain = type(student.model) is CLIP and set(text_cfg) <= _PLAIN_TEXT
+        fits = plain and isinstance(student.tokenizer, SimpleTokenizer)
+    if part == "both" and not fits:
+        raise UnsupportedError(
+            "transformers' CLIPModel holds a plain CLIP ViT with open_clip's own text tower and tokenizer, its "
+            "SiglipModel a SigLIP ViT with a text tower that reads both ways and pools its last token; this student "
+            "pairs other ones",
+            remedy="take part='vision' for the image tower alone, export.to_onnx, which takes other towers, or load "
+            "the folder with open_clip",
             field="student_folder",
         )
     if student.preprocess_config.resize_mode == "longest":
@@ -97,99 +135,90 @@ def _supported(student: DualEncoder) -> None:
             remedy="take export.to_onnx, or train with resize='squash' or 'shortest'",
             field="student.resize",
         )
+    return siglip
 
 
-def _model(student: DualEncoder) -> Any:
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
+def _is_siglip_text(student: DualEncoder) -> bool:
+    from open_clip.tokenizer import HFTokenizer
+    from open_clip.transformer import TextTransformer
 
-    text_cfg, tokenizer = student.model_cfg["text_cfg"], student.tokenizer
-    width = int(text_cfg["width"])
-    text_config = CLIPTextConfig(
-        vocab_size=text_cfg["vocab_size"],
-        hidden_size=width,
-        intermediate_size=int(width * text_cfg.get("mlp_ratio", 4.0)),
-        num_hidden_layers=text_cfg["layers"],
-        num_attention_heads=text_cfg["heads"],
-        max_position_embeddings=student.context_length,
-        hidden_act="quick_gelu" if student.model_cfg.get("quick_gelu") else "gelu",
-        layer_norm_eps=1e-5,
-        projection_dim=student.embedding_dim,
-        bos_token_id=tokenizer.sot_token_id,
-        eos_token_id=tokenizer.eot_token_id,  # pooling takes its first place, open_clip the highest id's: the same
-        pad_token_id=tokenizer.eot_token_id,
+    text, cfg = getattr(student.model, "text", None), student.model_cfg["text_cfg"]
+    return (
+        isinstance(text, TextTransformer)
+        and set(cfg) <= _SIGLIP_TEXT
+        and bool(cfg.get("no_causal_mask"))
+        and text.pool_type == "last"
+        and text.text_projection is not None
+        and activation(text.transformer.resblocks[0].mlp.gelu) is not None
+        and isinstance(student.tokenizer, HFTokenizer)
     )
-    vision_config = clip_vision_config(student)
-    model = CLIPModel(
-        CLIPConfig(
-            vision_config=vision_config.to_dict(),
-            text_config=text_config.to_dict(),
-            projection_dim=student.embedding_dim,
-        )
-    )
-    missing, unexpected = model.load_state_dict(_weights(student), strict=False)
-    lost = [key for key in missing if not key.endswith("position_ids")]
-    if lost or unexpected:
-        raise ModelError(
-            f"transformers' CLIPModel has another layout than expected: {(lost + list(unexpected))[0]}",
-            remedy="install a transformers version that this package was tested with",
-        )
-    return model.eval()
 
 
-def _weights(student: DualEncoder) -> dict[str, Tensor]:
-    source = student.model.state_dict()
-    visual: Any = student.model.visual
-    text = block_weights(source, "transformer.resblocks.", "encoder.layers.") | {
-        "embeddings.token_embedding.weight": source["token_embedding.weight"],
-        "embeddings.position_embedding.weight": source["positional_embedding"],
-        "final_layer_norm.weight": source["ln_final.weight"],
-        "final_layer_norm.bias": source["ln_final.bias"],
-    }
-    weights = {f"text_model.{key}": tensor for key, tensor in text.items()}
-    weights |= {f"vision_model.{key}": tensor for key, tensor in vision_weights(visual).items()}
-    return weights | {
-        "visual_projection.weight": source["visual.proj"].T.contiguous(),
-        "text_projection.weight": source["text_projection"].T.contiguous(),
-        "logit_scale": source["logit_scale"],
-    }
+# -- files --------------------------------------------------------------------------------------------------------
 
 
-def _processor(student: DualEncoder) -> Any:
-    from transformers import CLIPProcessor, CLIPTokenizer
+def _save(model: Any, folder: Path) -> None:
+    state = model.state_dict()
+    if type(model).__name__ == "SiglipVisionModel":  # version 5 writes bare names, which version 4 does not know
+        state = {f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in state.items()}
+        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    else:
+        model.save_pretrained(folder)
 
-    simple = student.tokenizer
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # CLIPTokenizer splits by these
-    tokenizer = CLIPTokenizer(
-        vocab={names.get(token, token): number for token, number in simple.encoder.items()},
-        merges=list(simple.bpe_ranks),
-        model_max_length=student.context_length,
-    )
-    return CLIPProcessor(image_processor=clip_image_processor(student), tokenizer=tokenizer)
+
+def _classic_json(folder: Path) -> None:
+    """Add what transformers 4 and transformers.js look for."""
+    if (folder / "processor_config.json").is_file():
+        parts = _read(folder / "processor_config.json")
+        write_json(folder / "preprocessor_config.json", parts.pop("image_processor"))
+        write_json(folder / "processor_config.json", parts)
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = _read(folder / "tokenizer_config.json")
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # version 5's name for the same class
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+            write_json(folder / "tokenizer_config.json", tokenizer)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+# -- the check ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _compared(folder: Path, student: DualEncoder) -> TransformersReport:
-    from transformers import AutoModel, AutoProcessor
+def _compared(folder: Path, kind: Any, student: DualEncoder, part: Tower) -> TransformersReport:
+    from transformers import AutoImageProcessor, AutoProcessor
 
-    model = AutoModel.from_pretrained(folder).eval()
+    model = kind.from_pretrained(folder).eval()
     images = [image for image in parity.pictures() if image.mode == "RGB"]
     pixels = torch.stack([student.preprocess(image) for image in images])
-    # Plain texts: CLIPTokenizer has no counterpart to open_clip's cleaning with ftfy and its HTML unescaping.
-    texts = [text for text in parity.TEXTS if text.isascii() and "&" not in text and "<" not in text]
-    processors = {kind: AutoProcessor.from_pretrained(folder, backend=kind) for kind in ("pil", "torchvision")}
-    tokens = processors["pil"](text=texts, return_tensors="pt", padding=True, truncation=True)
-    out = model(pixel_values=pixels, **tokens)
+    text_max_abs = None
+    if part == "vision":
+        out = model(pixel_values=pixels)
+        embeds = out.image_embeds if "image_embeds" in out else out.pooler_output
+    else:
+        # Plain texts: transformers has no counterpart to open_clip's cleaning with ftfy and its HTML unescaping.
+        texts = [text for text in parity.TEXTS if text.isascii() and "&" not in text and "<" not in text]
+        tokens = AutoProcessor.from_pretrained(folder)(
+            text=texts, return_tensors="pt", padding="max_length", truncation=True
+        )
+        out = model(pixel_values=pixels, **tokens)
+        embeds = out.image_embeds
+        text_max_abs = _distance(out.text_embeds, student.encode_text(texts))
+    pixels_of = {kind: AutoImageProcessor.from_pretrained(folder, backend=kind) for kind in ("pil", "torchvision")}
     report = TransformersReport(
-        image_max_abs=_distance(out.image_embeds, student.encode_image(pixels)),
-        text_max_abs=_distance(out.text_embeds, student.encode_text(texts)),
+        image_max_abs=_distance(nn.functional.normalize(embeds, dim=-1), student.encode_image(pixels)),
+        text_max_abs=text_max_abs,
         **{
-            f"pixels_max_abs_{kind}": _distance(processor(images=images, return_tensors="pt")["pixel_values"], pixels)
-            for kind, processor in processors.items()
+            f"pixels_max_abs_{kind}": _distance(prepare(images=images, return_tensors="pt")["pixel_values"], pixels)
+            for kind, prepare in pixels_of.items()
         },
     )
-    if max(report.image_max_abs, report.text_max_abs) > _BOUND:
+    largest = max(report.image_max_abs, report.text_max_abs or 0.0)
+    if not largest <= _BOUND:  # also where a value is not a number
         raise ExportError(
-            f"the transformers folder differs from the student by {max(report.image_max_abs, report.text_max_abs):.1e}",
+            f"the transformers folder differs from the student by {largest:.1e}",
             remedy="report it with the student's config and the version of transformers",
         )
     return report
@@ -199,22 +228,29 @@ def _distance(left: Tensor, right: Tensor) -> float:
     return float((left - right).abs().max())
 
 
-def _card(student: DualEncoder, report: TransformersReport, license: str) -> str:
-    bias = ""
-    if student.bias:
-        bias = (
+def _card(student: DualEncoder, report: TransformersReport, license: str, kind: str) -> str:
+    whole = report.text_max_abs is not None
+    auto = "AutoProcessor" if whole else "AutoImageProcessor"
+    task = "zero-shot-image-classification" if whole else "image-feature-extraction"
+    notes = ""
+    if kind == "CLIPModel" and student.bias:
+        notes = (
             f"The student was trained with a sigmoid loss and a bias of {student.bias:.4f}, for which CLIPModel has no "
             f"place: config.json keeps it as `{BIAS_KEY}`. Add it to the logits before a sigmoid; "
             "rankings do not need it.\n\n"
         )
-    largest = max(report.image_max_abs, report.text_max_abs)
+    if kind == "SiglipModel":
+        notes = 'Give texts `padding="max_length"`: the text tower reads its padding.\n\n'
+    if kind == "SiglipVisionModel":
+        notes = "The embedding is `pooler_output`.\n\n"
+    largest = max(report.image_max_abs, report.text_max_abs or 0.0)
     return (
-        f"---\nlibrary_name: transformers\nlicense: {license}\npipeline_tag: zero-shot-image-classification\n---\n\n"
+        f"---\nlibrary_name: transformers\nlicense: {license}\npipeline_tag: {task}\n---\n\n"
         "# A dual encoder distilled with aced-sdk\n\n"
-        "```python\nfrom transformers import AutoProcessor, CLIPModel\n"
-        'model = CLIPModel.from_pretrained("FOLDER")\n'
-        'processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")\n```\n\n'
-        f"{bias}"
+        f"```python\nfrom transformers import {auto}, {kind}\n"
+        f'model = {kind}.from_pretrained("FOLDER")\n'
+        f'processor = {auto}.from_pretrained("FOLDER", backend="pil")\n```\n\n'
+        f"{notes}"
         f'`backend="pil"` gives the pixels of training (largest difference {report.pixels_max_abs_pil:.1e}). '
         "By default transformers resizes with torchvision (normalised pixels differ by "
         f"{report.pixels_max_abs_torchvision:.1e} on smooth pictures, by more on fine textures). The processor neither "

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from vlm.generating import answer as answer
     from vlm.generating import caption as caption
     from vlm.metrics import caption_scores as caption_scores
+    from vlm.probing import LitDecoder as LitDecoder
+    from vlm.probing import lit_decoder as lit_decoder
+    from vlm.ranking import Ranking as Ranking
+    from vlm.ranking import rank_encoders as rank_encoders
     from vlm.saving import load as load
     from vlm.saving import save as save
     from vlm.scoring import Scores as Scores
@@ -32,8 +36,10 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapt": "config",
     "Align": "config",
+    "LitDecoder": "probing",
     "Lora": "config",
     "Projector": "config",
+    "Ranking": "ranking",
     "Sample": "data",
     "Scores": "scoring",
     "TuneConfig": "config",
@@ -43,11 +49,13 @@ _HOME = {
     "caption": "generating",
     "caption_scores": "metrics",
     "evaluate": "scoring",
+    "lit_decoder": "probing",
     "load": "saving",
     "load_coco_captions": "coco",
     "load_llava": "data",
     "load_messages": "data",
     "load_vqav2": "coco",
+    "rank_encoders": "ranking",
     "save": "saving",
     "tune": "tuning",
     "vqa_accuracy": "vqa",

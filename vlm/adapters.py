@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage trains: the projector alone, or the projector and LoRA adapters on the language model."""
+"""What a stage trains: the projector alone, or with it the language model, by adapters or as a whole."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,24 +14,29 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aced_sdk.errors import EngineError, MissingPackageError, UnsupportedError
-from vlm.config import Adapt, Align
+from aced_sdk.files import tensor_digest
+from vlm.config import Adapt, Align, Lora
+from vlm.projectors import model_kinds
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
 PROJECTOR = "multi_modal_projector"
 _PARTS = {"projector": f"{PROJECTOR}.", "adapter": "lora_", "vision tower": "vision_tower.", "language model": ""}
 
 
-def base_of(model: Any) -> LlavaForConditionalGeneration:
-    """The LLaVA model itself, whether or not peft has wrapped it."""
-    from transformers import LlavaForConditionalGeneration
+def base_of(model: Any) -> PreTrainedModel:
+    """The vision-language model itself, whether or not peft has wrapped it.
 
-    base = model if isinstance(model, LlavaForConditionalGeneration) else model.get_base_model()
-    if not isinstance(base, LlavaForConditionalGeneration):
+    Raises:
+        UnsupportedError: if it is of no kind that `vlm.build` makes.
+    """
+    kinds = model_kinds()
+    base: PreTrainedModel = model if isinstance(model, kinds) else getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(base, kinds):
         raise UnsupportedError(
-            f"this version tunes and saves LlavaForConditionalGeneration, not {type(base).__name__}",
+            f"this package tunes and saves {', '.join(kind.__name__ for kind in kinds)}, not {type(base).__name__}",
             remedy="use vlm.build",
             field="model",
         )
@@ -41,34 +48,74 @@ def has_adapter(model: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
-def prepare(
-    model: LlavaForConditionalGeneration, stage: Align | Adapt, seed: int
-) -> LlavaForConditionalGeneration | PeftModel:
+def prepare(model: PreTrainedModel, stage: Align | Adapt, seed: int) -> PreTrainedModel | PeftModel:
     """Freeze all but what the stage trains; an Adapt stage puts its adapters in.
 
     Raises:
-        MissingPackageError: if peft is needed and not installed.
+        MissingPackageError: if peft or bitsandbytes is needed and not installed.
+        UnsupportedError: if the language model has no layers of the names that adapters go to.
     """
     model.requires_grad_(False)
-    if isinstance(stage, Align):
-        model.model.multi_modal_projector.requires_grad_(True)
-        return model
+    if isinstance(stage, Adapt) and stage.lora is not None:
+        return _with_adapters(model, stage.lora, seed)
+    model.model.multi_modal_projector.requires_grad_(True)
+    if isinstance(stage, Adapt):
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    return model
+
+
+def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingPackageError(
             f"LoRA needs peft: {error}", remedy="pip install 'aced-sdk[vlm]'", field="stages"
         ) from error
-    lora = LoraConfig(
-        r=stage.lora.rank,
-        lora_alpha=stage.lora.alpha,
-        lora_dropout=stage.lora.dropout,
-        target_modules=stage.lora.target_modules,
+    targets = [name for name, _ in model.named_modules() if re.fullmatch(lora.target_modules, name)]
+    if not targets:
+        raise UnsupportedError(
+            f"the language model, a '{model.config.text_config.model_type}', has no layers of the names "
+            f"{', '.join(f'{layer}_proj' for layer in lora.layers)}",
+            remedy="train it as a whole with Adapt(lora=None), or take a Llama-, Qwen- or Gemma-like one",
+            field="lora.layers",
+        )
+    if lora.qlora:
+        _to_four_bits(model, targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
         modules_to_save=[PROJECTOR],
+        use_dora=lora.dora,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, lora)
+        return get_peft_model(model, config)
+
+
+def _to_four_bits(model: Any, names: list[str]) -> None:
+    """Hold these linear layers in NF4 from now on, so that peft puts its 4-bit adapters on them."""
+    try:
+        bitsandbytes = import_module("bitsandbytes")
+    except ImportError as error:
+        raise MissingPackageError(
+            f"QLoRA needs bitsandbytes: {error}",
+            remedy="pip install bitsandbytes, or leave out qlora=True",
+            field="lora.qlora",
+        ) from error
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        old = model.get_submodule(name)
+        new = bitsandbytes.nn.Linear4bit(
+            old.in_features, old.out_features, old.bias is not None, compute_dtype=old.weight.dtype, quant_type="nf4"
+        )
+        new.weight = bitsandbytes.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", module=new)
+        new.bias = old.bias
+        new.support_avx512bf16_for_cpu = False  # else the first answer on a CPU repacks the weights, with a loss
+        setattr(model.get_submodule(parent), own, new.to(old.weight.device))
+    model.is_loaded_in_4bit = True  # what peft asks
 
 
 def part_of(name: str) -> str:
@@ -84,12 +131,19 @@ def table(model: nn.Module) -> dict[str, dict[str, int]]:
     return counts
 
 
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all trained parameters."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+def shown(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """`table` for people, a line for each part."""
+    head = f"{'part':<16}{'trained':>15}{'frozen':>15}"
+    lines = [f"{part:<16}{count['trained']:>15,}{count['frozen']:>15,}" for part, count in counts.items()]
+    return "\n".join([head, *lines])
 
 
-def check_saved(weights: Path, model: nn.Module, start: Mapping[str, Tensor]) -> None:
+def snapshot(model: nn.Module) -> dict[str, str]:
+    """A digest of every trained parameter."""
+    return {name: tensor_digest({name: p}) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_saved(weights: Path, model: nn.Module, start: Mapping[str, str]) -> None:
     """Read saved weights back: nothing empty, equal to the model's, and every trained part changed from the start.
 
     Args:
@@ -100,16 +154,20 @@ def check_saved(weights: Path, model: nn.Module, start: Mapping[str, Tensor]) ->
     Raises:
         EngineError: if one of these does not hold; the run must not go on towards an artefact that lost its training.
     """
-    saved = load_file(weights)
-    now = snapshot(model)
-    for name, value in now.items():
-        if name not in saved or saved[name].numel() == 0 or not torch.equal(saved[name], value):
+    saved: dict[str, Tensor] = load_file(weights)
+    changed: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in saved or saved[name].numel() == 0 or not torch.equal(saved[name], parameter.detach().cpu()):
             raise EngineError(
                 f"the saved '{name}' is {'missing' if name not in saved else 'not the trained one'}",
                 remedy="this is a fault of the engine: use engine.kind='single' or ZeRO stage 0, and report it",
             )
-    for part in {part_of(name) for name in now}:
-        if all(torch.equal(start[name], value) for name, value in now.items() if part_of(name) == part):
+        part = part_of(name)
+        changed[part] = changed.get(part, False) or tensor_digest({name: parameter}) != start[name]
+    for part, moved in changed.items():
+        if not moved:
             raise EngineError(
                 f"the {part} is as it was before training",
                 remedy="raise the learning rate, or check that the data has answers to learn",

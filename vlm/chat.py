@@ -17,17 +17,14 @@ _CONTENT = (
     "{%- endfor -%}{%- endif -%}"
 )
 
-# ChatML without the default system prompt: it would cost more tokens than a short question and its answer.
-_CHATML = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}" + _CONTENT + "{{- '<|im_end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}" + _CONTENT + "{{- '<|im_end|>' -}}{%- endif -%}"
-    "{{- '\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-)
+# Turns as families of language models were taught them: what opens one (ROLE is who speaks), what ends it, what stands
+# between two, what the assistant is called. No default system prompt: it would cost more tokens than a short question
+# and its answer.
+_TURNS = {
+    "ChatML": ("<|im_start|>ROLE\n", "<|im_end|>", "\n", "assistant"),
+    "Llama 3": ("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", "", "assistant"),
+    "Gemma": ("<start_of_turn>ROLE\n", "<end_of_turn>", "\n", "model"),
+}
 
 _PLAIN = (
     "{%- for message in messages -%}"
@@ -43,9 +40,27 @@ _PLAIN = (
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The Jinja template for this tokenizer, and the token that ends an answer.
 
-    ChatML where the vocabulary has its two marks, else `USER: ... ASSISTANT: ...` as LLaVA-1.5 writes it.
+    ChatML, Llama 3's turns or Gemma's where the vocabulary has the marks, else `USER: ... ASSISTANT: ...` as LLaVA-1.5
+    writes it.
     """
     vocabulary = tokenizer.get_vocab()
-    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
-        return _CHATML, "<|im_end|>"
+    for opening, end, after, assistant in _TURNS.values():
+        if opening.split("ROLE")[0] in vocabulary and end in vocabulary:
+            return _template(opening, end, after, assistant), end
     return _PLAIN, str(tokenizer.eos_token)
+
+
+def _template(opening: str, end: str, after: str, assistant: str) -> str:
+    before, behind = opening.split("ROLE")
+    return (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'assistant' -%}"
+        f"{{{{- '{before}{assistant}{behind}' -}}}}"
+        "{%- generation -%}" + _CONTENT + f"{{{{- '{end}' -}}}}" + "{%- endgeneration -%}"
+        "{%- else -%}"
+        f"{{{{- '{before}' + message['role'] + '{behind}' -}}}}" + _CONTENT + f"{{{{- '{end}' -}}}}"
+        "{%- endif -%}"
+        f"{{{{- '{after}' -}}}}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- '{before}{assistant}{behind}' -}}}}{{%- endif -%}}"
+    )

@@ -12,11 +12,16 @@ from aced_sdk.errors import ConfigError
 
 
 class Projector(Config):
-    """The connector between the vision tower and the language model, in LLaVA's layout (two layers)."""
+    """The connector between the vision tower and the language model, in the layouts that transformers loads."""
 
-    kind: Literal["mlp", "linear"] = Field(
+    kind: Literal["mlp", "linear", "pixel_shuffle"] = Field(
         "mlp",
-        description="mlp: linear, GELU, linear (LLaVA-1.5). linear: the same without the GELU",
+        description="mlp: linear, GELU, linear (LLaVA-1.5). linear: the same without the GELU (transformers loads no "
+        "single layer). pixel_shuffle: neighbouring patches become one token, then norm, linear, SwiGLU, linear (Aya "
+        "Vision)",
+    )
+    factor: Literal[2, 3, 4] = Field(
+        2, description="pixel_shuffle alone: so many patches along each side become one token, 4, 9 or 16 times fewer"
     )
 
 
@@ -30,6 +35,11 @@ class Lora(Config):
         ("q", "k", "v", "o", "gate", "up", "down"),
         min_length=1,
         description="projections of every decoder layer that get one",
+    )
+    dora: bool = Field(False, description="DoRA: the weights' magnitudes are trained beside the low-rank directions")
+    qlora: bool = Field(
+        False,
+        description="QLoRA: the layers that get an adapter are themselves held in 4 bits (NF4); needs bitsandbytes",
     )
 
     @property
@@ -59,10 +69,12 @@ class Align(_Stage):
 
 
 class Adapt(_Stage):
-    """Train the projector and LoRA adapters on the language model; the tower stays frozen."""
+    """Train the projector and the language model, by adapters or as a whole; the tower stays frozen."""
 
     stage: Literal["adapt"] = "adapt"
-    lora: Lora = Lora()
+    lora: Lora | None = Field(
+        Lora(), description="adapters; None: all of the language model's weights (try a learning rate of 2e-5)"
+    )
 
 
 class TuneConfig(Config):

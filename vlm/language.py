@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aced_sdk.errors import MissingPackageError, ModelError
+from aced_sdk.errors import MissingPackageError, ModelError, UnsupportedError
 from aced_sdk.files import home, sha256, whole_folder, write_json
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     Raises:
         ModelError: if it is none of these or cannot be loaded.
         MissingPackageError: if a GGUF file is given and `gguf` or `accelerate` is not installed.
+        UnsupportedError: if it is a model of pictures and text.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +47,26 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
             remedy="name a folder that save_pretrained wrote, a GGUF file, or a hub name that can be reached",
             field="language",
         ) from error
+    if hasattr(model.config, "text_config"):
+        raise UnsupportedError(
+            f"the language model '{language}' is a '{model.config.model_type}', which has more than text already",
+            remedy="take its text model, or another causal language model",
+            field="language",
+        )
     return model, tokenizer
+
+
+def reads(config: Any) -> int:
+    """Tokens of one conversation that tuning can feed a language model with this text config.
+
+    Layers that look back over a window alone (Gemma 3, Mistral) are tuned within that window.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    longest = int(config.max_position_embeddings)
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return longest
+    return min(longest, int(window))
 
 
 def _gguf_file(path: Path) -> Path:

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from aced_sdk.errors import DataError
+from aced_sdk.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaProcessor, PreTrainedModel
 
 Picture = str | Path | Image.Image
 
@@ -43,12 +43,24 @@ def same_picture(source: Picture) -> str | int:
 
 
 @torch.no_grad()
-def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+def tower_features(model: PreTrainedModel, pixels: Tensor) -> Tensor:
     """What the projector reads: [P, N, D] of pixels [P, 3, H, W], by the model's own layer and strategy."""
+    tower: Any = model.model.vision_tower
+    if model.config.model_type == "fast_vlm":
+        features: Tensor = tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
+        return features
     layer = model.config.vision_feature_layer
-    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    hidden = tower(pixels, output_hidden_states=True).hidden_states
     chosen = torch.cat([hidden[index] for index in ([layer] if isinstance(layer, int) else layer)], dim=-1)
     return chosen[:, 1:] if model.config.vision_feature_select_strategy == "default" else chosen
+
+
+def feature_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """N and D of one picture's features: tokens before the projector reduces them, and their width."""
+    layer = model.config.vision_feature_layer
+    layers = 1 if isinstance(layer, int) else len(layer)
+    tokens = int(model.config.image_seq_length) * int(getattr(model.config, "downsample_factor", 1)) ** 2
+    return tokens, int(model.config.vision_config.hidden_size) * layers
 
 
 class Features:
@@ -63,7 +75,7 @@ class Features:
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: PreTrainedModel,
         processor: LlavaProcessor,
         pictures: Sequence[Picture],
         memory_mb: int,
@@ -75,7 +87,13 @@ class Features:
         self._known: dict[int, Tensor] = {}
 
     def of(self, numbers: Sequence[int]) -> Tensor:
-        """Features [P, N, D] of the pictures with these numbers, in this order."""
+        """Features [P, N, D] of the pictures with these numbers, in this order.
+
+        Without numbers they are one picture's zeros, which no token asks for: the projector runs in every step, so
+        that no rank waits for another's.
+        """
+        if not numbers:
+            return torch.zeros(1, *feature_shape(self._model))
         missing = sorted({number for number in numbers if number not in self._known})
         fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
         for number, feature in fresh.items():
@@ -83,13 +101,18 @@ class Features:
             if size <= self._left:
                 self._left -= size
                 self._known[number] = feature
-        if not numbers:
-            return torch.zeros(0, 1, self._model.model.multi_modal_projector.linear_1.in_features)
         return torch.stack([self._known[n] if n in self._known else fresh[n] for n in numbers])
 
     def _compute(self, numbers: Sequence[int]) -> list[Tensor]:
-        tower: Any = self._model.model.vision_tower
-        weight = tower.embeddings.patch_embedding.weight
+        weight = next(self._model.model.vision_tower.parameters())
         images = [open_picture(self._pictures[number]) for number in numbers]
         pixels = self._processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        return list(tower_features(self._model, pixels.to(weight.device, weight.dtype)))
+        features = tower_features(self._model, pixels.to(weight.device, weight.dtype))
+        if features.shape[1:] != feature_shape(self._model):
+            raise ModelError(
+                f"the vision tower makes {features.shape[1]} tokens of a picture, and the model's config counts "
+                f"{feature_shape(self._model)[0]}",
+                remedy="correct image_seq_length in its config.json, or build the model with vlm.build",
+                field="model",
+            )
+        return list(features)

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from aced_sdk.errors import DataError
+from vlm.chat import IMAGE
 from vlm.data import Sample
 from vlm.pictures import Picture, same_picture
 
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
 IGNORED = -100
+_TEMPLATE = (
+    "put vlm.chat.chat_template(processor.tokenizer)[0] into processor.chat_template, or a template of your own that "
+    "writes pictures and has {% generation %} marks around the assistant's words"
+)
 _ATTENTION = 500  # tokens at which attention costs about as much as everything else
 
 
@@ -95,23 +101,69 @@ def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tupl
         sample: the conversation.
         processor: its tokenizer, chat template and image token are used.
         image_tokens: tokens that one picture takes.
+
+    Raises:
+        DataError: if nothing can be learned from it, or the chat template does not write its pictures.
     """
-    out = processor.tokenizer.apply_chat_template(
-        messages(sample),
-        chat_template=processor.chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    ids: list[int] = []
-    learned: list[int] = []
+    _check_words(sample)
+    try:
+        out = processor.tokenizer.apply_chat_template(
+            messages(sample),
+            chat_template=processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+    except (TemplateError, ValueError, KeyError) as error:
+        raise DataError(
+            f"conversation '{sample.key}' cannot be written by the processor's chat template: {error}",
+            remedy=_TEMPLATE,
+            field="processor",
+        ) from error
+    ids = _lead(processor, out["input_ids"])
+    learned = [0] * len(ids)
     for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True):
         count = image_tokens if token == processor.image_token_id else 1
         ids += [token] * count
         learned += [mark] * count
+    if out["input_ids"].count(processor.image_token_id) != len(sample.images):
+        raise DataError(
+            f"conversation '{sample.key}' has {len(sample.images)} pictures, and the processor's chat template writes "
+            f"{out['input_ids'].count(processor.image_token_id)}",
+            remedy=_TEMPLATE,
+            field="processor",
+        )
+    if not any(learned):
+        raise DataError(
+            f"nothing can be learned from conversation '{sample.key}': the processor's chat template marks none of the "
+            "assistant's words",
+            remedy=_TEMPLATE,
+            field="processor",
+        )
     end = max(place for place, mark in enumerate(learned) if mark)
     targets = [ids[place + 1] if learned[place + 1] else IGNORED for place in range(end)]
     return ids[:end], targets
+
+
+def _lead(processor: LlavaProcessor, ids: list[int]) -> list[int]:
+    """The beginning-of-text token where processors put one before a prompt, as Llama's and Gemma's do."""
+    first = processor.tokenizer("")["input_ids"][:1]
+    return list(first) if first == [processor.tokenizer.bos_token_id] and ids[:1] != first else []
+
+
+def _check_words(sample: Sample) -> None:
+    """Refuse what a sample made by hand can have wrong; readers have checked theirs."""
+    texts = [text for turn in sample.turns for text in turn]
+    if any(IMAGE in text for text in texts):
+        raise DataError(
+            f"conversation '{sample.key}' has an {IMAGE} marker in its words",
+            remedy="leave it out: Sample.images stand before the first question by themselves",
+        )
+    if not sample.turns or not all(answer.strip() for _, answer in sample.turns):
+        raise DataError(
+            f"nothing can be learned from conversation '{sample.key}': it has an empty answer, or none",
+            remedy="fill it in or remove the conversation",
+        )
 
 
 def make_rows(
@@ -127,7 +179,7 @@ def make_rows(
         limit: tokens that the language model can read.
 
     Raises:
-        DataError: if there is no conversation, or one is too long.
+        DataError: if there is no conversation, one is too long, or one cannot be learned from.
     """
     if not samples:
         raise DataError("there are no conversations", remedy="check the data", field="data")

@@ -16,13 +16,13 @@ from aced_sdk.files import whole_folder, write_json
 from vlm.adapters import base_of, has_adapter
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaProcessor, PreTrainedModel
 
 _CARD = """---
 library_name: {library}
 pipeline_tag: image-text-to-text
 ---
-A LLaVA model tuned with ACED SDK. {how}
+A vision-language model tuned with ACED SDK. {how}
 """
 _BASE, _ADAPTER = "base", "adapter"
 # Where each part lies in memory, and where servers and transformers 4 look for it on disk.
@@ -33,7 +33,7 @@ _CLASSIC = {
     "lm_head.": "language_model.lm_head.",
 }
 _VIT = "vision_tower.vision_model."
-_VITS = ("clip_vision_model", "siglip_vision_model")  # older versions keep these in a submodule of this name
+_VITS = ("clip_vision_model", "siglip_vision_model")  # transformers 4 keeps these in a submodule of this name
 
 
 def save(model: Any, processor: LlavaProcessor, directory: str | Path, merge: bool = True) -> Path:
@@ -100,7 +100,7 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
     return model.eval(), processor
 
 
-def _write(base: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, trained: bool) -> None:
+def _write(base: PreTrainedModel, processor: LlavaProcessor, folder: Path, trained: bool) -> None:
     with torch.device("meta"):  # an empty shell that lends its save_pretrained to the plain weights
         shell = type(base)(base.config)
     shell.load_state_dict(plain_state(base, trained), assign=True)
@@ -109,10 +109,11 @@ def _write(base: LlavaForConditionalGeneration, processor: LlavaProcessor, folde
     state = shell.state_dict()
     if shell.lm_head.weight is shell.get_input_embeddings().weight:
         del state["lm_head.weight"]  # tied: the config says so, and a file holds a tensor once
-    # transformers 5 has a naming of its own, which version 4 and servers do not know
-    shell.save_pretrained(
-        folder, state_dict=classic_names(state, base.config.vision_config.model_type), save_original_format=False
-    )
+    tower = base.config.vision_config.model_type
+    if tower in _VITS:  # transformers 5 has a naming of its own for these, which version 4 and servers do not know
+        shell.save_pretrained(folder, state_dict=classic_names(state, tower), save_original_format=False)
+    else:
+        shell.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     _classic_json(folder)
 
@@ -150,7 +151,7 @@ def classic_names(state: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
     `multi_modal_projector.*`, `language_model.model.*` and `language_model.lm_head.*`.
 
     Args:
-        state: a state dict of `LlavaForConditionalGeneration`.
+        state: a state dict of `LlavaForConditionalGeneration` or `AyaVisionForConditionalGeneration`.
         tower: the vision config's `model_type`.
     """
     classic = {}
@@ -163,15 +164,13 @@ def classic_names(state: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
     return classic
 
 
-def plain_state(base: LlavaForConditionalGeneration, trained: bool) -> dict[str, Tensor]:
+def plain_state(base: PreTrainedModel, trained: bool) -> dict[str, Tensor]:
     """The state dict as if peft had never touched the model.
 
     Args:
         base: a model, with or without adapters.
         trained: whether adapters are added into the weights and the trained projector is taken, or neither.
     """
-    from peft.tuners.lora import Linear
-
     unwanted, wanted = (
         (".original_module.", ".modules_to_save.default.")
         if trained
@@ -180,10 +179,24 @@ def plain_state(base: LlavaForConditionalGeneration, trained: bool) -> dict[str,
     modules = dict(base.named_modules())
     state: dict[str, Tensor] = {}
     for name, tensor in base.state_dict().items():
-        if ".lora_" in name or unwanted in name:
+        if ".lora_" in name or unwanted in name or ".base_layer.weight." in name:  # the last: how 4 bits are read
             continue
-        owner = modules[name.split(".base_layer.")[0]] if ".base_layer." in name else None
-        if trained and isinstance(owner, Linear) and name.endswith(".weight"):
-            tensor = tensor + sum(owner.get_delta_weight(adapter) for adapter in owner.active_adapters)
+        if name.endswith(".base_layer.weight"):
+            tensor = _weight(modules[name.removesuffix(".base_layer.weight")], trained)
         state[name.replace(".base_layer.", ".").replace(wanted, ".")] = tensor
     return state
+
+
+@torch.no_grad()
+def _weight(layer: Any, trained: bool) -> Tensor:
+    """The weight of a linear layer that has adapters, in full precision, with or without them."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
+    for adapter in layer.active_adapters if trained else ():
+        variant = layer.lora_variant.get(adapter)  # DoRA's magnitudes
+        if variant is None:
+            weight = weight + layer.get_delta_weight(adapter)
+        else:
+            weight = variant.merge_safe(layer, adapter, weight)
+    return weight

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,15 +33,17 @@ from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.files import tensor_digest, write_json
 from aced_sdk.reporting import JsonlWriter, Progress
-from vlm.adapters import base_of, check_saved, has_adapter, prepare, snapshot, table
+from aced_sdk.reporting.progress import first_rank
+from vlm.adapters import base_of, check_saved, has_adapter, prepare, shown, snapshot, table
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data import Sample
+from vlm.language import reads
 from vlm.loss import AnswerLoss
 from vlm.pictures import Features
 from vlm.rows import Batch, Row, batch_at, collate, fingerprint, make_rows
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaProcessor, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class _Run:
 
 
 def tune(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     processor: LlavaProcessor,
     data: Sequence[Sample],
     config: TuneConfig,
@@ -150,7 +153,7 @@ def tune(
         )
     started = time.perf_counter()
     folder = Path(directory)
-    limit = int(base.config.text_config.max_position_embeddings)
+    limit = reads(base.config.text_config)
     rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit)
     _claim(folder, config, rows, base)
     features = Features(base, processor, pictures, config.feature_cache_mb)
@@ -173,7 +176,7 @@ def tune(
     )
 
 
-def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row], base: LlavaForConditionalGeneration) -> None:
+def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row], base: PreTrainedModel) -> None:
     """Bind the directory to this config, data and vision tower, or refuse it."""
     mine = {
         "format": 1,
@@ -201,7 +204,7 @@ def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row], base: LlavaFor
         )
 
 
-def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForConditionalGeneration) -> list[float]:
+def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrainedModel) -> list[float]:
     """Take the steps of one stage that are left; returns their losses."""
     config = run.config
     optimizer = Optimizer(learning_rate=stage.learning_rate, weight_decay=stage.weight_decay, clip_norm=stage.clip_norm)
@@ -214,6 +217,10 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: LlavaForCo
     done = _restore(folder, engine)
     run.step += done
     run.parameters.append(table(engine.module))
+    if first_rank():
+        sys.stderr.write(
+            f"tune: stage {number}, {stage.stage}, {stage.steps - done} steps\n{shown(run.parameters[-1])}\n"
+        )
     if done < stage.steps:
         run.log.truncate_after(run.step)  # what came after the checkpoint is told again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))

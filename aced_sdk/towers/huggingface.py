@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""open_clip's ViT as transformers' CLIPVisionModel: the same numbers, the layout that LLaVA and servers know."""
+"""ViTs as transformers' CLIPVisionModel and SiglipVisionModel: the same numbers, the layout that others know."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aced_sdk.errors import ModelError
 from aced_sdk.towers.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, CLIPVisionModel
+    from transformers import CLIPImageProcessor, CLIPVisionModel, SiglipVisionModel
 
 _BLOCK = {
     "ln_1": "layer_norm1",
@@ -20,6 +20,16 @@ _BLOCK = {
     "attn.out_proj": "self_attn.out_proj",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
+}
+_SIGLIP = {  # timm's names, the longer ones first
+    "patch_embed.proj.": "embeddings.patch_embedding.",
+    "attn_pool.proj.": "head.attention.out_proj.",
+    "attn_pool.norm.": "head.layernorm.",
+    "attn_pool.mlp.": "head.mlp.",
+    "attn.proj.": "self_attn.out_proj.",
+    "norm1.": "layer_norm1.",
+    "norm2.": "layer_norm2.",
+    "blocks.": "encoder.layers.",
 }
 
 
@@ -30,7 +40,8 @@ def is_clip_vit(encoder: DualEncoder) -> bool:
     visual = encoder.model.visual
     vision_cfg = encoder.model_cfg["vision_cfg"]
     plain = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
-    return isinstance(visual, VisionTransformer) and set(vision_cfg) <= plain
+    square = isinstance(vision_cfg.get("image_size"), int) and isinstance(vision_cfg.get("patch_size"), int)
+    return isinstance(visual, VisionTransformer) and set(vision_cfg) <= plain and square
 
 
 def clip_vision_model(encoder: DualEncoder) -> CLIPVisionModel:
@@ -51,14 +62,23 @@ def clip_vision_model(encoder: DualEncoder) -> CLIPVisionModel:
     own = model.state_dict()
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in own) else ""
     weights = {prefix + key: value for key, value in vision_weights(encoder.model.visual).items()}  # type: ignore[arg-type]
+    fill(model, weights)
+    return model.eval()
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put the weights into a model of transformers; every tensor must have its place.
+
+    Raises:
+        ModelError: if this version of transformers has another layout.
+    """
     missing, unexpected = model.load_state_dict(weights, strict=False)
     lost = [key for key in missing if not key.endswith("position_ids")]
     if lost or unexpected:
         raise ModelError(
-            f"transformers' CLIPVisionModel has another layout than expected: {(lost + list(unexpected))[0]}",
+            f"transformers' {type(model).__name__} has another layout than expected: {(lost + list(unexpected))[0]}",
             remedy="install a transformers version named in constraints.txt",
         )
-    return model.eval()
 
 
 def clip_vision_config(encoder: DualEncoder) -> Any:
@@ -107,6 +127,108 @@ def block_weights(source: dict[str, Tensor], prefix: str, target: str) -> dict[s
             for ours, theirs in _BLOCK.items():
                 weights[f"{out}{theirs}.{kind}"] = source[f"{block}{ours}.{kind}"]
     return weights
+
+
+def is_siglip_vit(encoder: DualEncoder) -> bool:
+    """Whether the image tower is a SigLIP ViT of timm, which transformers can hold without loss.
+
+    That is a ViT without class token, pooled by attention, its pooled state the embedding.
+    """
+    from timm.layers import AttentionPoolLatent
+    from timm.models.vision_transformer import VisionTransformer
+    from transformers import SiglipVisionModel
+
+    visual: Any = encoder.model.visual
+    trunk = getattr(visual, "trunk", None)
+    plain = (
+        isinstance(trunk, VisionTransformer)
+        and isinstance(trunk.attn_pool, AttentionPoolLatent)
+        and trunk.pos_embed is not None
+        and isinstance(trunk.attn_pool.q, nn.Linear)
+        and trunk.attn_pool.q.bias is not None
+        and trunk.attn_pool.num_heads == trunk.blocks[0].attn.num_heads
+        and len(visual.head) == 0
+        and activation(trunk.blocks[0].mlp.act) == activation(trunk.attn_pool.mlp.act)
+        and activation(trunk.blocks[0].mlp.act) is not None
+        and encoder.preprocess_config.size[0] == encoder.preprocess_config.size[1]
+    )
+    if not plain:
+        return False
+    with torch.device("meta"):
+        shapes = {
+            name: tensor.shape for name, tensor in SiglipVisionModel(siglip_vision_config(encoder)).state_dict().items()
+        }
+    return shapes == {name: tensor.shape for name, tensor in siglip_vision_weights(visual).items()}
+
+
+def siglip_vision_model(encoder: DualEncoder) -> SiglipVisionModel:
+    """The image tower as `SiglipVisionModel`, whose `pooler_output` is the embedding, in evaluation mode.
+
+    Raises:
+        ModelError: if the tower is not a SigLIP ViT.
+    """
+    from transformers import SiglipVisionModel
+
+    if not is_siglip_vit(encoder):
+        raise ModelError(
+            "this image tower is no SigLIP ViT, and transformers' SiglipVisionModel cannot hold it",
+            remedy="take a student with a vit_*_siglip_* tower of timm, timm_pool 'map' and timm_proj 'none'",
+        )
+    model = SiglipVisionModel(siglip_vision_config(encoder))
+    fill(model, siglip_vision_weights(encoder.model.visual))  # type: ignore[arg-type]
+    return model.eval()
+
+
+def siglip_vision_config(encoder: DualEncoder) -> Any:
+    """The `SiglipVisionConfig` of a SigLIP ViT tower."""
+    from transformers import SiglipVisionConfig
+
+    trunk: Any = encoder.model.visual.trunk  # type: ignore[union-attr]
+    block = trunk.blocks[0]
+    return SiglipVisionConfig(
+        hidden_size=trunk.embed_dim,
+        intermediate_size=block.mlp.fc1.out_features,
+        num_hidden_layers=len(trunk.blocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=encoder.preprocess_config.size[0],
+        patch_size=trunk.patch_embed.patch_size[0],
+        hidden_act=activation(block.mlp.act),
+        layer_norm_eps=block.norm1.eps,
+    )
+
+
+def siglip_vision_weights(visual: nn.Module) -> dict[str, Tensor]:
+    """The tower's tensors under the names of `SiglipVisionModel`; one that has no place there keeps its own name."""
+    source: dict[str, Tensor] = dict(visual.trunk.state_dict())  # type: ignore[union-attr]
+    weights = {
+        "embeddings.position_embedding.weight": source.pop("pos_embed")[0],
+        "head.probe": source.pop("attn_pool.latent"),
+    }
+    for kind in ("weight", "bias"):
+        parts = [source.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
+        weights[f"head.attention.in_proj_{kind}"] = torch.cat(parts)
+    for name, tensor in source.items():
+        for ours, theirs in _SIGLIP.items():
+            name = name.replace(ours, theirs)
+        if name.startswith("norm."):
+            name = f"post_layer{name}"
+        if ".attn.qkv." in name:
+            for part, own in zip("qkv", torch.chunk(tensor, 3), strict=True):
+                weights[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = own.contiguous()
+        else:
+            weights[name] = tensor
+    return weights
+
+
+def activation(module: nn.Module) -> str | None:
+    """transformers' name of an activation of open_clip or timm; None for one that a ViT of transformers has not."""
+    from open_clip.transformer import QuickGELU
+    from timm.layers.activations import GELU, GELUTanh
+
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
+    names = {QuickGELU: "quick_gelu", GELU: "gelu", GELUTanh: "gelu_pytorch_tanh"}
+    return names.get(type(module))
 
 
 def clip_image_processor(encoder: DualEncoder) -> CLIPImageProcessor:

@@ -124,33 +124,29 @@ def sweep_jobs(
         knobs = replace(chosen[row], **changes)
         return [Job(row, replace(w, **(world or {})), length, knobs=knobs, reference=reference) for w in worlds]
 
-    core = ("iid", "softmax_kd", "h_acid", "aced", "static_kd")
+    def few(share: float) -> dict[str, float]:
+        """That share of all trusted pairs; the reference learns from no more than these."""
+        return {"trusted_emoji": 0.8 * share, "trusted_pool": 0.15 * share}
+
     strong = ("aced", "i_acid_kd", "static_kd", "trusted")
     return {
         "length": {str(n * steps): {row: jobs(row, n * steps) for row in strong} for n in (1, 4)},
-        # of all trusted emoji and of the pool's own pairs; the reference learns from no more than these
-        "trusted": {
-            f"{share:g}": {
-                row: jobs(row, world={"trusted_emoji": 0.8 * share, "trusted_pool": 0.15 * share}) for row in strong
-            }
-            for share in (0.25, 0.5, 1)
+        "trusted": {f"{share:g}": {row: jobs(row, world=few(share)) for row in strong} for share in (0.25, 0.5, 1)},
+        "few_trusted_and_long": {str(4 * steps): {row: jobs(row, 4 * steps, few(0.25)) for row in strong}},
+        "noise": {
+            str(n): {row: jobs(row, world={"noise": n}) for row in ("iid", "softmax_kd", "aced", "static_kd")}
+            for n in (0.0, 0.3, 0.5)
         },
-        "few_trusted_and_long": {
-            str(4 * steps): {
-                row: jobs(row, 4 * steps, {"trusted_emoji": 0.2, "trusted_pool": 0.0375}) for row in strong
-            }
-        },
-        "noise": {str(n): {row: jobs(row, world={"noise": n}) for row in core} for n in (0.0, 0.3, 0.5)},
         "f": {
             "0": {"aced": jobs("softmax_kd")},  # nothing is left out: the same as distillation alone
             **{str(f): {"aced": jobs("aced", f=f)} for f in (0.5, 0.8, 0.9)},
         },
         "reference": {
-            size: {row: jobs(row, reference=size) for row in ("softmax_kd", "i_acid", "h_acid", "aced")}
+            size: {row: jobs(row, reference=size) for row in ("softmax_kd", "i_acid", "aced")}
             for size in ("small", "equal", "large")
         },
+        "gain": {str(g): {"aced": jobs("aced", gain=g)} for g in (0.1, 1.0, 10.0)},
         "pool": {str(n): {row: jobs(row, world={"pool": n}) for row in ("aced", "static_kd")} for n in (3000, 12000)},
-        "gain": {str(g): {"aced": jobs("aced", gain=g)} for g in (0.1, 0.3, 1.0, 3.0, 10.0)},
         "chunks": {
             "independent": {"h_acid": jobs("h_acid_independent", gain=chosen["h_acid"].gain)},
             **{str(n): {"h_acid": jobs("h_acid", chunks=n)} for n in (2, 16, 64)},

@@ -7,11 +7,14 @@ import http.client
 import io
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +29,13 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs aced-sdk[service]")
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> export.OnnxEncoder:
-    return export.OnnxEncoder(exported(tmp_path_factory.mktemp("service")), threads=1)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory.mktemp("service"))
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> export.OnnxEncoder:
+    return export.OnnxEncoder(folder, threads=1)
 
 
 @contextmanager
@@ -92,8 +100,10 @@ def test_many_clients_and_broken_ones_among_them(encoder: export.OnnxEncoder) ->
         want = export.ZeroShot(encoder, ["cat", "dog"]).classify([png(0)], top=2)[0]
         assert [guess["name"] for guess in content["classes"]] == [guess.name for guess in want]
         figures = load("127.0.0.1", port, png(1), clients=4, requests=30)
-        assert figures["errors"] == 0
+        assert (figures["requests"], figures["errors"]) == (30, 0)
         assert 0 < figures["p50_ms"] <= figures["p99_ms"]
+        figures = load("127.0.0.1", port, b"broken", clients=3, seconds=0.2)
+        assert figures["requests"] == figures["errors"] >= 3
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batcher-")]
 
 
@@ -133,3 +143,34 @@ def test_a_full_queue_is_503_and_passes(encoder: export.OnnxEncoder, monkeypatch
         assert sorted(status for status, _ in answers) == [200, 200, 503, 503, 503, 503]
         assert all("requests wait already" in content["error"] for status, content in answers if status == 503)
         assert ask(port, "/image", png(0))[0] == 200
+
+
+def test_a_lost_service_is_counted_and_not_hidden() -> None:
+    from examples.service.load import load
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # bound, and nobody listens
+        assert load("127.0.0.1", port, png(0), clients=2, requests=5)["errors"] == 5
+    with pytest.raises(ValueError, match="either requests or seconds"):
+        load("127.0.0.1", port, png(0), clients=2)
+
+
+def test_the_benchmark_of_the_service(folder: Path, root: Path, tmp_path: Path) -> None:
+    options = ["--clients", "1", "3", "--seconds", "0.5", "--rounds", "1", "--soak", "25", "--picture", "64", "48"]
+    command = [sys.executable, "-m", "benchmarks.service", str(folder), "--threads", "1", *options]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out.json")], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads(done.stdout[done.stdout.index("{") :]) == result
+    assert [row["clients"] for row in result["load"]] == [1, 3]
+    for row in result["load"]:
+        for name in ("batched", "one_at_a_time"):
+            assert row[name]["errors"] == 0
+            assert row[name]["requests"] >= row["clients"]
+            assert 0 < row[name]["p50_ms"] <= row[name]["p99_ms"]
+    assert (result["soak"]["requests"], result["soak"]["errors"]) == (25, 0)
+    assert len(result["soak"]["resident_mib"]) == 11
+    assert min(result["soak"]["resident_mib"]) > 20

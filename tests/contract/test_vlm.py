@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import vlm
@@ -48,7 +48,7 @@ def student(folder: Path) -> Path:
     return towers.save(towers.build(Student(architecture=architecture), seed=0), folder)
 
 
-def language(folder: Path, chatml: bool = True) -> Path:
+def language(folder: Path, chatml: bool = True, family: str = "llama", **changes: Any) -> Path:
     """A language model so small that a step takes milliseconds; every word is a token."""
     marks = ["<|im_end|>", "<|im_start|>"] if chatml else ["</s>"]
     vocabulary = {word: index for index, word in enumerate(["<unk>", *marks, *WORDS, *ROLES])}
@@ -59,18 +59,21 @@ def language(folder: Path, chatml: bool = True) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", eos_token=marks[0], additional_special_tokens=marks[1:]
     )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | changes))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
