@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,13 +18,16 @@ class Target(StrEnum):
 
     onnx = "onnx"
     transformers = "transformers"
+    timm = "timm"
 
 
 class PartName(StrEnum):
-    """A tower."""
+    """What a graph computes."""
 
     vision = "vision"
     text = "text"
+    both = "both"
+    patches = "patches"
 
 
 class PrecisionName(StrEnum):
@@ -44,37 +47,51 @@ def _export(
     student: Annotated[Path | None, typer.Argument(help="saved student folder")] = None,
     directory: Annotated[Path | None, typer.Argument(help="folder to write")] = None,
     to: Annotated[Target, typer.Option(help="layout of the folder")] = Target.onnx,
-    part: Annotated[list[PartName] | None, typer.Option(help="tower, may be repeated; both if left out")] = None,
+    part: Annotated[list[PartName] | None, typer.Option(help="may be repeated; vision and text if left out")] = None,
     precision: Annotated[list[PrecisionName] | None, typer.Option(help="may be repeated; all if left out")] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
     min_cosine: Annotated[float, typer.Option(help="fp16 and int8 below this cosine to torch are refused")] = 0.99,
+    int8_cosine: Annotated[float, typer.Option(help="what int8 keeps on calibration pictures and texts")] = 0.999,
+    calibration: Annotated[
+        Path | None, typer.Option(help="folder of pictures like those of your use", exists=True, file_okay=False)
+    ] = None,
+    preprocess_in_graph: Annotated[bool, typer.Option(help="pixel_values are uint8 [N, H, W, 3]")] = False,
+    task: Annotated[list[Path] | None, typer.Option(help="task folder to compare on, may be repeated")] = None,
+    max_zero_shot_drop: Annotated[
+        float | None, typer.Option(help="fp16 and int8 that lose more of a task, as a share, are refused")
+    ] = None,
     measure: Annotated[bool, typer.Option(help="take times")] = True,
     verify: Annotated[
         Path | None, typer.Option(help="check this ONNX folder again instead; with STUDENT also against torch")
     ] = None,
 ) -> None:
-    """Export a student: ONNX with verified parity, or a transformers folder."""
+    """Export a student: ONNX with verified parity, or a folder of transformers or timm."""
     if verify is not None:
         _verify(verify, student)
         return
     if student is None or directory is None:
         raise typer.BadParameter("give STUDENT and DIRECTORY, or --verify FOLDER")
-    if to is Target.transformers:
-        from export.transformers_folder import to_transformers
+    if to is not Target.onnx:
+        import export
 
-        facts = to_transformers(student, directory).model_dump()
-        for name, value in facts.items():
-            typer.echo(f"{name:28} {value:.1e}")
+        write: Any = export.to_transformers if to is Target.transformers else export.to_timm
+        for name, value in write(student, directory).model_dump().items():
+            typer.echo(f"{name:28} {value:.1e}" if isinstance(value, float) else f"{name:28} {value}")
     else:
         from export.save import to_onnx
 
         report = to_onnx(
             student,
             directory,
-            [p.value for p in part or PartName],
+            [p.value for p in part or (PartName.vision, PartName.text)],
             [p.value for p in precision or PrecisionName],
             opset=opset,
             min_cosine=min_cosine,
+            int8_cosine=int8_cosine,
+            calibration=sorted(path for path in calibration.iterdir() if path.is_file()) if calibration else (),
+            preprocess_in_graph=preprocess_in_graph,
+            tasks=task or (),
+            max_zero_shot_drop=max_zero_shot_drop,
             measure=measure,
         )
         _print(report)
@@ -91,6 +108,13 @@ def _print(report: ExportReport) -> None:
         )
     for part_name, own in report.torch_latency_ms.items():
         typer.echo(f"{part_name:8}{'torch':8}{'':30}{own[1]:9.2f}{own[32]:10.2f}")
+    for graph in report.graphs:
+        if graph.quantised:
+            kept, nodes = len(graph.quantised.kept_float), graph.quantised.nodes
+            typer.echo(f"{graph.part} int8: {graph.quantised.method}, {nodes} nodes, {kept} kept in float for accuracy")
+    for precision_name, changes in report.changes().items():
+        for name, change in changes.items():
+            typer.echo(f"{name} {precision_name}: {report.tasks[precision_name][name]:.4f} ({change:+.4f} to torch)")
 
 
 def _verify(folder: Path, student: Path | None) -> None:

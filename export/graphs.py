@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Towers as ONNX graphs: float32 from torch, float16 and int8 from that."""
+"""Towers as ONNX graphs: float32 from torch, float16 from that. `export.quantize` makes the int8 ones.
+
+Graphs stay plain ONNX. onnxruntime fuses LayerNorm, Gelu and their likes itself when it loads one; its offline
+optimiser on top was no faster for ViT-B/32, and its Attention operator 1 %, for graphs that nothing else could read.
+"""
 
 from __future__ import annotations
 
-import logging
+import copy
+from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aced_sdk.errors import UnsupportedError
@@ -15,58 +21,151 @@ from aced_sdk.towers import DualEncoder
 from export.report import ExportError, Part
 
 # Names as in optimum and transformers.js, so that their users find what they know.
-INPUTS: dict[Part, str] = {"vision": "pixel_values", "text": "input_ids"}
-OUTPUTS: dict[Part, str] = {"vision": "image_embeds", "text": "text_embeds"}
-_BATCH: dict[Part, str] = {"vision": "batch_size", "text": "text_batch_size"}
-_PROTOBUF_LIMIT = 2_000_000_000  # bytes; a larger graph needs external data
+INPUTS: dict[Part, tuple[str, ...]] = {
+    "vision": ("pixel_values",),
+    "text": ("input_ids",),
+    "both": ("pixel_values", "input_ids"),
+    "patches": ("pixel_values",),
+}
+OUTPUTS: dict[Part, tuple[str, ...]] = {
+    "vision": ("image_embeds",),
+    "text": ("text_embeds",),
+    "both": ("image_embeds", "text_embeds", "logits_per_image"),
+    "patches": ("last_hidden_state",),
+}
+FILES: dict[Part, str] = {"vision": "vision_model", "text": "text_model", "both": "model", "patches": "patches_model"}
+EXTERNAL_ABOVE = 2_000_000_000  # bytes of weights; protobuf holds 2 GB, so that larger graphs keep theirs beside them
 
 
-class _Vision(nn.Module):
-    def __init__(self, visual: nn.Module) -> None:
+class _PlainAttention(nn.Module):
+    """nn.MultiheadAttention of a sequence with itself, batch first from end to end.
+
+    torch's own puts the sequence first and reshapes with sizes taken at run time: some seventy more nodes a tower. Its
+    output projection becomes a Gemm there, which the quantiser passes over.
+    """
+
+    def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.visual = visual
+        self.heads = source.num_heads
+        self.project = nn.Linear(source.embed_dim, 3 * source.embed_dim)
+        self.project.weight, self.project.bias = source.in_proj_weight, source.in_proj_bias
+        self.out_proj = source.out_proj
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        out: Tensor = self.visual(pixel_values)
-        return out
+    def forward(self, query: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, None]:
+        count, length, width = query.shape
+        parts = self.project(query).chunk(3, dim=-1)
+        heads = [part.reshape(count, length, self.heads, -1).transpose(1, 2) for part in parts]
+        if attn_mask is not None and attn_mask.dim() == 3:  # [N * heads, L, L]
+            attn_mask = attn_mask.view(count, self.heads, length, length)
+        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask)
+        return self.out_proj(mixed.transpose(1, 2).reshape(count, length, width)), None
 
 
-class _Text(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+class Tower(nn.Module):
+    """What one graph computes, on a copy of the student made for inference.
+
+    Args:
+        student: whose towers are copied; convolutional ones are re-parameterised.
+        part: "vision" and "text" give embeddings before normalisation, as transformers' towers do; "both" gives
+            L2-normalised ones and scale * cosine + bias, as transformers' CLIPModel does; "patches" gives [N, T, W],
+            what the last block leaves (a ViT's class token first, and before its last norm).
+        uint8: whether pixel_values are uint8 [N, H, W, 3] of the tower's size, or normalised float32 [N, 3, H, W].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, student: DualEncoder, part: Part, uint8: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.part, self.uint8 = part, uint8
+        self.model = _inference_copy(student, part)
+        self.scale, self.bias = student.scale, student.bias
+        self.register_buffer("mean", student.mean)
+        self.register_buffer("std", student.std)
+        self.eval()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.part == "text":
+            return self._text(inputs[0])
+        pixels = inputs[0]
+        if self.uint8:
+            pixels = (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255 - self.mean) / self.std
+        if self.part == "patches":
+            return self._patches(pixels)
+        image: Tensor = self.model.visual(pixels)  # type: ignore[operator]
+        if self.part == "vision":
+            return image
+        image, text = F.normalize(image, dim=-1), F.normalize(self._text(inputs[1]), dim=-1)
+        return image, text, self.scale * image @ text.T + self.bias
+
+    def _text(self, input_ids: Tensor) -> Tensor:
         out: Tensor = self.model.encode_text(input_ids)  # type: ignore[operator]
         return out
 
+    def _patches(self, pixels: Tensor) -> Tensor:
+        visual: Any = self.model.visual
+        if not hasattr(visual, "trunk"):
+            tokens: Tensor = visual.transformer(visual._embeds(pixels))
+            return tokens
+        features: Tensor = visual.trunk.forward_features(pixels)
+        return features if features.dim() == 3 else features.flatten(2).transpose(1, 2)
 
-def float32_graph(student: DualEncoder, part: Part, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:
-    """One tower as a checked float32 graph with a dynamic batch size.
 
-    The output is not normalised, as with transformers' `image_embeds` and `text_embeds`. The text graph takes
-    `input_ids` of the student's whole context length, because open_clip adds all its positions.
+def _inference_copy(student: DualEncoder, part: Part) -> nn.Module:
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+    from timm.utils.model import reparameterize_model
+
+    if part == "patches" and not isinstance(student.model.visual, (VisionTransformer, TimmModel)):
+        raise UnsupportedError(
+            f"the patches of a {type(student.model.visual).__name__} are not known",
+            remedy="leave 'patches' out",
+            field="parts",
+        )
+    model = copy.deepcopy(student.model)
+    visual: Any = model.visual
+    if isinstance(visual, TimmModel):  # MobileCLIP and FastViT fold their training branches
+        model.visual = reparameterize_model(visual, inplace=True)
+    for block in model.modules():
+        if isinstance(block, ResidualAttentionBlock) and not hasattr(block, "ln_1_kv"):
+            block.attn = _PlainAttention(block.attn)
+    return model
+
+
+def example(student: DualEncoder, part: Part, uint8: bool = False) -> tuple[Tensor, ...]:
+    """Inputs of the right shapes: two pictures, three texts."""
+    device = student.mean.device
+    height, width = student.preprocess_config.size
+    shape = (2, height, width, 3) if uint8 else (2, 3, height, width)
+    pixels = torch.zeros(shape, dtype=torch.uint8 if uint8 else torch.float32, device=device)
+    tokens = student.tokenize(["one", "two", "three"]).to(device)
+    return tuple(pixels if name == "pixel_values" else tokens for name in INPUTS[part])
+
+
+def float32_graph(
+    student: DualEncoder, part: Part, opset: int, metadata: dict[str, str], uint8: bool = False
+) -> onnx.ModelProto:
+    """One part of the student as a checked float32 graph with a dynamic batch size.
+
+    A text input has the student's whole context length, because open_clip adds all its positions. For `uint8` see
+    `Tower`.
 
     Raises:
-        UnsupportedError: for towers of 2 GB and more.
+        UnsupportedError: for a part that this tower does not have.
         ExportError: if torch cannot export the tower or the graph is not a clean inference graph.
     """
-    tower, example = _tower(student, part)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tower.state_dict().values())
-    if size > _PROTOBUF_LIMIT:
-        raise UnsupportedError(
-            f"the {part} tower has {size / 1e9:.1f} GB, and one ONNX file holds 2", remedy="export a smaller student"
-        )
+    names = {"pixel_values": "batch_size", "input_ids": "text_batch_size"}
+    dims = tuple({0: torch.export.Dim(names[name])} for name in INPUTS[part])
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                tower.eval(),
-                (example,),
+                Tower(student, part, uint8),
+                example(student, part, uint8),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[INPUTS[part]],
-                output_names=[OUTPUTS[part]],
-                dynamic_shapes=({0: torch.export.Dim(_BATCH[part])},),
+                input_names=list(INPUTS[part]),
+                output_names=list(OUTPUTS[part]),
+                dynamic_shapes=(dims,),
                 optimize=True,
                 verbose=False,
             )
@@ -84,17 +183,22 @@ def float32_graph(student: DualEncoder, part: Part, opset: int, metadata: dict[s
     return model
 
 
-def _tower(student: DualEncoder, part: Part) -> tuple[nn.Module, Tensor]:
-    device = student.mean.device
-    if part == "text":
-        return _Text(student.model), student.tokenize(["one", "two"]).to(device)
-    from open_clip.timm_model import TimmModel
-    from timm.utils.model import reparameterize_model
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether the weights are too many for one file."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_ABOVE
 
-    visual: Any = student.model.visual
-    if isinstance(visual, TimmModel):
-        visual = reparameterize_model(visual)  # MobileCLIP and FastViT fold their training branches; a copy
-    return _Vision(visual), torch.zeros(2, 3, *student.preprocess_config.size, device=device)
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph; a large one keeps its weights in `<name>.onnx_data` beside it.
+
+    Raises:
+        ExportError: if a large graph is no valid ONNX, which only its files can tell.
+    """
+    if not is_large(model):
+        onnx.save_model(model, str(path))
+        return
+    onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}_data")
+    _valid(str(path), path.stem)
 
 
 def _clean(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -106,6 +210,8 @@ def _clean(model: onnx.ModelProto) -> onnx.ModelProto:
         del value.metadata_props[:]
         value.doc_string = ""
     del model.graph.metadata_props[:]
+    if is_large(model):  # protobuf cannot hand it to the inference of shapes; torch's own stay
+        return model
     del model.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(model)
 
@@ -116,12 +222,8 @@ def check_inference(model: onnx.ModelProto, part: str) -> None:
     Raises:
         ExportError: saying why.
     """
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(
-            f"the {part} graph is no valid ONNX: {error}", remedy="try another opset", field="opset"
-        ) from error
+    if not is_large(model):
+        _valid(model, part)
     for node in model.graph.node:
         training = any(attribute.name == "training_mode" and attribute.i for attribute in node.attribute)
         if training or node.op_type in ("Dropout", "RandomNormalLike", "RandomUniformLike"):
@@ -129,6 +231,15 @@ def check_inference(model: onnx.ModelProto, part: str) -> None:
                 f"the {part} graph still trains: it has a {node.op_type} node",
                 remedy="take a student without random layers at inference",
             )
+
+
+def _valid(model: onnx.ModelProto | str, part: str) -> None:
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"the {part} graph is no valid ONNX: {error}", remedy="try another opset", field="opset"
+        ) from error
 
 
 def float16_graph(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -139,33 +250,10 @@ def float16_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    half = OnnxModel(convert_float_to_float16(copy, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, "Gelu"]))
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    blocked = [*DEFAULT_OP_BLOCK_LIST, "Gelu"]
+    half = OnnxModel(convert_float_to_float16(copied, keep_io_types=True, op_block_list=blocked))
     half.topological_sort()  # the converter appends its casts at the end
     check_inference(half.model, "float16")
     return half.model
-
-
-def int8_graph(model: onnx.ModelProto, target: str) -> None:
-    """Write a dynamically quantised graph: int8 products per channel and token table; convolutions stay."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    add_pre_process_metadata(copy)  # shapes are inferred; otherwise the quantiser warns through the root logger
-    root = logging.getLogger()
-    before = list(root.handlers)
-    try:
-        quantize_dynamic(
-            copy,
-            target,
-            per_channel=True,
-            op_types_to_quantize=["MatMul", "Gather"],
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
-    finally:  # the quantiser logs through the root logger, which installs a handler where there was none
-        for handler in set(root.handlers) - set(before):
-            root.removeHandler(handler)

@@ -19,6 +19,7 @@ from export.runtime import Floats, OnnxEncoder, check_files, read_manifest
 
 TORCH = "torch_embeddings.npz"
 BATCH_SIZES = (1, 3, 5)
+PATCH_PICTURES = 3  # patches are compared of so many pictures: they are large
 FLOAT32_BOUND = 1e-4  # max-abs on normalised embeddings
 
 TEXTS = (
@@ -56,6 +57,10 @@ def pictures() -> list[Image.Image]:
     return made
 
 
+Wanted = Mapping[str, Floats]
+"""torch's "vision" and "text" [N, D] and "patches" [N, T, W], as far as they are needed; all L2-normalised."""
+
+
 class Parity(NamedTuple):
     """One graph on this machine beside what was measured when it was exported."""
 
@@ -68,7 +73,7 @@ class Parity(NamedTuple):
 
 
 def write_torch(folder: Path, embeddings: Mapping[str, Floats]) -> None:
-    """Keep torch's L2-normalised embeddings [N, D] of `pictures` and `TEXTS`, by part."""
+    """Keep torch's `Wanted` of `pictures` and `TEXTS`."""
     arrays: dict[str, Any] = dict(embeddings)
     np.savez(folder / TORCH, **arrays)
 
@@ -96,8 +101,7 @@ def verify_folder(directory: str | Path, providers: Sequence[str] | None = None)
     for graph in manifest["graphs"]:
         part, precision = graph["part"], graph["precision"]
         encoder = OnnxEncoder(folder, precision, providers=providers, check=False, parts=(part,))
-        items = pictures() if part == "vision" else TEXTS
-        max_abs, cosine = differences(encoder, part, items, torch[part])
+        max_abs, cosine = differences(encoder, part, pictures(), TEXTS, torch)
         before = reported[part, precision]
         parity = Parity(part, precision, max_abs, cosine, before["max_abs"], before["min_cosine"])
         _allowed(folder, parity, manifest["report"]["min_cosine"])
@@ -105,15 +109,35 @@ def verify_folder(directory: str | Path, providers: Sequence[str] | None = None)
     return tuple(found)
 
 
-def differences(encoder: OnnxEncoder, part: str, items: Sequence[Any], want: Floats) -> tuple[float, float]:
-    """Largest absolute difference and smallest cosine to `want` [N, D], over batches of 1, 3, 5 and N items."""
-    encode: Any = encoder.encode_image if part == "vision" else encoder.encode_text
+def differences(
+    encoder: OnnxEncoder, part: str, images: Sequence[Any], texts: Sequence[str], want: Wanted
+) -> tuple[float, float]:
+    """Largest absolute difference and smallest cosine to torch, over batches of 1, 3, 5 and all inputs."""
     errors, cosines = [], []
-    for size in (*BATCH_SIZES, len(items)):
-        got = encode(items[:size])
-        errors.append(np.abs(want[:size] - got).max())
-        cosines.append((want[:size] * got).sum(1).min())
+    for size in (*BATCH_SIZES, max(len(images), len(texts))):
+        got = _embeddings(encoder, part, images[:size], texts[:size])
+        for name, embeddings in got.items():
+            rows = want[name][: len(embeddings)]
+            errors.append(np.abs(rows - embeddings).max())
+            cosines.append((rows * embeddings).sum(-1).min())
     return float(np.max(errors)), float(np.min(cosines))
+
+
+def _embeddings(encoder: OnnxEncoder, part: str, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Floats]:
+    """What one graph gives, in the form of `Wanted`."""
+    if part == "vision":
+        return {"vision": encoder.encode_image(images)}
+    if part == "text":
+        return {"text": encoder.encode_text(texts)}
+    if part == "patches":
+        return {"patches": encoder.embed("patches", encoder.preprocess(images[:PATCH_PICTURES]))}
+    inputs = {"pixel_values": encoder.preprocess(images), "input_ids": encoder.tokenize(texts)}
+    out = encoder.outputs("both", inputs)
+    image, text = out["image_embeds"], out["text_embeds"]
+    off = np.abs(out["logits_per_image"] - (encoder.scale * image @ text.T + encoder.bias)).max()
+    if off > FLOAT32_BOUND * max(1.0, encoder.scale) and encoder.precision == "fp32":
+        image = np.full_like(image, np.nan)  # logits that do not follow from the embeddings: nothing agrees
+    return {"vision": image, "text": text}
 
 
 def _allowed(folder: Path, parity: Parity, min_cosine: float) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from aced_sdk.config import Config
 from aced_sdk.errors import AcedError
 
-Part = Literal["vision", "text"]
+Part = Literal["vision", "text", "both", "patches"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -18,15 +18,26 @@ class ExportError(AcedError):
     """An export that does not agree with its student, or cannot be made or read."""
 
 
+class Quantisation(Config):
+    """How an int8 graph was made."""
+
+    method: Literal["dynamic", "static"]
+    nodes: int = Field(description="nodes in int8")
+    kept_float: tuple[str, ...] = Field(description="nodes that could be int8, and stay in float for their accuracy")
+    cosine: float = Field(description="least cosine to the float graph on the calibration inputs")
+    own_pictures: int = Field(description="calibration pictures that the user gave; 0 if built-in ones were taken")
+
+
 class GraphReport(Config):
     """One graph against the student in torch, from picture or text to L2-normalised embedding."""
 
     part: Part
     precision: Precision
-    bytes: int = Field(description="size of the file")
+    bytes: int = Field(description="size of the file, and of its external data")
     max_abs: float = Field(description="largest absolute difference of a component of normalised embeddings")
     min_cosine: float = Field(description="smallest cosine between torch's and the graph's embedding of the same input")
     latency_ms: dict[int, float] = Field({}, description="median milliseconds of one call, per batch size")
+    quantised: Quantisation | None = Field(None, description="int8 only: how, and what stayed in float")
 
 
 class ExportReport(Config):
@@ -37,10 +48,22 @@ class ExportReport(Config):
     texts: int = Field(description="texts compared")
     batch_sizes: tuple[int, ...] = Field(description="batch sizes compared")
     min_cosine: float = Field(description="below this fp16 and int8 graphs are refused")
+    tasks: dict[str, dict[str, float]] = Field(
+        {}, description="main metric of each task, as a share, by `torch` and by precision; retrieval tasks included"
+    )
     torch_latency_ms: dict[str, dict[int, float]] = Field(
         {}, description="torch eager float32, per part and batch size"
     )
     threads: int | None = Field(None, description="threads of torch and of onnxruntime while the times were taken")
+
+    def changes(self) -> dict[str, dict[str, float]]:
+        """By precision and task, how far the main metric is above (or, if negative, below) torch's."""
+        torch = self.tasks.get("torch", {})
+        return {
+            precision: {task: value - torch[task] for task, value in metrics.items()}
+            for precision, metrics in self.tasks.items()
+            if precision != "torch"
+        }
 
 
 class Graph(Config):
@@ -49,8 +72,10 @@ class Graph(Config):
     part: Part
     precision: Precision
     file: str
-    input: str
-    output: str
+    data: str | None = Field(None, description="file of the weights, for graphs above 2 GB")
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    quantised: Quantisation | None = None
 
 
 class TextInput(Config):
@@ -72,13 +97,16 @@ class Source(Config):
 class Manifest(Config):
     """`export.json`: what the folder is; the runtime relies on it."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     kind: Literal["onnx_dual_encoder"] = "onnx_dual_encoder"
     source: Source
     embedding_dim: int
     scale: float
     bias: float
     opset: int
+    pixels: Literal["float32", "uint8"] = Field(
+        description="pixel_values: normalised float32 [N, 3, H, W], or uint8 [N, H, W, 3] of the same size"
+    )
     graphs: tuple[Graph, ...]
     text: TextInput | None
     files: dict[str, str] = Field(description="sha256 of every other file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from export.errors import EncoderError, FolderError, InputError
 from export.pictures import Geometry, Picture, open_picture
 
 MANIFEST = "export.json"
-FORMAT = 1
+FORMAT = 2
 MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn
 MAX_BATCH = 256
 MAX_CHARACTERS = 100_000  # of one text; a text tower reads the first few hundred at most
@@ -41,7 +41,8 @@ class OnnxEncoder:
         threads: threads of one call; None leaves it to onnxruntime.
         providers: onnxruntime execution providers in order of preference; None is the CPU.
         check: compare the files with the hashes of `export.json`.
-        parts: which towers to load, "vision" or "text"; None is every one that was exported.
+        parts: which graphs to load, of "vision", "text", "both" and "patches"; None is every tower that was exported,
+            and "both" or "patches" only where there is none.
         max_pixels: pictures with more pixels are refused before they are decoded.
         max_batch: no call of a graph has more rows; larger batches are split.
         max_characters: longer texts are refused.
@@ -84,31 +85,40 @@ class OnnxEncoder:
                     remedy=f"take from: {', '.join(graphs)}",
                     field="parts",
                 )
-        graphs = {part: graph for part, graph in graphs.items() if not parts or part in parts}
+        wanted_parts = parts or [part for part in graphs if part in ("vision", "text")] or list(graphs)
+        graphs = {part: graph for part, graph in graphs.items() if part in wanted_parts}
         options = _session_options(threads, precision)
         chosen = _providers(providers)
         text = self._manifest["text"]
-        wanted = [graph["file"] for graph in graphs.values()]
-        wanted += ["preprocessor_config.json"] * ("vision" in graphs) + ["tokenizer.json"] * ("text" in graphs)
+        self._inputs = {part: tuple(graph["inputs"]) for part, graph in graphs.items()}
+        self._outputs = {part: tuple(graph["outputs"]) for part, graph in graphs.items()}
+        pixels = any("pixel_values" in names for names in self._inputs.values())
+        ids = any("input_ids" in names for names in self._inputs.values())
+        wanted = [graph[key] for graph in graphs.values() for key in ("file", "data") if graph.get(key)]
+        wanted += ["preprocessor_config.json"] * pixels + ["tokenizer.json"] * ids
         if check:
             check_files(folder, {name: self._manifest["files"].get(name, "") for name in wanted})
-        self._inputs = {part: graph["input"] for part, graph in graphs.items()}
         self._sessions = {part: _session(folder / graph["file"], options, chosen) for part, graph in graphs.items()}
-        if "vision" in graphs:
+        if pixels:
             self.geometry = Geometry.read(folder / "preprocessor_config.json")
-        if "text" in graphs:
+        if ids:
             self._cleaning: str = text["cleaning"]
             self._tokenizer = _tokenizer(folder / "tokenizer.json")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The towers that are loaded: "vision", "text" or both."""
+        """The graphs that are loaded."""
         return tuple(self._sessions)
 
     @property
     def source(self) -> str:
         """sha256 of the student's weights: embeddings are comparable where this is equal."""
         return str(self._manifest["source"]["weights_sha256"])
+
+    @property
+    def pixels(self) -> str:
+        """What `preprocess` gives: "float32", or "uint8" where the graph normalises."""
+        return str(self._manifest["pixels"])
 
     @property
     def embedding_dim(self) -> int:
@@ -192,15 +202,20 @@ class OnnxEncoder:
         each = self.encode_text(prompts).reshape(len(classnames), len(templates), -1)
         return _normalised(each.mean(axis=1))
 
-    def preprocess(self, images: Sequence[Picture], first: int = 0) -> Floats:
-        """The vision graph's input, float32 [N, 3, H, W]; `first` is the number of the first picture in messages."""
-        self._graph("vision")
+    def preprocess(self, images: Sequence[Picture], first: int = 0) -> NDArray[Any]:
+        """`pixel_values` of the graphs; `first` is the number of the first picture in messages.
+
+        Returns:
+            float32 [N, 3, H, W], or uint8 [N, H, W, 3] where the export has its normalisation in the graph.
+        """
+        self._reads("pixel_values", "vision")
         opened = (open_picture(image, f"images[{first + n}]", self.max_pixels) for n, image in enumerate(images))
-        return self.geometry.normalise(np.stack([self.geometry.pixels(image) for image in opened]))
+        pixels = np.stack([self.geometry.pixels(image) for image in opened])
+        return pixels if self.pixels == "uint8" else self.geometry.normalise(pixels)
 
     def tokenize(self, texts: Sequence[str], first: int = 0) -> NDArray[np.int64]:
-        """The text graph's input, int64 [N, context_length]; `first` is the number of the first text in messages."""
-        self._graph("text")
+        """`input_ids`, int64 [N, context_length]; `first` is the number of the first text in messages."""
+        self._reads("input_ids", "text")
         for n, text in enumerate(texts):
             place = f"texts[{first + n}]"
             if not isinstance(text, str):
@@ -215,31 +230,45 @@ class OnnxEncoder:
         return np.array([encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)], np.int64)
 
     def run(self, part: str, inputs: NDArray[Any]) -> Floats:
-        """The raw graph: embeddings float32 [N, D] before normalisation.
+        """The raw graph of one input: embeddings float32 [N, D] before normalisation, or patches [N, T, W].
 
         Args:
-            part: "vision" or "text".
+            part: "vision", "text" or "patches".
             inputs: what `preprocess` or `tokenize` gives, at most `max_batch` rows.
 
         Raises:
             EncoderError: if onnxruntime cannot run it: a wrong shape, no memory.
         """
+        self._graph(part)
+        return self.outputs(part, {self._inputs[part][0]: inputs})[self._outputs[part][0]]
+
+    def outputs(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
+        """Every output of a graph by name.
+
+        Args:
+            part: a loaded graph; "both" gives `image_embeds` and `text_embeds`, L2-normalised, and `logits_per_image`.
+            inputs: `pixel_values`, `input_ids` or both, at most `max_batch` rows each.
+
+        Raises:
+            EncoderError: if onnxruntime cannot run it: a wrong shape, a missing input, no memory.
+        """
         session = self._graph(part)
-        if len(inputs) > self.max_batch:
-            raise InputError(
-                f"a batch of {len(inputs)} was given, the bound is {self.max_batch}",
-                remedy="split it, or give OnnxEncoder a larger max_batch",
-                field="inputs",
-            )
+        for rows in inputs.values():
+            if len(rows) > self.max_batch:
+                raise InputError(
+                    f"a batch of {len(rows)} was given, the bound is {self.max_batch}",
+                    remedy="split it, or give OnnxEncoder a larger max_batch",
+                    field="inputs",
+                )
         try:
-            (output,) = session.run(None, {self._inputs[part]: inputs})
+            values = session.run(list(self._outputs[part]), dict(inputs))
         except Exception as error:  # onnxruntime's errors share no base class
             raise EncoderError(
                 f"onnxruntime cannot run the {part} graph: {error}",
                 remedy="give what preprocess or tokenize gives; if memory is short, a smaller batch",
                 field="inputs",
             ) from error
-        return np.asarray(output, np.float32)
+        return {n: np.asarray(v, np.float32) for n, v in zip(self._outputs[part], values, strict=True)}
 
     def embed(self, part: str, inputs: NDArray[Any]) -> Floats:
         """As `run`, L2-normalised."""
@@ -253,6 +282,10 @@ class OnnxEncoder:
                 field="parts",
             )
         return self._sessions[part]
+
+    def _reads(self, name: str, part: str) -> None:
+        if not any(name in names for names in self._inputs.values()):
+            self._graph(part)  # which is not there, and says so
 
     def _encode(
         self, part: str, items: Sequence[Item], batch_size: int, prepare: Callable[[Sequence[Item], int], NDArray[Any]]
@@ -303,7 +336,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     known = {"kind": "onnx_dual_encoder", "format": FORMAT}
     if not isinstance(manifest, dict) or {key: manifest.get(key) for key in known} != known:
         raise FolderError(f"{path} is not an export of format {FORMAT}", remedy="export again, or update this package")
-    missing = {"graphs", "files", "text", "source", "embedding_dim", "scale", "bias"} - manifest.keys()
+    missing = {"graphs", "files", "text", "source", "embedding_dim", "scale", "bias", "pixels"} - manifest.keys()
     if missing:
         raise FolderError(f"{path} lacks {', '.join(sorted(missing))}", remedy="export the student again")
     if manifest["text"] and manifest["text"].get("cleaning") not in CLEANINGS:

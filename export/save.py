@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
-from typing import get_args
+from typing import Any, NamedTuple, get_args
 
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -23,12 +24,14 @@ from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.folder import CONFIG, MANIFEST, WEIGHTS
 from export import check, parity, runtime
 from export.errors import EncoderError, InputError
-from export.graphs import INPUTS, OUTPUTS, float16_graph, float32_graph, int8_graph
+from export.graphs import FILES, INPUTS, OUTPUTS, float16_graph, float32_graph, is_large, save_graph
 from export.pictures import open_picture
-from export.report import ExportError, ExportReport, Graph, Manifest, Part, Precision, Source
+from export.quantize import int8_graph
+from export.report import ExportError, ExportReport, Graph, Manifest, Part, Precision, Quantisation, Source
 from export.tokenizer import write_tokenizer
 
 _SUFFIX: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
+_QUANTISED = "_quantized"  # the name under which transformers.js looks for int8, its dtype "q8"
 _PACKAGES = ("aced-sdk", "torch", "onnx", "onnxruntime", "open_clip_torch", "timm", "tokenizers")
 
 
@@ -40,31 +43,47 @@ def to_onnx(
     *,
     opset: int = 20,
     min_cosine: float = 0.99,
+    int8_cosine: float = 0.999,
+    calibration: Sequence[str | Path] = (),
+    preprocess_in_graph: bool = False,
     pictures: Sequence[str | Path] = (),
     texts: Sequence[str] = (),
+    tasks: Sequence[str | Path] = (),
+    max_zero_shot_drop: float | None = None,
     measure: bool = True,
 ) -> ExportReport:
     """Write a folder that `OnnxEncoder` runs without torch, verified from picture and text to embedding.
 
-    The folder holds `onnx/{vision,text}_model{,_fp16,_int8}.onnx`, `preprocessor_config.json`, `tokenizer.json`,
-    `README.md`, torch's embeddings of some inputs for `verify_folder`, and the manifest `export.json`. It appears whole
-    or not at all; an older export there is replaced.
+    The folder holds `onnx/{vision_model,text_model,model,patches_model}{,_fp16,_int8}.onnx` (and int8 once more under
+    transformers.js's name, `_quantized`, as a hard link), `preprocessor_config.json`, `tokenizer.json`, `README.md`,
+    torch's embeddings of some inputs for `verify_folder`, and the manifest `export.json`. It appears whole or not at
+    all; an older export there is replaced.
 
     Args:
         student_folder: a saved student.
         directory: the folder to write.
-        parts: towers to export.
-        precisions: fp32; fp16 with float32 at both ends; int8 weights with dynamic quantisation.
+        parts: "vision" and "text", the towers; "both" in one graph with the logits; "patches" [N, T, W] for a VLM.
+        precisions: fp32; fp16 with float32 at both ends; int8, for which see `export.quantize`.
         opset: ONNX operator set, 18 or newer.
         min_cosine: fp16 and int8 graphs below this cosine to torch are refused.
+        int8_cosine: nodes stay in float until the calibration pictures and texts keep this cosine to float.
+        calibration: pictures like those of your use, some dozens, from which int8 learns the ranges of activations in
+            convolutional towers. Without them `pictures` serve, and as a last resort the built-in ones, which the
+            report tells and a warning too.
+        preprocess_in_graph: `pixel_values` become uint8 [N, H, W, 3] of the tower's size, and the graph normalises. The
+            picture is still resized outside, by Pillow, because ONNX's own resize gives other pixels.
         pictures: the user's pictures, compared beside the built-in ones.
         texts: the user's texts, compared beside the built-in ones.
+        tasks: folders of zero-shot and retrieval tasks as `aced_sdk.evaluate` reads them; the report holds what torch
+            and each precision reach.
+        max_zero_shot_drop: fp16 and int8 are refused if a task's main metric falls by more than this share.
         measure: whether to take times, some seconds.
 
     Raises:
         ModelError: if the student cannot be loaded.
-        ConfigError: for an unknown part or precision, or an opset below 18.
+        ConfigError: for an unknown part or precision, an opset below 18, or a limit out of its range.
         ExportError: if a graph does not agree with torch, or the directory holds something else.
+        EvaluationError: if a task cannot be read.
         UnsupportedError: for students this version cannot export.
     """
     _known("parts", parts, get_args(Part))
@@ -74,8 +93,15 @@ def to_onnx(
     if opset < 20 and "fp16" in precisions:
         # Gelu becomes an operator in 20; its parts, fused in half precision, crash onnxruntime on a CPU
         raise UnsupportedError(f"fp16 needs opset 20, not {opset}", remedy="take 20, or leave fp16 out", field="opset")
-    if not 0 < min_cosine <= 1:
-        raise ConfigError(f"min_cosine is {min_cosine}", remedy="take a value in 0..1", field="min_cosine")
+    for field, value in (("min_cosine", min_cosine), ("int8_cosine", int8_cosine)):
+        if not 0 < value <= 1:
+            raise ConfigError(f"{field} is {value}", remedy="take a value in 0..1", field=field)
+    if max_zero_shot_drop is not None and (max_zero_shot_drop < 0 or not tasks):
+        raise ConfigError(
+            f"max_zero_shot_drop is {max_zero_shot_drop}" + ("" if tasks else ", and no task is named"),
+            remedy="name tasks, and give a share in 0..1",
+            field="max_zero_shot_drop",
+        )
     if find_spec("onnxscript") is None:
         raise MissingPackageError("onnxscript is not installed", remedy="install aced-sdk[export]")
     target = Path(directory)
@@ -83,11 +109,13 @@ def to_onnx(
         raise ExportError(
             f"{target} holds something else than an export", remedy="name a new or an empty folder", field="directory"
         )
-    own_pictures = _opened(pictures)
+    own_pictures, own_calibration = _opened("pictures", pictures), _opened("calibration", calibration)
     student, source = load_student(student_folder)
+    settings = _Settings(parts, precisions, opset, preprocess_in_graph, int8_cosine)
     with whole_folder(target) as folder:
-        graphs = _write_graphs(student, folder, parts, precisions, opset, source)
-        if "vision" in parts:
+        calibrated = _calibration(own_calibration or own_pictures, texts)
+        graphs = _write_graphs(student, folder, settings, source, *calibrated)
+        if any("pixel_values" in INPUTS[part] for part in parts):
             write_json(folder / "preprocessor_config.json", _preprocessor_config(student))
         manifest = Manifest(
             source=source,
@@ -95,14 +123,18 @@ def to_onnx(
             scale=student.scale,
             bias=student.bias,
             opset=opset,
+            pixels="uint8" if preprocess_in_graph else "float32",
             graphs=graphs,
-            text=write_tokenizer(student, folder / "tokenizer.json") if "text" in parts else None,
+            text=write_tokenizer(student, folder / "tokenizer.json") if {"text", "both"} & set(parts) else None,
             files={},
             versions={name: version(name) for name in _PACKAGES},
         )
-        parity.write_torch(folder, _torch_embeddings(student, parts))
+        parity.write_torch(folder, check.torch_embeddings(student, parts, parity.pictures(), parity.TEXTS))
         _write(folder, manifest)  # the runtime, which is what gets checked, reads it
         report = _compare(folder, manifest, student, min_cosine, own_pictures, texts)
+        if tasks:
+            report = report.replace(tasks=check.task_metrics(folder, graphs, student, tasks))
+            _refuse_drops(report, max_zero_shot_drop)
         if measure:
             report = _timed(folder, manifest, student, report)
         (folder / "README.md").write_text(_card(manifest, report), encoding="utf-8")
@@ -164,24 +196,49 @@ def load_student(student_folder: str | PathLike[str]) -> tuple[DualEncoder, Sour
     return student, source
 
 
-def _opened(paths: Sequence[str | Path]) -> list[Image.Image]:
+def _opened(field: str, paths: Sequence[str | Path]) -> list[Image.Image]:
     try:
-        return [open_picture(path, f"pictures[{n}]", runtime.MAX_PIXELS) for n, path in enumerate(paths)]
+        return [open_picture(path, f"{field}[{n}]", runtime.MAX_PIXELS) for n, path in enumerate(paths)]
     except InputError as error:
-        raise ExportError(error.cause, remedy=error.remedy, field="pictures") from error
+        raise ExportError(error.cause, remedy=error.remedy, field=field) from error
+
+
+def _refuse_drops(report: ExportReport, limit: float | None) -> None:
+    for precision, changes in report.changes().items():
+        for task, change in changes.items():
+            if limit is not None and precision != "fp32" and change < -limit:
+                raise ExportError(
+                    f"{precision} loses {-change:.4f} of '{task}', more than {limit}",
+                    remedy=f"leave {precision} out, give calibration pictures or a larger int8_cosine, or accept more",
+                    field="max_zero_shot_drop",
+                )
 
 
 def _write(folder: Path, manifest: Manifest) -> None:
     write_json(folder / runtime.MANIFEST, manifest.model_dump(mode="json"))
 
 
+class _Settings(NamedTuple):
+    parts: Sequence[Part]
+    precisions: Sequence[Precision]
+    opset: int
+    uint8: bool
+    int8_cosine: float
+
+
+def _calibration(own: list[Image.Image], texts: Sequence[str]) -> tuple[list[Image.Image], list[str], int]:
+    """Pictures, texts, and how many of the pictures are the user's own."""
+    return own or parity.pictures(), [*parity.TEXTS, *texts], len(own)
+
+
 def _write_graphs(
     student: DualEncoder,
     folder: Path,
-    parts: Sequence[Part],
-    precisions: Sequence[Precision],
-    opset: int,
+    settings: _Settings,
     source: Source,
+    pictures: list[Image.Image],
+    texts: list[str],
+    own: int,
 ) -> tuple[Graph, ...]:
     (folder / "onnx").mkdir()
     metadata = {
@@ -192,16 +249,74 @@ def _write_graphs(
         "torch": version("torch"),
     }
     graphs = []
-    for part in parts:
-        model = float32_graph(student, part, opset, metadata)
-        for precision in precisions:
-            name = f"onnx/{part}_model{_SUFFIX[precision]}.onnx"
-            graphs.append(Graph(part=part, precision=precision, file=name, input=INPUTS[part], output=OUTPUTS[part]))
+    for part in settings.parts:
+        model = float32_graph(student, part, settings.opset, metadata, settings.uint8)
+        if is_large(model) and set(settings.precisions) != {"fp32"}:
+            raise UnsupportedError(
+                f"the {part} graph is above 2 GB, and only fp32 can be that large",
+                remedy="export with precisions=('fp32',)",
+                field="precisions",
+            )
+        for precision in settings.precisions:
+            name = f"onnx/{FILES[part]}{_SUFFIX[precision]}.onnx"
+            quantised = None
             if precision == "int8":
-                int8_graph(model, str(folder / name))
+                feeds = _feeds(student, part, settings.uint8, pictures, texts)
+                made = int8_graph(model, feeds, settings.int8_cosine)
+                onnx.save_model(made.model, str(folder / name))
+                _link(folder / name, folder / f"onnx/{FILES[part]}{_QUANTISED}.onnx")
+                quantised = Quantisation(
+                    method=made.method,
+                    nodes=made.quantised,
+                    kept_float=made.kept,
+                    cosine=made.cosine,
+                    own_pictures=own,
+                )
+                if made.method == "static" and not own:
+                    warnings.warn(
+                        f"the int8 {part} graph was calibrated on built-in pictures; give calibration=[...], pictures "
+                        "like those it will see",
+                        stacklevel=3,
+                    )
+            elif precision == "fp16":
+                onnx.save_model(float16_graph(model), str(folder / name))
             else:
-                onnx.save_model(float16_graph(model) if precision == "fp16" else model, str(folder / name))
+                save_graph(model, folder / name)
+            data = f"{name}_data"
+            graphs.append(
+                Graph(
+                    part=part,
+                    precision=precision,
+                    file=name,
+                    data=data if (folder / data).is_file() else None,
+                    inputs=INPUTS[part],
+                    outputs=OUTPUTS[part],
+                    quantised=quantised,
+                )
+            )
     return tuple(graphs)
+
+
+def _feeds(
+    student: DualEncoder, part: Part, uint8: bool, pictures: Sequence[Image.Image], texts: Sequence[str]
+) -> list[dict[str, NDArray[Any]]]:
+    """Calibration inputs of one row each; where pictures and texts go in together, as many as there are of both."""
+    columns: dict[str, list[NDArray[Any]]] = {}
+    if "pixel_values" in INPUTS[part]:
+        resized = [student.resize(picture) for picture in pictures]
+        columns["pixel_values"] = [
+            (pixels.permute(1, 2, 0) if uint8 else student.normalise(pixels)).numpy()[None] for pixels in resized
+        ]
+    if "input_ids" in INPUTS[part]:
+        columns["input_ids"] = [row[None] for row in student.tokenize(texts).numpy()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)  # a second name, not a second copy of the bytes
+    except OSError:
+        shutil.copy(source, target)
 
 
 def _preprocessor_config(student: DualEncoder) -> dict[str, object]:
@@ -227,15 +342,6 @@ def _preprocessor_config(student: DualEncoder) -> dict[str, object]:
     }
 
 
-def _torch_embeddings(student: DualEncoder, parts: Sequence[Part]) -> dict[str, NDArray[np.float32]]:
-    embeddings = {}
-    if "vision" in parts:
-        embeddings["vision"] = student.encode_image(parity.pictures()).cpu().numpy()
-    if "text" in parts:
-        embeddings["text"] = student.encode_text(list(parity.TEXTS)).cpu().numpy()
-    return embeddings
-
-
 def _compare(
     folder: Path,
     manifest: Manifest,
@@ -245,7 +351,10 @@ def _compare(
     texts: Sequence[str],
 ) -> ExportReport:
     images, captions = [*parity.pictures(), *pictures], [*parity.TEXTS, *texts]
-    graphs = (check.check_graph(folder, graph, student, images, captions, min_cosine) for graph in manifest.graphs)
+    want = check.torch_embeddings(student, [graph.part for graph in manifest.graphs], images, captions)
+    graphs = (
+        check.check_graph(folder, graph, student, images, captions, want, min_cosine) for graph in manifest.graphs
+    )
     return ExportReport(
         graphs=tuple(graphs),
         pictures=len(images),

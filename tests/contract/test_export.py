@@ -46,7 +46,7 @@ def exported(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     root = logging.getLogger()
     kept = root.handlers[:]
     root.handlers.clear()  # as in a program that has not configured logging
-    report = export.to_onnx(student_folder, folder, texts=["a text of the user"])
+    report = export.to_onnx(student_folder, folder, texts=["a text of the user"], int8_cosine=0.99)
     assert root.handlers == []
     root.handlers.extend(kept)
     return folder, report
@@ -75,6 +75,7 @@ def test_files_and_names(exported: tuple[Path, export.ExportReport], student_fol
     folder, _ = exported
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     graphs = {f"onnx/{part}_model{suffix}.onnx" for part in ("vision", "text") for suffix in ("", "_fp16", "_int8")}
+    graphs |= {f"onnx/{part}_model_quantized.onnx" for part in ("vision", "text")}
     assert names == graphs | {
         "preprocessor_config.json", "tokenizer.json", "torch_embeddings.npz", "export.json", "README.md",
     }  # fmt: skip
@@ -94,7 +95,7 @@ def test_files_and_names(exported: tuple[Path, export.ExportReport], student_fol
         (given,), (output,) = model.graph.input, model.graph.output
         shapes = [[dim.dim_param or dim.dim_value for dim in end.type.tensor_type.shape.dim] for end in (given, output)]
         assert (shapes[0], output.name, shapes[1]) == ends[graph.part]
-        assert given.name == graph.input == {"vision": "pixel_values", "text": "input_ids"}[graph.part]
+        assert (given.name,) == graph.inputs == {"vision": ("pixel_values",), "text": ("input_ids",)}[graph.part]
         assert [entry.version for entry in model.opset_import if entry.domain == ""] == [manifest.opset]
         properties = {prop.key: prop.value for prop in model.metadata_props}
         assert properties["source_weights_sha256"] == manifest.source.weights_sha256
@@ -223,11 +224,15 @@ def test_command(student_folder: Path, tmp_path: Path) -> None:
     app = typer.Typer()
     app.callback()(lambda: None)
     register(app)
-    options = ["--part", "vision", "--precision", "int8", "--no-measure"]
+    (tmp_path / "pictures").mkdir()
+    pictures()[0].save(tmp_path / "pictures" / "a.png")
+    options = ["--part", "vision", "--precision", "int8", "--no-measure", "--int8-cosine", "0.99"]
+    options += ["--calibration", str(tmp_path / "pictures")]
     result = CliRunner().invoke(app, ["export", str(student_folder), str(tmp_path / "o"), *options])
     assert result.exit_code == 0, result.output
-    assert "int8" in result.output
-    assert [path.name for path in (tmp_path / "o" / "onnx").iterdir()] == ["vision_model_int8.onnx"]
+    assert "vision int8: dynamic, " in result.output
+    names = sorted(path.name for path in (tmp_path / "o" / "onnx").iterdir())
+    assert names == ["vision_model_int8.onnx", "vision_model_quantized.onnx"]
     for words in (["--verify", str(tmp_path / "o")], [str(student_folder), "--verify", str(tmp_path / "o")]):
         result = CliRunner().invoke(app, ["export", *words])
         assert result.exit_code == 0, result.output

@@ -80,9 +80,9 @@ def test_garbage_is_named_even_unchecked(folder: Path, name: str) -> None:
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "not an export of format 1"),
-        ('{"kind": "onnx_dual_encoder", "format": 2}', "not an export of format 1"),
-        ('{"kind": "onnx_dual_encoder", "format": 1}', "lacks bias"),
+        ("[]", "not an export of format 2"),
+        ('{"kind": "onnx_dual_encoder", "format": 3}', "not an export of format 2"),
+        ('{"kind": "onnx_dual_encoder", "format": 2}', "lacks bias"),
     ],
 )
 def test_bad_manifests(tmp_path: Path, content: str, message: str) -> None:
@@ -163,6 +163,8 @@ def test_errors_survive_pickling() -> None:
         ({"precisions": ("int4",)}, "precisions"),
         ({"opset": 17}, "opset"),
         ({"min_cosine": 1.5}, "min_cosine"),
+        ({"int8_cosine": 0.0}, "int8_cosine"),
+        ({"max_zero_shot_drop": -0.1}, "max_zero_shot_drop"),
     ],
 )
 def test_bad_arguments(student: Path, tmp_path: Path, arguments: dict[str, object], field: str) -> None:
@@ -223,10 +225,10 @@ def test_unequal_inputs_are_refused(student: Path, pristine: Path) -> None:
     vision, text = manifest.graphs
     encoder = towers.load(student)
     with pytest.raises(export.ExportError, match="prepares text input 1 differently"):
-        check.check_graph(pristine, text, encoder, [], ["a cat", "cafÃ©"], 0.99)
+        check.check_graph(pristine, text, encoder, [], ["a cat", "cafÃ©"], {}, 0.99)
     other = towers.build(Student(architecture=encoder.model_cfg, resize="longest"), seed=0)
     with pytest.raises(export.ExportError, match="prepares vision input 0 differently"):
-        check.check_graph(pristine, vision, other, parity.pictures(), [], 0.99)
+        check.check_graph(pristine, vision, other, parity.pictures(), [], {}, 0.99)
 
 
 def test_a_provider_that_does_not_start_is_no_silent_cpu(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
