@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from vlm.data import load_messages as load_messages
     from vlm.generating import answer as answer
     from vlm.generating import caption as caption
+    from vlm.generating import stream_answer as stream_answer
     from vlm.metrics import caption_scores as caption_scores
     from vlm.probing import LitDecoder as LitDecoder
     from vlm.probing import lit_decoder as lit_decoder
     from vlm.ranking import Ranking as Ranking
     from vlm.ranking import rank_encoders as rank_encoders
     from vlm.saving import load as load
+    from vlm.saving import push_to_hub as push_to_hub
     from vlm.saving import save as save
     from vlm.scoring import Scores as Scores
     from vlm.scoring import evaluate as evaluate
@@ -55,8 +57,10 @@ _HOME = {
     "load_llava": "data",
     "load_messages": "data",
     "load_vqav2": "coco",
+    "push_to_hub": "saving",
     "rank_encoders": "ranking",
     "save": "saving",
+    "stream_answer": "generating",
     "tune": "tuning",
     "vqa_accuracy": "vqa",
 }

@@ -42,11 +42,18 @@ def answer(
     question: Annotated[str, typer.Argument(help="what to ask about each picture")],
     images: _Images,
     max_new_tokens: _Length = 24,
+    stream: Annotated[bool, typer.Option("--stream", help="show the words as they come, as plain text")] = False,
 ) -> None:
     """Answer a question about each picture; one JSON object a line."""
     import vlm
 
     loaded, processor = vlm.load(model)
+    if stream:
+        for path in images:
+            for piece in vlm.stream_answer(loaded, processor, path, question, max_new_tokens):
+                typer.echo(piece, nl=False)
+            typer.echo()
+        return
     for path, text in zip(
         images, vlm.answer(loaded, processor, images, [question] * len(images), max_new_tokens), strict=True
     ):

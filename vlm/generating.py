@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions and answers, decoded greedily in batches."""
+"""Captions and answers, decoded greedily: in batches, or one word after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from aced_sdk.errors import DataError
 from vlm.adapters import base_of
 from vlm.pictures import Picture, open_picture
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import BatchFeature, LlavaProcessor
 
 CAPTION_PROMPT = "What is this?"
+# The last word and the space before it may still change with the next token; Chinese and Japanese have no spaces.
+_UNFINISHED = re.compile(r"\s*[^\s\u3000-\u9fff\uf900-\ufaff]*$")
 
 
 def caption(
@@ -98,14 +105,121 @@ def _prompt(processor: LlavaProcessor, question: str, images: int) -> str:
     )
 
 
-@torch.inference_mode()
+def stream_answer(
+    model: Any,
+    processor: LlavaProcessor,
+    images: Picture | Sequence[Picture],
+    question: str,
+    max_new_tokens: int = 24,
+) -> Generator[str, None, None]:
+    """The answer to one question, word by word while it is made; joined, it is what `answer` gives.
+
+    It is made in a thread of its own, which ends with the answer, with an error, or with the `close()` of what is
+    returned (which leaving a `for` loop over it comes to).
+
+    Args:
+        model: a LLaVA model, with or without adapters; not to be trained meanwhile.
+        processor: its processor.
+        images: a path, a PIL picture, or a sequence of these.
+        question: text.
+        max_new_tokens: longest answer, tokens.
+
+    Raises:
+        DataError: if a picture cannot be read; raised at once.
+    """
+    pictures = (images,) if isinstance(images, Picture) else tuple(images)
+    inputs = _inputs(processor, [_prompt(processor, question, len(pictures))], [pictures])
+    return _stream(base_of(model), processor, inputs, max_new_tokens)
+
+
+class _Stopped(Exception):
+    """Nobody reads the answer any more."""
+
+
+class _Words:
+    """What transformers streams tokens into: it hands on the text that can no longer change."""
+
+    def __init__(self, processor: LlavaProcessor) -> None:
+        self.pieces: SimpleQueue[str | None] = SimpleQueue()
+        self.unwanted = Event()
+        self._processor = processor
+        self._ids: list[int] | None = None
+        self._sent = 0
+
+    def put(self, value: Tensor) -> None:
+        if self.unwanted.is_set():
+            raise _Stopped
+        if self._ids is None:  # the prompt
+            self._ids = []
+            return
+        self._ids += value.tolist()
+        # always the whole text: pieces decoded alone lose their first space with some tokenizers
+        text = _text(self._processor, self._ids)
+        unfinished = _UNFINISHED.search(text)
+        self._send(text[: unfinished.start()] if unfinished else text)
+
+    def end(self) -> None:
+        self._send(_text(self._processor, self._ids or []))
+
+    def _send(self, text: str) -> None:
+        if len(text) > self._sent:
+            self.pieces.put(text[self._sent :])
+            self._sent = len(text)
+
+
+def _stream(
+    model: Any, processor: LlavaProcessor, inputs: BatchFeature, max_new_tokens: int
+) -> Generator[str, None, None]:
+    words = _Words(processor)
+    was_training = model.training
+    model.eval()
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            made = pool.submit(_generate, model, inputs, max_new_tokens, words)
+            made.add_done_callback(lambda _: words.pieces.put(None))
+            try:
+                while (piece := words.pieces.get()) is not None:
+                    yield piece
+                made.result()  # raises what generation raised
+            finally:
+                words.unwanted.set()
+    finally:
+        model.train(was_training)
+
+
 def _decode(
     model: Any, processor: LlavaProcessor, prompts: list[str], pictures: list[tuple[Picture, ...]], max_new_tokens: int
 ) -> list[str]:
+    inputs = _inputs(processor, prompts, pictures)
+    out = _generate(model, inputs, max_new_tokens)
+    return [_text(processor, ids) for ids in out[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def _inputs(processor: LlavaProcessor, prompts: list[str], pictures: list[tuple[Picture, ...]]) -> BatchFeature:
+    """Token ids [N, L], padded on the left, and pixels [P, 3, H, W]; the same tokens that tuning reads."""
     images = [open_picture(source) for one in pictures for source in one]
-    inputs = processor(images=images or None, text=prompts, padding=True, padding_side="left", return_tensors="pt").to(
-        model.device
+    tokenizer = processor.tokenizer
+    # some chat templates write the beginning-of-text token themselves, and a second one would be new to the model
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    written = begins and prompts[0].startswith(tokenizer.bos_token)
+    return processor(
+        images=images or None,
+        text=prompts,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=begins and not written,
+        return_tensors="pt",
     )
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+
+
+@torch.inference_mode()
+def _generate(model: Any, inputs: BatchFeature, max_new_tokens: int, words: _Words | None = None) -> Tensor:
+    """Token ids [N, L], the prompts' first."""
+    ids: Tensor = model.generate(
+        **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=words
+    )
+    return ids
+
+
+def _text(processor: LlavaProcessor, ids: list[int]) -> str:
+    return str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models in and out of folders that transformers and peft open without this package."""
+"""Models in and out of folders that transformers and peft open without this package, and on to the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from aced_sdk.errors import ModelError
@@ -18,11 +19,48 @@ from vlm.adapters import base_of, has_adapter
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel
 
+    from vlm.scoring import Scores
+
 _CARD = """---
-library_name: {library}
-pipeline_tag: image-text-to-text
----
-A vision-language model tuned with ACED SDK. {how}
+{facts}---
+# {name}
+
+A vision-language model made with ACED SDK.{about}
+
+| part | what it is |
+|---|---|
+| vision tower | `{tower}`, {tower_size:.1f} M parameters{tokens} |
+| language model | `{language}`, {layers} layers of width {hidden} |
+| licence | {license} |
+
+## How to load it
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+{opening}
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=[Image.open("picture.png")], text=[text], return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+print(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+## Scores
+
+{scores}
+"""
+_MERGED = """
+folder = "{name}"  # or the name of its repository on the hub
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+"""
+_APART = """from peft import PeftModel
+
+folder = "{name}"  # from the hub: folder = huggingface_hub.snapshot_download(REPOSITORY)
+model = AutoModelForImageTextToText.from_pretrained(f"{{folder}}/base")
+model = PeftModel.from_pretrained(model, f"{{folder}}/adapter")
+processor = AutoProcessor.from_pretrained(f"{{folder}}/base")
 """
 _BASE, _ADAPTER = "base", "adapter"
 # Where each part lies in memory, and where servers and transformers 4 look for it on disk.
@@ -36,8 +74,17 @@ _VIT = "vision_tower.vision_model."
 _VITS = ("clip_vision_model", "siglip_vision_model")  # transformers 4 keeps these in a submodule of this name
 
 
-def save(model: Any, processor: LlavaProcessor, directory: str | Path, merge: bool = True) -> Path:
-    """Write a model and its processor, whole or not at all; the model in memory stays as it is.
+def save(
+    model: Any,
+    processor: LlavaProcessor,
+    directory: str | Path,
+    merge: bool = True,
+    *,
+    scores: Scores | None = None,
+    license: str | None = None,
+    about: str | None = None,
+) -> Path:
+    """Write a model, its processor and a model card, whole or not at all; the model in memory stays as it is.
 
     Weights have LLaVA's classic names (`classic_names`) and the JSON files what older readers look for, so that
     transformers 4, transformers 5 and servers all read the folder.
@@ -49,6 +96,10 @@ def save(model: Any, processor: LlavaProcessor, directory: str | Path, merge: bo
         merge: True writes one folder for `AutoModelForImageTextToText`, adapters added into the weights. False writes
             `base/` (the model without its training) and `adapter/` for `PeftModel.from_pretrained(base, adapter)`; the
             trained projector lies in the adapter.
+        scores: what `vlm.evaluate` gave, for the card.
+        license: the hub's name of the licence (`apache-2.0`), for the card; None says that it is not stated.
+        about: what the tower and the language model are, which data the model was tuned on, or anything else that the
+            card shall say.
 
     Raises:
         ModelError: with merge=False, if the model has no adapters, or is not the PeftModel that holds them.
@@ -64,14 +115,12 @@ def save(model: Any, processor: LlavaProcessor, directory: str | Path, merge: bo
     with whole_folder(target) as folder:
         if merge:
             _write(base, processor, folder, trained=True)
-            how = f'`AutoModelForImageTextToText.from_pretrained("{target.name}")` and `AutoProcessor` open it.'
-            (folder / "README.md").write_text(_CARD.format(library="transformers", how=how), encoding="utf-8")
         else:
             _write(base, processor, folder / _BASE, trained=False)
             model.save_pretrained(folder / _ADAPTER, save_embedding_layers=False)
-            how = f"`PeftModel.from_pretrained(model, '{_ADAPTER}')` puts the adapter on the model of `{_BASE}`."
             (folder / _ADAPTER / "README.md").unlink(missing_ok=True)  # peft's own has placeholders only
-            (folder / "README.md").write_text(_CARD.format(library="peft", how=how), encoding="utf-8")
+        card = _card(base, target.name, merge, scores, license, about)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
@@ -98,6 +147,85 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
 
         model = PeftModel.from_pretrained(model, str(folder / _ADAPTER))
     return model.eval(), processor
+
+
+def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
+    """Upload what `save` wrote to a repository on the Hugging Face hub, which is made if there is none.
+
+    Weights and JSON files of an earlier upload that are not in the folder are removed, since loaders would take them.
+
+    Args:
+        folder: what `save` wrote, merged or apart.
+        repo_id: `user/name` or `organisation/name`.
+        private: whether a new repository is seen by its owners alone; one that is there stays as it is.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ModelError: if the folder holds no model, or the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+
+    path = Path(folder)
+    if not any((path / part / "config.json").is_file() for part in (".", _BASE)):
+        raise ModelError(f"{path} holds no model", remedy="name a folder that vlm.save wrote", field="folder")
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=path,
+            commit_message="Upload with ACED SDK",
+            delete_patterns=["*.safetensors", "*.json"],
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+            remedy = f"log in with `hf auth login`, or set HF_TOKEN, with a token that may write to {repo_id}"
+        elif status is not None or isinstance(error, ValueError):
+            remedy = "change what the message names; a repository is called user/name"
+        else:
+            remedy = "check the network, and that HF_HUB_OFFLINE is not set; the folder stays as it is"
+        raise ModelError(f"{path} was not uploaded to {repo_id}: {error}", remedy=remedy, field="repo_id") from error
+    return str(address)
+
+
+def _card(base: Any, name: str, merged: bool, scores: Scores | None, license: str | None, about: str | None) -> str:
+    facts = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "image-text-to-text"}
+    tower, text = base.config.vision_config, base.config.text_config
+    tokens = getattr(base.config, "image_seq_length", None)  # Aya Vision's own folders do not say
+    return _CARD.format(
+        facts=yaml.safe_dump(facts | ({"license": license} if license else {}), sort_keys=False),
+        name=name,
+        about=f"\n\n{about.strip()}" if about else "",
+        tower=getattr(tower, "architecture", None) or tower.model_type,  # timm's towers have their name there
+        tower_size=base.model.vision_tower.num_parameters() / 1e6,
+        tokens=f"; a picture becomes {tokens} tokens" if tokens else "",
+        language=text.model_type,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        license=license or "not stated; those of the vision tower and of the language model hold in any case",
+        opening=(_MERGED if merged else _APART).format(name=name),
+        scores=_table(scores) if scores else "None were given.",
+    )
+
+
+def _table(scores: Scores) -> str:
+    """Shares of right answers and what `metric` added, per kind of question, each beside its blind one."""
+    names = list(scores.total.metrics)
+    lines = [["questions", "number", "right", *names], ["---"] * (3 + len(names))]
+    for kind, one in [*scores.kinds.items(), ("all", scores.total)]:
+        blind = one.blind_metrics or {}
+        values = [_beside(one.accuracy, one.blind), *(_beside(one.metrics[key], blind.get(key)) for key in names)]
+        lines.append([kind.replace("|", "/") or "-", str(one.count), *values])
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"In brackets: the same with another sample's picture, which is what the words alone give away.\n\n{rows}"
+
+
+def _beside(value: float, blind: float | None) -> str:
+    return f"{value:.3f}" if blind is None else f"{value:.3f} ({blind:.3f})"
 
 
 def _write(base: PreTrainedModel, processor: LlavaProcessor, folder: Path, trained: bool) -> None:

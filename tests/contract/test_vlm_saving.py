@@ -8,14 +8,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+import yaml
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from test_vlm import Model, config, language, samples, student
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import vlm
+from aced_sdk.errors import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +155,96 @@ def test_an_aligned_model_saves_without_adapters(model: Model, tmp_path: Path) -
     again, _ = vlm.load(vlm.save(result.model, processor, tmp_path / "saved"))
     for name, value in llava.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+# -- the card and the hub -----------------------------------------------------------------------------------------
+
+
+def test_the_card_loads_the_model_and_shows_the_scores(model: Model, tmp_path: Path) -> None:
+    llava, processor = model
+    result = vlm.tune(llava, processor, samples(), config(adapt=6), directory=tmp_path / "run")
+    scores = vlm.evaluate(result.model, processor, samples(), max_new_tokens=3)
+    facts: dict[str, Any] = {"scores": scores, "license": "apache-2.0", "about": "Tuned on: six colours."}
+    vlm.save(result.model, processor, tmp_path / "merged", **facts)
+    vlm.save(result.model, processor, tmp_path / "apart", merge=False, **facts)
+    samples()[0].images[0].save(tmp_path / "picture.png")
+    (expected,) = vlm.answer(result.model, processor, [tmp_path / "picture.png"], ["What is this?"])
+    for name, library in (("merged", "transformers"), ("apart", "peft")):
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(card.split("---\n")[1])
+        assert front == {"library_name": library, "pipeline_tag": "image-text-to-text", "license": "apache-2.0"}
+        assert f"| all | 12 | {scores.accuracy:.3f} ({scores.blind:.3f}) |" in card
+        assert "| colour | 6 |" in card
+        for words in ("Tuned on: six colours.", "`clip_vision_model`", "becomes 9 tokens", "`llama`, 2 layers"):
+            assert words in card
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.strip() == expected
+
+
+def test_a_card_without_facts_says_so(model: Model, tmp_path: Path) -> None:
+    card = (vlm.save(*model, tmp_path / "bare") / "README.md").read_text(encoding="utf-8")
+    assert "license" not in yaml.safe_load(card.split("---\n")[1])
+    assert "| licence | not stated" in card
+    assert "None were given." in card
+
+
+class Hub:
+    """Stands for huggingface_hub.HfApi: no repository is made in a test."""
+
+    calls: list[dict[str, Any]]
+    error: Exception | None
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        if self.error:
+            raise self.error
+        self.calls.append({"repo_id": repo_id, **options})
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id.split('/')[-1]}")
+
+    def upload_folder(self, **options: Any) -> None:
+        self.calls.append(options)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    Hub.calls, Hub.error = [], None
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return Hub
+
+
+def test_a_folder_goes_to_a_private_repository(model: Model, tmp_path: Path, hub: type[Hub]) -> None:
+    folder = vlm.save(*model, tmp_path / "saved")
+    assert vlm.push_to_hub(folder, "small") == "https://huggingface.co/me/small"
+    made, sent = hub.calls
+    assert made == {"repo_id": "small", "private": True, "exist_ok": True}
+    assert (sent["repo_id"], sent["folder_path"]) == ("me/small", folder)  # the name that the hub completed
+    vlm.push_to_hub(folder, "me/open", private=False)
+    assert hub.calls[2]["private"] is False
+
+
+def test_uploads_that_fail_say_what_to_do(model: Model, tmp_path: Path, hub: type[Hub]) -> None:
+    folder = vlm.save(*model, tmp_path / "saved")
+    refused = OSError("401 Client Error")
+    refused.response = SimpleNamespace(status_code=401)  # type: ignore[attr-defined]
+    for error, remedy in (
+        (refused, "hf auth login"),
+        (LocalTokenNotFoundError("no token"), "hf auth login"),
+        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
+        (HFValidationError("a/b/c"), "user/name"),
+    ):
+        hub.error = error
+        with pytest.raises(ModelError, match=remedy) as raised:
+            vlm.push_to_hub(folder, "me/small")
+        assert raised.value.field == "repo_id"
+    with pytest.raises(ModelError, match="holds no model"):
+        vlm.push_to_hub(tmp_path, "me/small")
+    assert hub.calls == []
+
+
+def test_the_real_client_without_a_network_is_refused_with_a_remedy(model: Model, tmp_path: Path) -> None:
+    folder = vlm.save(*model, tmp_path / "saved")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE  # as all tests run
+    with pytest.raises(ModelError) as raised:
+        vlm.push_to_hub(folder, "me/small")
+    assert "HF_HUB_OFFLINE" in raised.value.remedy or "hf auth login" in raised.value.remedy
