@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,21 @@ def part_of(name: str) -> str:
     return next(part for part, mark in _PARTS.items() if mark in name)
 
 
+@contextmanager
+def tower_apart(model: Any) -> Iterator[None]:
+    """Take the frozen tower out of the model while an engine is built around it.
+
+    Each process runs it on pictures of its own, so it must not be shared out between processes, whose exchanges would
+    wait for one another.
+    """
+    tower = model.model.vision_tower
+    model.model.vision_tower = nn.Identity()
+    try:
+        yield
+    finally:
+        model.model.vision_tower = tower
+
+
 def table(model: nn.Module) -> dict[str, dict[str, int]]:
     """Parameters per part, trained and frozen."""
     counts = {part: {"trained": 0, "frozen": 0} for part in _PARTS}
@@ -143,12 +159,12 @@ def snapshot(model: nn.Module) -> dict[str, str]:
     return {name: tensor_digest({name: p}) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def check_saved(weights: Path, model: nn.Module, start: Mapping[str, str]) -> None:
+def check_saved(weights: Path, trained: Mapping[str, Tensor], start: Mapping[str, str]) -> None:
     """Read saved weights back: nothing empty, equal to the model's, and every trained part changed from the start.
 
     Args:
         weights: safetensors file of all trained parameters.
-        model: what was saved.
+        trained: the model's own, read from it anew.
         start: `snapshot` before the first step.
 
     Raises:
@@ -156,16 +172,14 @@ def check_saved(weights: Path, model: nn.Module, start: Mapping[str, str]) -> No
     """
     saved: dict[str, Tensor] = load_file(weights)
     changed: dict[str, bool] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name not in saved or saved[name].numel() == 0 or not torch.equal(saved[name], parameter.detach().cpu()):
+    for name, before in start.items():
+        if name not in saved or saved[name].numel() == 0 or not torch.equal(saved[name], trained[name]):
             raise EngineError(
                 f"the saved '{name}' is {'missing' if name not in saved else 'not the trained one'}",
                 remedy="this is a fault of the engine: use engine.kind='single' or ZeRO stage 0, and report it",
             )
         part = part_of(name)
-        changed[part] = changed.get(part, False) or tensor_digest({name: parameter}) != start[name]
+        changed[part] = changed.get(part, False) or tensor_digest({name: trained[name]}) != before
     for part, moved in changed.items():
         if not moved:
             raise EngineError(

@@ -225,9 +225,11 @@ def collate(rows: Sequence[Row], pad: int) -> Batch:
     """Rows packed into bins of like length, so that hardly any padding is computed; rows do not see each other.
 
     Args:
-        rows: in any order.
+        rows: in any order. Without any, the batch is one token that nothing is learned from, so that a process with
+            nothing to do goes through the same layers as the others.
         pad: token id that fills up a bin.
     """
+    rows = rows or [Row([pad], [IGNORED], [0], [0], [], 0)]
     packings = [_pack(rows, count) for count in range(1, len(rows) + 1)]
     width, bins = min(packings, key=lambda packing: len(packing[1]) * packing[0] * (1 + packing[0] / _ATTENTION))
 
@@ -265,6 +267,21 @@ def batch_at(rows: Sequence[Row], batch_size: int, step: int, seed: str) -> list
     epoch, place = divmod(step, len(rows) // batch_size)
     order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
     return [rows[number] for number in order[place * batch_size : (place + 1) * batch_size]]
+
+
+def shares(rows: Sequence[Row], micro_batch: int | None, rank: int, world_size: int) -> list[list[Row]]:
+    """The micro-batches of one process in a step: as many in each process, the last ones without rows if need be.
+
+    Args:
+        rows: those of the step, of all processes.
+        micro_batch: rows of one; None: all of this process's.
+        rank: this process.
+        world_size: how many there are.
+    """
+    mine = list(rows[rank::world_size])
+    most = -(-len(rows) // world_size)
+    size = min(micro_batch or most, most)
+    return [mine[start : start + size] for start in range(0, most, size)]
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

@@ -9,7 +9,9 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +23,13 @@ from aced_sdk.engine import (
     Callback,
     Engine,
     Event,
+    Launch,
+    Ranks,
     build_engine,
     checkpoints,
     factor,
     load_checkpoint,
+    pick_device,
     read_launch,
     save_checkpoint,
     thread_limit,
@@ -33,14 +38,13 @@ from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.files import tensor_digest, write_json
 from aced_sdk.reporting import JsonlWriter, Progress
-from aced_sdk.reporting.progress import first_rank
-from vlm.adapters import base_of, check_saved, has_adapter, prepare, shown, snapshot, table
+from vlm.adapters import base_of, check_saved, has_adapter, prepare, shown, snapshot, table, tower_apart
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data import Sample
 from vlm.language import reads
 from vlm.loss import AnswerLoss
 from vlm.pictures import Features
-from vlm.rows import Batch, Row, batch_at, collate, fingerprint, make_rows
+from vlm.rows import Batch, Row, batch_at, collate, fingerprint, make_rows, shares
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel
@@ -97,8 +101,9 @@ class _Run:
     rows: list[Row]
     features: Features
     pad: int
-    log: JsonlWriter
-    callbacks: list[Callback]
+    ranks: Ranks
+    log: JsonlWriter | None
+    callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     samples: int = 0
     tokens: int = 0
@@ -106,8 +111,13 @@ class _Run:
     losses: list[tuple[float, ...]] = field(default_factory=list)
 
     def emit(self, event: Event) -> None:
-        for callback in self.callbacks:
-            callback(event)
+        """Tell all callbacks, in rank 0."""
+
+        def tell() -> None:
+            for callback in self.callbacks:
+                callback(event)
+
+        self.ranks.in_first(tell)
 
 
 def tune(
@@ -121,7 +131,9 @@ def tune(
 ) -> TuneResult:
     """Train the stages one after the other; called again with the same arguments, go on where an earlier call stopped.
 
-    The loss is the mean over the assistant's words of a whole batch, however it is cut into micro-batches.
+    The loss is the mean over the assistant's words of a whole batch, however it is cut into micro-batches and shared
+    out between processes. In a launch of several, all call this with the same arguments; rank 0 alone writes, reports
+    and calls `callbacks`, and a failure in one process ends all.
 
     Args:
         model: what `build` or `load` gave; changed in place.
@@ -134,16 +146,10 @@ def tune(
     Raises:
         ConfigError: if the directory holds a run of another config or other data.
         EngineError: if losses stay non-finite, or what was saved is not what was trained.
-        UnsupportedError: for several processes, ZeRO stages above 0, and a model that has adapters already.
+        UnsupportedError: for several processes or ZeRO without DeepSpeed, for stage 3, and a model with adapters.
     """
-    if config.engine.zero_stage != 0:
-        raise UnsupportedError(
-            "tuning shards no weights yet", remedy="set engine.zero_stage to 0", field="engine.zero_stage"
-        )
-    if (processes := read_launch().world_size) > 1:
-        raise UnsupportedError(
-            f"tuning runs in one process, and {processes} were launched", remedy="launch one process"
-        )
+    launch = read_launch()
+    _check_engine(config, launch)
     base = base_of(model)
     if has_adapter(base):
         raise UnsupportedError(
@@ -155,17 +161,22 @@ def tune(
     folder = Path(directory)
     limit = reads(base.config.text_config)
     rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit)
-    _claim(folder, config, rows, base)
+    ranks = Ranks(launch, pick_device(config.engine, launch.local_rank))
+    mine = _binding(config, rows, base)
+    first = ranks.first(mine)
+    ranks.together(lambda: _check_same(mine, first, ranks.rank))
+    ranks.in_first(lambda: _claim(folder, mine))
     features = Features(base, processor, pictures, config.feature_cache_mb)
     total = sum(stage.steps for stage in config.stages)
     tuned: Any = base
     with (
-        JsonlWriter(folder / "events.jsonl") as log,
+        JsonlWriter(folder / "events.jsonl") if ranks.rank == 0 else nullcontext() as log,
         Progress("tune", total) as bar,
         thread_limit(config.engine.threads),
         torch.random.fork_rng(),
     ):
-        run = _Run(config, folder, rows, features, int(processor.tokenizer.pad_token_id), log, [*callbacks, log])
+        run = _Run(config, folder, rows, features, int(processor.tokenizer.pad_token_id), ranks, log)
+        run.callbacks += [*callbacks, *([log] if log else [])]
         run.callbacks.append(lambda event: bar.advance(loss=event.loss) if isinstance(event, StepDone) else None)
         for number, stage in enumerate(config.stages):
             tuned = prepare(base, stage, config.seed)
@@ -176,9 +187,29 @@ def tune(
     )
 
 
-def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row], base: PreTrainedModel) -> None:
-    """Bind the directory to this config, data and vision tower, or refuse it."""
-    mine = {
+def _check_engine(config: TuneConfig, launch: Launch) -> None:
+    """Refuse what the plain engine cannot do, and stage 3."""
+    if config.engine.zero_stage == 3:
+        raise UnsupportedError(
+            "tuning does not run under ZeRO stage 3", remedy="set engine.zero_stage to 2", field="engine.zero_stage"
+        )
+    if config.engine.kind == "single" and launch.world_size > 1:
+        raise UnsupportedError(
+            f"the plain engine is for one process, and {launch.world_size} were launched",
+            remedy="set engine.kind to 'deepspeed'",
+            field="engine.kind",
+        )
+    if config.engine.kind == "single" and config.engine.zero_stage > 0:
+        raise UnsupportedError(
+            f"the plain engine has no ZeRO stage {config.engine.zero_stage}",
+            remedy="set engine.kind to 'deepspeed'",
+            field="engine.kind",
+        )
+
+
+def _binding(config: TuneConfig, rows: Sequence[Row], base: PreTrainedModel) -> dict[str, object]:
+    """What a directory is bound to: config, data and vision tower."""
+    return {
         "format": 1,
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "seed": config.seed,
@@ -186,6 +217,18 @@ def _claim(folder: Path, config: TuneConfig, rows: Sequence[Row], base: PreTrain
         "data": fingerprint(rows),
         "tower": tensor_digest(base.model.vision_tower.state_dict()),
     }
+
+
+def _check_same(mine: dict[str, object], first: dict[str, object], rank: int) -> None:
+    if different := [key for key in mine if first[key] != mine[key]]:
+        raise ConfigError(
+            f"process {rank} was given other {', '.join(different)} than process 0",
+            remedy="call vlm.tune with the same arguments in every process",
+        )
+
+
+def _claim(folder: Path, mine: dict[str, object]) -> None:
+    """Bind the directory to this run, or refuse it."""
     target = folder / "tune.json"
     if not target.is_file():
         write_json(target, mine)
@@ -211,17 +254,20 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
     schedule = Schedule(steps=stage.steps, warmup=stage.warmup, cooldown=0)
     model.train()
     model.model.vision_tower.eval()
-    engine = build_engine(AnswerLoss(model), config.engine, optimizer)
-    start = snapshot(engine.module)
+    module = AnswerLoss(model)
+    start = snapshot(module)
+    run.parameters.append(table(module))
+    with tower_apart(model):
+        engine = build_engine(module, config.engine, optimizer)
+    model.model.vision_tower.to(engine.device)
     folder = run.directory / f"stage-{number}-{stage.stage}"
     done = _restore(folder, engine)
     run.step += done
-    run.parameters.append(table(engine.module))
-    if first_rank():
+    if run.ranks.rank == 0:
         sys.stderr.write(
             f"tune: stage {number}, {stage.stage}, {stage.steps - done} steps\n{shown(run.parameters[-1])}\n"
         )
-    if done < stage.steps:
+    if run.log is not None and done < stage.steps:
         run.log.truncate_after(run.step)  # what came after the checkpoint is told again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))
     losses: list[float] = []
@@ -230,8 +276,8 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
         began = time.perf_counter()
         chosen = batch_at(run.rows, stage.batch_size, step, f"{config.seed} {number}")
         rate = stage.learning_rate * factor(schedule, step)
-        torch.manual_seed(_dropout_seed(config.seed, number, step))
-        loss = _accumulate(run, engine, chosen, stage.micro_batch or len(chosen))
+        torch.manual_seed(_dropout_seed(config.seed, number, step, run.ranks.rank))
+        loss = _accumulate(run, engine, chosen, stage.micro_batch)
         norm = engine.step(rate)
         run.step += 1
         if not math.isfinite(norm):
@@ -260,35 +306,39 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
                 {},
                 config.engine.keep_checkpoints,
             )
-            check_saved(saved / "weights.safetensors", engine.module, start)
+            trained = engine.weights()
+            run.ranks.in_first(partial(check_saved, saved / "weights.safetensors", trained, start))
             run.emit(CheckpointSaved(run.step, str(saved)))
+    engine.release()
     return losses
 
 
 def _restore(folder: Path, engine: Engine) -> int:
     """Steps that the newest checkpoint of a stage has done; 0 without one."""
-    found = checkpoints(folder)
+    found = engine.ranks.first(checkpoints(folder)[-1:])
     if not found:
         return 0
-    state, _ = load_checkpoint(found[-1], engine)
+    state, _ = load_checkpoint(found[0], engine)
     return int(state["step"])
 
 
-def _dropout_seed(seed: int, stage: int, step: int) -> int:
-    """Dropout as a function of the step alone, so that a resumed run needs no generator state of any device."""
-    return random.Random(f"{seed} {stage} {step}").getrandbits(63)
+def _dropout_seed(seed: int, stage: int, step: int, rank: int) -> int:
+    """Dropout as a function of step and process alone, so that a resumed run needs no generator state of any device."""
+    return random.Random(f"{seed} {stage} {step}" + (f" {rank}" if rank else "")).getrandbits(63)
 
 
-def _accumulate(run: _Run, engine: Engine, chosen: Sequence[Row], micro: int) -> float:
-    """Forward and backward over the rows of one step; returns the mean loss over their answer tokens."""
+def _accumulate(run: _Run, engine: Engine, chosen: Sequence[Row], micro: int | None) -> float:
+    """Forward and backward over this process's rows of one step; returns the mean loss over all answer tokens."""
+    ranks = run.ranks
     tokens = sum(row.trained_tokens for row in chosen)
+    parts = shares(chosen, micro, ranks.rank, ranks.world_size)
     total = 0.0
-    for start in range(0, len(chosen), micro):
-        batch = collate(chosen[start : start + micro], run.pad)
-        summed: Tensor = engine.forward(*_inputs(batch, run.features, engine.device))
-        engine.backward(summed / tokens, last=start + micro >= len(chosen))
+    for number, rows in enumerate(parts, start=1):
+        inputs = ranks.together(partial(_inputs, collate(rows, run.pad), run.features, engine.device))
+        summed: Tensor = engine.forward(*inputs)
+        engine.backward(summed * (ranks.world_size / tokens), last=number == len(parts))  # engines take the mean
         total += float(summed.detach())
-    return total / tokens
+    return ranks.sum(total) / tokens
 
 
 def _inputs(batch: Batch, features: Features, device: torch.device) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from aced_sdk.engine.base import Engine, pick_device, thread_limit
 from aced_sdk.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of
 from aced_sdk.engine.events import Callback, Event
 from aced_sdk.engine.launch import Launch, read_launch
+from aced_sdk.engine.ranks import Ranks
 from aced_sdk.engine.schedule import factor
 from aced_sdk.errors import UnsupportedError
 
@@ -51,6 +52,7 @@ __all__ = [
     "Engine",
     "Event",
     "Launch",
+    "Ranks",
     "build_engine",
     "checkpoints",
     "factor",

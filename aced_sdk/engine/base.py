@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
+from aced_sdk.engine.ranks import Ranks
 from aced_sdk.errors import EngineError
 
 
@@ -22,19 +23,18 @@ class Engine(Protocol):
     Attributes:
         module: what is trained; never wrapped, so that its names are the ones a folder holds.
         device: where inputs must lie.
-        rank: this process among `world_size`.
+        ranks: this process among those of its launch.
     """
 
     module: nn.Module
     device: torch.device
-    rank: int
-    world_size: int
+    ranks: Ranks
 
     def forward(self, *inputs: Any) -> Any:
         """Run the module with gradient, in the engine's precision."""
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Add the gradient of `loss`; `last` marks the last micro-batch before `step`."""
+        """Add the gradient of `loss`, of which all processes take the mean; `last` marks the last before `step`."""
 
     def step(self, learning_rate: float) -> float:
         """Clip, update at this rate, clear gradients; returns the gradient norm before clipping.
@@ -42,8 +42,14 @@ class Engine(Protocol):
         A norm that is not finite leaves the weights as they are.
         """
 
+    def weights(self) -> dict[str, Tensor]:
+        """Trained weights and buffers, whole, on the CPU. Every process takes part; all but rank 0 get nothing."""
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state, as `weights` gives those: per parameter's number `step`, `exp_avg`, `exp_avg_sq`."""
+
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into an existing folder."""
+        """Write weights and optimizer state into an existing folder, in one form for all engines and world sizes."""
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -51,6 +57,9 @@ class Engine(Protocol):
         Raises:
             EngineError: if the folder does not fit.
         """
+
+    def release(self) -> None:
+        """Give the module's parameters back whole and plain, in every process; the engine takes no more steps."""
 
 
 def parameter_groups(

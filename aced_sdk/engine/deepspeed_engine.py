@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,17 @@ from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
 from aced_sdk.engine.base import adamw, pick_device, precision, set_learning_rate
 from aced_sdk.engine.launch import Launch
-from aced_sdk.engine.state import load_weights, save_weights
-from aced_sdk.errors import ConfigError, EngineError, MissingPackageError
+from aced_sdk.engine.ranks import Ranks, join
+from aced_sdk.engine.state import load_weights, optimizer_state, read_state, save_state, trainable_state
+from aced_sdk.errors import ConfigError, MissingPackageError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# what DeepSpeed's stage 3 hangs on modules
+_LEFT_BEHIND = ("_external_params", "_original_parameters", "ds_external_parameters", "all_parameters")
 
 
 class DeepSpeed:
-    """See `aced_sdk.engine.base.Engine`. Checkpoints of stage 0 are safetensors, of higher stages DeepSpeed's own."""
+    """See `aced_sdk.engine.base.Engine`. Needs a launch's processes to see one file system."""
 
     def __init__(
         self,
@@ -34,14 +39,15 @@ class DeepSpeed:
         launch: Launch,
         factors: dict[str, float] | None = None,
     ) -> None:
-        self.rank, self.world_size = launch.rank, launch.world_size
         self.config = config
         self.clip_norm = optimizer.clip_norm
         self.device = pick_device(config, launch.local_rank)
         deepspeed = _import(self.device)
         _join(launch, self.device)
+        self.ranks = Ranks(launch, self.device)
         self.module = module.to(self.device)
         self.optimizer = adamw(self.module, optimizer, factors)
+        self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         with _scalars_broadcast(self.module):
             self._engine, *_ = deepspeed.initialize(
                 model=self.module,
@@ -70,21 +76,110 @@ class DeepSpeed:
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
-    def save(self, folder: Path) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        state = self.module.state_dict()  # stage 3 leaves stubs of the parameters there
+        names = set()
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            names.add(name)
+            if parameter.requires_grad:
+                with self._whole(parameter):
+                    kept[name] = self._mine(parameter.detach())
+        kept |= {name: self._mine(tensor) for name, tensor in state.items() if name not in names}
+        return kept if self.ranks.rank == 0 else {}
+
+    def moments(self) -> dict[str, Tensor]:
         if self.config.zero_stage == 0:
-            save_weights(folder, self.module, self.optimizer)
-        else:
-            self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+            return optimizer_state(self.optimizer) if self.ranks.rank == 0 else {}
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        first = self._engine.optimizer.optimizer.state.get(self._flat_groups()[0])
+        if not first:  # no step was taken
+            return {}
+        self._link_moments()
+        kept = {}
+        for index, parameter in enumerate(self._trained):
+            for key in _MOMENTS:
+                kept[f"{index}.{key}"] = self._mine(safe_get_full_optimizer_state(parameter, key))
+            kept[f"{index}.step"] = first["step"].cpu().clone()
+        return kept if self.ranks.rank == 0 else {}
+
+    def save(self, folder: Path) -> None:
+        weights, moments = self.weights(), self.moments()
+        self.ranks.in_first(lambda: save_state(folder, weights, moments))
 
     def load(self, folder: Path) -> None:
         if self.config.zero_stage == 0:
-            load_weights(folder, self.module, self.optimizer)
+            self.ranks.together(lambda: load_weights(folder, self.module, self.optimizer))
             return
-        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
-        if path is None:
-            raise EngineError(
-                f"DeepSpeed cannot load {folder}", remedy="resume at the ZeRO stage and world size that saved it"
-            )
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        shapes = {name: tensor.shape for name, tensor in trainable_state(self.module).items()}
+        parameters = {name: p for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        shapes |= {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
+        weights, state = self.ranks.together(lambda: read_state(folder, shapes))
+        self.module.load_state_dict({n: t for n, t in weights.items() if n not in parameters}, strict=False)
+        for name, parameter in parameters.items():
+            value = weights[name].to(self.device)
+            with self._whole(parameter, change=True):
+                parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+        self._start_moments(state)
+        for index, values in state.items():
+            for key in _MOMENTS:
+                safe_set_full_optimizer_state(self._trained[index], values[key].to(self.device), key)
+
+    def release(self) -> None:
+        """Put parameters of the same values, of which DeepSpeed knows nothing, into the place of its own."""
+        plain: dict[int, nn.Parameter] = {}
+        for parameter in self.module.parameters():
+            if parameter.requires_grad or hasattr(parameter, "ds_id"):
+                with self._whole(parameter):
+                    plain[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        self._engine.destroy()
+        for part in self.module.modules():
+            for name in _LEFT_BEHIND:
+                part.__dict__.pop(name, None)
+            part._parameters = {name: p if p is None else plain.get(id(p), p) for name, p in part._parameters.items()}
+
+    def _mine(self, tensor: Tensor) -> Tensor:
+        """A copy on the CPU, in rank 0 alone."""
+        return tensor.detach().to("cpu", copy=True).contiguous() if self.ranks.rank == 0 else torch.empty(0)
+
+    def _whole(self, parameter: nn.Parameter, change: bool = False) -> AbstractContextManager[Any]:
+        """A parameter gathered from all processes for the length of a block; `change` takes over rank 0's values."""
+        if self.config.zero_stage < 3 or not hasattr(parameter, "ds_id"):
+            return nullcontext()
+        import deepspeed
+
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0 if change else None
+        )
+        return gathered
+
+    def _flat_groups(self) -> list[Tensor]:
+        """This process's share of all trained weights, as DeepSpeed gives it to AdamW."""
+        zero = self._engine.optimizer
+        flat: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return flat
+
+    def _start_moments(self, state: dict[int, dict[str, Tensor]]) -> None:
+        """Make AdamW's state where no step has made it yet: `state` is then set into it."""
+        zero = self._engine.optimizer
+        zero.optimizer.state.clear()
+        for flat in self._flat_groups() if state else ():
+            moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
+            zero.optimizer.state[flat] = {"step": state[0]["step"].clone()} | moments
+        if state:
+            self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find AdamW's state by parameter: by itself it looks when only the first group has one."""
+        if self.config.zero_stage < 3:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _import(device: torch.device) -> Any:
@@ -103,24 +198,12 @@ def _import(device: torch.device) -> Any:
 
 
 def _join(launch: Launch, device: torch.device) -> None:
-    """Join the process group; one process alone needs no address and opens no port."""
+    """Join the process group, and tell DeepSpeed of it."""
     import deepspeed
 
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if launch.world_size == 1:
-            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        elif "MASTER_ADDR" not in os.environ:
-            raise EngineError(
-                f"{launch.world_size} processes, and no MASTER_ADDR",
-                remedy="launch with deepspeed or torchrun, or export MASTER_ADDR",
-            )
-        else:
-            torch.distributed.init_process_group(backend, rank=launch.rank, world_size=launch.world_size)
-    if launch.world_size == 1:
-        # It serves ranks that share a machine, and would be compiled for one that is alone.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    join(launch, device)
+    # It only speeds up exchanges of CPUs on one machine, and every first start would wait for a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # deepspeed.initialize insists on it
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 

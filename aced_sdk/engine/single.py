@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
 from aced_sdk.engine.base import adamw, pick_device, precision, set_learning_rate
-from aced_sdk.engine.state import load_weights, save_weights
+from aced_sdk.engine.launch import Launch
+from aced_sdk.engine.ranks import Ranks
+from aced_sdk.engine.state import load_weights, optimizer_state, save_state, trainable_state
 
 
 class SingleProcess:
     """See `aced_sdk.engine.base.Engine`."""
-
-    rank = 0
-    world_size = 1
 
     def __init__(
         self,
@@ -30,6 +29,7 @@ class SingleProcess:
         factors: dict[str, float] | None = None,
     ) -> None:
         self.device = pick_device(config, 0)
+        self.ranks = Ranks(Launch(0, 0, 1), self.device)
         self.module = module.to(self.device)
         self.config = config
         self.clip_norm = optimizer.clip_norm
@@ -51,8 +51,17 @@ class SingleProcess:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in trainable_state(self.module).items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        return optimizer_state(self.optimizer)
+
     def save(self, folder: Path) -> None:
-        save_weights(folder, self.module, self.optimizer)
+        save_state(folder, self.weights(), self.moments())
 
     def load(self, folder: Path) -> None:
         load_weights(folder, self.module, self.optimizer)
+
+    def release(self) -> None:
+        """Nothing is wrapped here."""

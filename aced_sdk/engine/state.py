@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,21 +20,28 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
-def save_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write `weights.safetensors` and `optimizer.safetensors` into `folder`."""
-    weights = {name: t.detach().cpu().contiguous().clone() for name, t in trainable_state(module).items()}
-    save_tensors(folder / "weights.safetensors", weights)
-    state = optimizer.state_dict()["state"]
-    moments = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state.items()
-        for name, value in values.items()
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors as `index.key`; parameters are counted through its groups, in their order."""
+    return {
+        f"{index}.{key}": value.detach().cpu()
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
     }
-    save_tensors(folder / "optimizer.safetensors", moments)
 
 
-def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read what `save_weights` wrote into a module and optimizer of the same shape.
+def save_state(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    """Write `weights.safetensors` and `optimizer.safetensors` into `folder`."""
+    # Tied weights share storage, which safetensors refuses.
+    save_tensors(folder / "weights.safetensors", {name: t.contiguous().clone() for name, t in weights.items()})
+    save_tensors(folder / "optimizer.safetensors", {name: t.contiguous() for name, t in moments.items()})
+
+
+def read_state(folder: Path, shapes: dict[str, torch.Size]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Read what `save_state` wrote: weights by name, and by parameter the optimizer's tensors.
+
+    Args:
+        folder: a checkpoint.
+        shapes: those of the weights that must be there.
 
     Raises:
         EngineError: if a file is missing, torn or of another model.
@@ -48,17 +54,24 @@ def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
             f"the checkpoint {folder} cannot be read: {error}",
             remedy="remove that folder and resume: the next older checkpoint serves",
         ) from error
-    expected = {(name, tensor.shape) for name, tensor in trainable_state(module).items()}
-    found = {(name, tensor.shape) for name, tensor in weights.items()}
-    if expected != found:
-        other = sorted({name for name, _ in expected ^ found})
+    if other := sorted({name for name, _ in shapes.items() ^ {name: t.shape for name, t in weights.items()}.items()}):
         raise EngineError(
             f"the checkpoint {folder} is of another model ({len(other)} tensors differ, {other[0]} first)",
             remedy="resume with the config that the run was started with",
         )
-    module.load_state_dict(weights, strict=False)
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for name, value in moments.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
+    return weights, state
+
+
+def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put what `save_state` wrote into a module and optimizer of the same shape.
+
+    Raises:
+        EngineError: if a file is missing, torn or of another model.
+    """
+    weights, state = read_state(folder, {name: t.shape for name, t in trainable_state(module).items()})
+    module.load_state_dict(weights, strict=False)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of a launch tell each other beside gradients: values, and failures, so that none waits in vain."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from aced_sdk.engine.launch import Launch
+from aced_sdk.errors import EngineError
+
+_T = TypeVar("_T")
+
+
+class Ranks:
+    """This process among those of its launch. Every method is called by all of them, in the same order.
+
+    Args:
+        launch: its place; several processes join one group (gloo on CPUs, nccl on GPUs) if they have not yet.
+        device: where this process computes.
+
+    Raises:
+        EngineError: if there are several processes and no MASTER_ADDR.
+    """
+
+    def __init__(self, launch: Launch, device: torch.device) -> None:
+        self.rank, self.world_size = launch.rank, launch.world_size
+        self._device = device
+        if self.world_size > 1:
+            join(launch, device)
+
+    def sum(self, value: float) -> float:
+        """The sum of all processes' values, in float64."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+    def first(self, value: _T) -> _T:
+        """Rank 0's value."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, 0, device=self._device)
+        return values[0]
+
+    def together(self, action: Callable[[], _T]) -> _T:
+        """Do what can fail in one process alone, and has no exchange in it; a failure anywhere ends all.
+
+        Raises:
+            EngineError: if it failed in another process, with that one's words. The own failure is raised as it is.
+        """
+        try:
+            result = action()
+        except BaseException as error:  # an interrupt, too, must not leave the others waiting
+            self._share(error)
+            raise
+        self._share(None)
+        return result
+
+    def in_first(self, action: Callable[[], None]) -> None:
+        """`together`, with nothing to do but in rank 0."""
+        self.together(action if self.rank == 0 else lambda: None)
+
+    def _share(self, failure: BaseException | None) -> None:
+        if self.world_size == 1 or not self.sum(float(failure is not None)):
+            return
+        words: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(words, failure and f"{type(failure).__name__}: {failure}")
+        if failure is None:
+            rank, text = next((rank, text) for rank, text in enumerate(words) if text is not None)
+            raise EngineError(f"process {rank} failed: {text}", remedy=f"see what process {rank} says")
+
+
+def join(launch: Launch, device: torch.device) -> None:
+    """Join the process group; one process alone needs no address and opens no port.
+
+    Raises:
+        EngineError: if there are several processes and no MASTER_ADDR.
+    """
+    if torch.distributed.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if launch.world_size == 1:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    elif "MASTER_ADDR" not in os.environ:
+        raise EngineError(
+            f"{launch.world_size} processes, and no MASTER_ADDR",
+            remedy="launch with deepspeed or torchrun, or export MASTER_ADDR",
+        )
+    else:
+        torch.distributed.init_process_group(backend, rank=launch.rank, world_size=launch.world_size)

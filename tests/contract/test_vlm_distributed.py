@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning in two real processes, at ZeRO stages 0 to 2: the steps of one process, and checkpoints that go on in one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vlm
+from aced_sdk.config import Engine
+from aced_sdk.engine import Event
+from tests.contract.test_vlm import language, student
+from vlm.adapters import base_of
+from vlm.rows import Row, shares
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+STAGES = (0, 1, 2)
+SECONDS = 39  # a hang is a failure
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    student(folder / "student")
+    language(folder / "language")
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (24, 24), colour).save(folder / f"{name}.png")
+    return folder
+
+
+def samples(folder: Path) -> list[vlm.Sample]:
+    """One picture, two pictures and none, of different lengths."""
+    files = {name: folder / f"{name}.png" for name in COLOURS}
+    out = [vlm.Sample(name, (("what colour is it ?", name),), (file,)) for name, file in files.items()]
+    out += [vlm.Sample(f"{name}?", (("is this red ?", "no"),), (file,)) for name, file in files.items()]
+    out.append(vlm.Sample("both", (("is this green ?", "yes"),), (files["red"], files["green"])))
+    out += [vlm.Sample(f"words{n}", (("what is a picture ?", "a picture of red " * (n + 1)),), ()) for n in range(4)]
+    return out
+
+
+def tuned(folder: Path, out: Path, options: dict[str, Any], rank: int, hear: Any = None) -> vlm.TuneResult:
+    """A run of Align, then Adapt, as the options say."""
+    model, processor = vlm.build(vision=folder / "student", language=folder / "language")
+    common: dict[str, Any] = {"batch_size": options.get("batch", 5), "micro_batch": options.get("micro")}
+    rate = options.get("rate", 1e-2)
+    lora = None if options.get("whole") else vlm.Lora(rank=2)
+    stages = [
+        vlm.Align(steps=2, learning_rate=rate, **common),
+        vlm.Adapt(steps=4, learning_rate=rate, lora=lora, **common),
+    ]
+    engine = Engine(
+        kind=options.get("kind", "deepspeed"), device="cpu", threads=1, zero_stage=options["zero"], checkpoint_every=2
+    )
+    data = samples(folder)
+    if options.get("torn") == rank:
+        data = [
+            replace(sample, images=tuple(folder / "gone" / Path(str(i)).name for i in sample.images)) for sample in data
+        ]
+    config = vlm.TuneConfig(stages=stages, engine=engine, share=2)
+    return vlm.tune(model, processor, data, config, directory=out / "run", callbacks=[hear] if hear else [])
+
+
+def child(folder: Path, out: Path, rank: int, processes: int, port: int, options: dict[str, Any]) -> None:
+    """What every process does: tune, and keep what came out."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    sys.stderr = sys.stdout = (out / f"said-{rank}.txt").open("w", buffering=1)
+    torch.set_num_threads(1)
+    if torch.distributed.is_initialized():  # by an earlier test in the parent
+        torch.distributed.destroy_process_group()
+    heard = []
+
+    def hear(event: Event) -> None:
+        heard.append(event)
+        if event.name == "step_done" and event.step == options.get("stop"):
+            raise KeyboardInterrupt(f"stopped in process {rank}")
+
+    try:
+        result = tuned(folder, out, options, rank, hear)
+        weights = dict(base_of(result.model).state_dict())
+        torch.save({"weights": weights, "losses": result.losses, "heard": len(heard)}, out / f"rank-{rank}.pt")
+    except BaseException:  # noqa: BLE001 - told in the file
+        traceback.print_exc()
+        os._exit(7)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def launch(folder: Path, out: Path, processes: int, **options: Any) -> list[tuple[int | None, str]]:
+    """Tune in so many processes; their exit codes and output. A hang fails. They are forked: imports take long."""
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=child, args=(folder, out, n, processes, port, options)) for n in range(processes)]
+    for process in started:
+        process.start()
+    end = time.monotonic() + SECONDS
+    for process in started:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in started:
+        process.kill()
+    return [(process.exitcode, (out / f"said-{n}.txt").read_text()) for n, process in enumerate(started)]
+
+
+def kept(out: Path, rank: int = 0) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(out / f"rank-{rank}.pt", weights_only=True)
+    return loaded
+
+
+def events(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "run" / "events.jsonl").read_text().splitlines()]
+
+
+def good(results: list[tuple[int | None, str]]) -> None:
+    for code, text in results:
+        assert code == 0, text[-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one plain process makes, LoRA and whole."""
+    made = {}
+    for whole in (False, True):
+        out = tmp_path_factory.mktemp("alone")
+        good(launch(folder, out, 1, zero=0, kind="single", whole=whole))
+        made["whole" if whole else "lora"] = kept(out)
+    return made
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["weights"].keys() == expected["weights"].keys()
+    for ours, theirs in zip(found["losses"], expected["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_shares_of_a_step_are_even_and_whole() -> None:
+    rows = [Row([n], [n], [0], [0], [], 1) for n in range(5)]
+    for micro in (None, 1, 2, 9):
+        for world in (1, 2, 3, 7):
+            parts = [shares(rows, micro, rank, world) for rank in range(world)]
+            assert len({len(part) for part in parts}) == 1
+            assert sorted(row.ids[0] for part in parts for batch in part for row in batch) == list(range(5))
+            assert all(len(batch) <= (micro or 5) for part in parts for batch in part)
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_two_processes_take_the_steps_of_one(folder: Path, alone: dict[str, Any], tmp_path: Path, zero: int) -> None:
+    good(launch(folder, tmp_path, 2, zero=zero, micro=2))
+    first, second = kept(tmp_path, 0), kept(tmp_path, 1)
+    same(first, alone["lora"])
+    for name, tensor in first["weights"].items():
+        assert torch.equal(second["weights"][name], tensor), name
+    assert (first["heard"] > 0, second["heard"]) == (True, 0)
+    assert [e["step"] for e in events(tmp_path) if e["event"] == "step_done"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_a_whole_language_model_in_two_processes(
+    folder: Path, alone: dict[str, Any], tmp_path: Path, zero: int
+) -> None:
+    good(launch(folder, tmp_path, 2, zero=zero, micro=1, whole=True))
+    same(kept(tmp_path), alone["whole"])
+
+
+def test_a_run_of_two_stopped_in_one_process_goes_on_alone(folder: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    (first, told), (second, heard) = launch(folder, tmp_path, 2, zero=2, stop=5)
+    assert (first, second) == (7, 7)
+    assert "KeyboardInterrupt: stopped in process 0" in told
+    assert "process 0 failed: KeyboardInterrupt: stopped in process 0" in heard
+    good(launch(folder, tmp_path, 1, zero=0, kind="single"))
+    found, expected = kept(tmp_path), alone["lora"]
+    assert found["losses"][1] == pytest.approx(expected["losses"][1][2:], rel=1e-5)
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_a_picture_that_one_process_cannot_read_ends_both(folder: Path, tmp_path: Path) -> None:
+    (first, heard), (second, told) = launch(folder, tmp_path, 2, zero=1, torn=1)
+    assert (first, second) == (7, 7)
+    assert "process 1 failed: DataError" in heard
+    assert "No such file or directory" in heard
+    assert "No such file or directory" in told
