@@ -37,9 +37,12 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)
 
 
-def _softplus_(x: Tensor) -> Tensor:
-    """softplus(x), which may take the place of x. On a CPU two vectorised passes are faster than the fused function."""
-    if x.is_cuda or float(x.max()) > 80.0:  # exp overflows float32 at 88
+def _softplus_(x: Tensor, bound: float) -> Tensor:
+    """softplus(x), which may take the place of x. On a CPU two vectorised passes are faster than the fused function.
+
+    Nothing in x is larger than `bound`.
+    """
+    if x.is_cuda or (bound > 80.0 and float(x.max()) > 80.0):  # exp overflows float32 at 88
         return softplus(x)
     return x.exp_().log1p_()
 
@@ -109,8 +112,9 @@ class SigmoidWeights:
 
     def add(self, rows_K: Tensor) -> None:
         for term in self._terms:
+            bound = 1.1 * term.scale + term.bias  # `check` lets no embedding be longer than 1.04
             for _, candidates, slab in term.slabs(rows_K):
-                self._weights[candidates].add_(_softplus_(slab.add_(term.bias)).sum(dim=0), alpha=term.sign)
+                self._weights[candidates].add_(_softplus_(slab.add_(term.bias), bound).sum(dim=0), alpha=term.sign)
 
 
 class SoftmaxWeights:
