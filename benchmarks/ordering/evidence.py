@@ -94,7 +94,7 @@ def tables(result: Mapping[str, Any]) -> str:
     if "claims" in result:
         parts += ["## What was claimed", _claims(result["claims"])]
     for name, sweep in result.get("sweeps", {}).items():
-        parts.append(f"## {SWEEPS[name]} ({result['sweep_seeds']} seeds)")
+        parts.append(f"## {SWEEPS[name]} ({_seeds(sweep)} seeds)")
         parts += [_sweep_table(sweep, metric) for metric in (METRICS if name in APART else ("score",))]
     parts += ["## Settings, chosen on the validation split", _tuning(result["tuning"])]
     return "\n\n".join(parts) + "\n"
@@ -135,6 +135,10 @@ def _claims(claims: Mapping[str, Any]) -> str:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def _seeds(sweep: Mapping[str, Mapping[str, Any]]) -> int:
+    return len(next(iter(next(iter(sweep.values())).values()))["score"]["values"])
 
 
 def _sweep_table(sweep: Mapping[str, Mapping[str, Any]], metric: str) -> str:
