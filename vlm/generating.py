@@ -70,12 +70,7 @@ def answer(
     Raises:
         DataError: if the numbers differ, or a picture cannot be read.
     """
-    if len(images) != len(questions):
-        raise DataError(
-            f"there are {len(images)} pictures and {len(questions)} questions",
-            remedy="give one question for each picture",
-            field="questions",
-        )
+    check_numbers(images, questions)
     base = base_of(model)
     sets: list[tuple[Picture, ...]] = [(one,) if isinstance(one, Picture) else tuple(one) for one in images]
     prompts = [_prompt(processor, question, len(pictures)) for question, pictures in zip(questions, sets, strict=True)]
@@ -94,6 +89,20 @@ def answer(
     finally:
         base.train(was_training)
     return answers
+
+
+def check_numbers(images: Sequence[object], questions: Sequence[str]) -> None:
+    """Refuse questions that are not as many as pictures.
+
+    Raises:
+        DataError: if they are not.
+    """
+    if len(images) != len(questions):
+        raise DataError(
+            f"there are {len(images)} pictures and {len(questions)} questions",
+            remedy="give one question for each picture",
+            field="questions",
+        )
 
 
 def _prompt(processor: LlavaProcessor, question: str, images: int) -> str:

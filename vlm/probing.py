@@ -26,6 +26,7 @@ from aced_sdk.errors import DataError, EngineError
 from aced_sdk.reporting import Progress
 from aced_sdk.towers import DualEncoder
 from vlm.data import Sample
+from vlm.generating import check_numbers
 from vlm.pictures import Picture, open_picture, same_picture
 from vlm.towers import VisionTower, open_tower
 
@@ -84,12 +85,7 @@ class LitModel:
         Raises:
             DataError: if the numbers differ, or a picture cannot be read.
         """
-        if len(images) != len(questions):
-            raise DataError(
-                f"there are {len(images)} pictures and {len(questions)} questions",
-                remedy="give one question for each picture",
-                field="questions",
-            )
+        check_numbers(images, questions)
         different = {same_picture(image): image for image in images}
         order = {name: place for place, name in enumerate(different)}
         places = torch.tensor([order[same_picture(image)] for image in images], dtype=torch.int64)
