@@ -13,16 +13,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from aced_sdk.config import Config, Schedule
 from aced_sdk.engine import factor
-from aced_sdk.errors import DataError, EngineError
+from aced_sdk.errors import ConfigError, DataError, EngineError
 from aced_sdk.reporting import Progress
 from aced_sdk.towers import DualEncoder
 from vlm.data import Sample
@@ -52,6 +52,16 @@ class LitDecoder(Config):
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW; cosine to zero")
     weight_decay: float = Field(0.01, ge=0, description="decoupled")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        if self.width % self.heads:
+            raise ConfigError(
+                f"a width of {self.width} does not divide into {self.heads} heads",
+                remedy="make width a multiple of heads",
+                field="heads",
+            )
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +93,7 @@ class LitModel:
         """One answer for each picture and its question, decoded greedily.
 
         Raises:
-            DataError: if the numbers differ, or a picture cannot be read.
+            DataError: if the numbers differ, a picture cannot be read, or a question is too long.
         """
         check_numbers(images, questions)
         different = {same_picture(image): image for image in images}
@@ -103,7 +113,13 @@ class LitModel:
         for start in range(0, len(order), 2 * _AT_ONCE):
             chosen = order[start : start + 2 * _AT_ONCE]
             rows = [[_START, *ids[number], _ANSWER] for number in chosen]
-            width = max(map(len, rows))
+            width, room = max(map(len, rows)), decoder.text.config.n_positions
+            if width + max_new_tokens > room:
+                raise DataError(
+                    f"a question of {width} tokens and {max_new_tokens} new ones do not fit into {room} places",
+                    remedy="shorten the question, lower max_new_tokens, or train with a larger max_tokens",
+                    field="questions",
+                )
             tokens = torch.tensor([[_PAD] * (width - len(row)) + row for row in rows])
             out = decoder.text.generate(
                 tokens,

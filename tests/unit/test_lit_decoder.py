@@ -116,6 +116,10 @@ def test_what_cannot_be_learned_or_scored_is_refused(tmp_path: Path) -> None:
         vlm.rank_encoders({}, good, samples(3, 1), CONFIG)
     with pytest.raises(ConfigError, match="seeds"):
         vlm.rank_encoders({"a": encoder()}, good, samples(3, 1), CONFIG, seeds=(1, 1))
+    with pytest.raises(ConfigError, match="width of 32 does not divide into 3 heads"):
+        CONFIG.replace(heads=3)
+    with pytest.raises(DataError, match="do not fit into 128 places"):
+        vlm.lit_decoder(encoder(), good, CONFIG.replace(steps=1)).answer(good[0].images, ["why " * 150])
     ranking = vlm.rank_encoders({"a": encoder()}, good, samples(3, 1), CONFIG.replace(steps=1), seeds=(0,))
     with pytest.raises(EvaluationError, match="no accuracy of 'b'"):
         ranking.lead("a", "b")
