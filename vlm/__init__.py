@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vlm.tuning import TuneResult as TuneResult
     from vlm.tuning import tune as tune
     from vlm.vqa import vqa_accuracy as vqa_accuracy
+    from vlm.webdataset import load_webdataset as load_webdataset
 
 _HOME = {
     "Adapt": "config",
@@ -57,6 +58,7 @@ _HOME = {
     "load_llava": "data",
     "load_messages": "data",
     "load_vqav2": "coco",
+    "load_webdataset": "webdataset",
     "push_to_hub": "saving",
     "rank_encoders": "ranking",
     "save": "saving",

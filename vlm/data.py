@@ -75,7 +75,7 @@ def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: 
     if not isinstance(entries, list):
         raise DataError(f"{json_path} holds no list of conversations", remedy="write LLaVA's JSON", field="json_path")
     root = Path(image_root)
-    samples = [_from_llava(entry, index, root) for index, entry in enumerate(entries)]
+    samples = [from_llava(entry, index, root) for index, entry in enumerate(entries)]
     return readable(samples, max_bad_fraction)
 
 
@@ -90,15 +90,24 @@ def load_messages(rows: Iterable[Mapping[str, Any]], max_bad_fraction: float = 0
     Raises:
         DataError: for a malformed row (it is named), or too many unreadable pictures.
     """
-    samples = []
-    for index, row in enumerate(rows):
-        key = str(row.get("id", index))
+    return readable([from_messages(row, index) for index, row in enumerate(rows)], max_bad_fraction)
+
+
+def from_messages(row: Mapping[str, Any], index: int | str) -> Sample:
+    """One row of `load_messages`; `index` names it where it has no `id`."""
+    key = str(row.get("id", index))
+    try:
         messages = [(str(message["role"]), _text_of(message["content"])) for message in row["messages"]]
-        samples.append(_sample(key, messages, tuple(row.get("images") or ()), row))
-    return readable(samples, max_bad_fraction)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"conversation '{key}' is not in the form of messages ({type(error).__name__}: {error})",
+            remedy='write {"messages": [{"role", "content"}], "images": [...]}',
+        ) from error
+    return _sample(key, messages, tuple(row.get("images") or ()), row)
 
 
-def _from_llava(entry: Any, index: int, root: Path) -> Sample:
+def from_llava(entry: Any, index: int | str, root: Path) -> Sample:
+    """One entry of `load_llava`; `index` names it where it has no `id`."""
     key = str(entry.get("id", index)) if isinstance(entry, dict) else str(index)
     try:
         named = entry.get("image", [])

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captions and conversations in WebDataset tars."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from aced_sdk.data.pool import IMAGES, Pool, UnusablePair
+from aced_sdk.errors import DataError
+from aced_sdk.files import whole_file
+from vlm.data import Sample, Samples, from_llava, from_messages, readable
+from vlm.generating import CAPTION_PROMPT
+
+
+def load_webdataset(
+    shards: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    prompt: str = CAPTION_PROMPT,
+    max_bad_fraction: float = 0.02,
+) -> Samples:
+    """Read tars of KEY.png|jpg|webp|bmp with KEY.txt, a caption, or KEY.json, a conversation.
+
+    KEY.json is a conversation if it has `conversations` (`load_llava`) or `messages` (`load_messages`), and then goes
+    before the caption. A conversation has one picture, or none.
+
+    Args:
+        shards: tar files, folders of tars, or patterns with braces.
+        folder: pictures are unpacked here under names made of their contents; those already there are kept.
+        prompt: the question that captions answer.
+        max_bad_fraction: share of samples without words or a readable picture above which nothing is returned.
+
+    Raises:
+        DataError: for a missing or broken tar, a malformed conversation (it is named), too many bad samples, or a
+            folder that cannot be written.
+    """
+    pool = Pool(shards)
+    samples, bare = [], []
+    for row, packed in enumerate(pool.samples):
+        try:
+            samples.append(_sample(pool, row, Path(folder), prompt))
+        except UnusablePair as reason:
+            bare.append(f"sample '{packed.key}': {reason}")
+        except OSError as error:
+            raise DataError(
+                f"the picture of sample '{packed.key}' cannot be unpacked into {folder}: {error}",
+                remedy="free some space, or name a folder that can be written; what is there is kept",
+                field="folder",
+            ) from error
+    if len(bare) > max_bad_fraction * len(pool):
+        raise DataError(
+            f"{len(bare)} of {len(pool)} samples have no picture or no words; the first: {bare[0]}",
+            remedy="give every KEY a picture and a KEY.txt or a conversation, or raise max_bad_fraction",
+            field="max_bad_fraction",
+        )
+    read = readable(samples, max_bad_fraction)
+    return Samples(read.samples, read.skipped + tuple(bare))
+
+
+def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:
+    """One sample of the tars.
+
+    Raises:
+        UnusablePair: if it has no words, or is a caption without a picture.
+    """
+    key, metadata = pool.samples[row].key, pool.metadata(row)
+    picture = _unpack(pool, row, folder)
+    if "conversations" in metadata:
+        return from_llava(metadata | {"image": [picture.name] if picture else []}, key, folder)
+    if "messages" in metadata:
+        return from_messages(metadata | {"images": [picture] if picture else []}, key)
+    text = pool.text(row)
+    if picture is None:
+        raise UnusablePair("no picture")
+    return Sample(key, ((prompt, text),), (picture,), str(metadata.get("kind", "caption")))
+
+
+def _unpack(pool: Pool, row: int, folder: Path) -> Path | None:
+    """The sample's picture as a file; None if it has none. The tar's own names could lead anywhere."""
+    extension = next((e for e in pool.samples[row].members if e in IMAGES), None)
+    if extension is None:
+        return None
+    content = pool.read(row, extension) or b""
+    target = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.{extension}"
+    if not target.exists():
+        with whole_file(target) as temporary:
+            temporary.write_bytes(content)
+    return target
