@@ -177,7 +177,7 @@ def float32_graph(
         ) from error
     if program is None:
         raise ExportError(f"torch gave no graph for the {part} tower", remedy="update torch")
-    model = _clean(program.model_proto)
+    model = clean(program.model_proto)
     onnx.helper.set_model_props(model, metadata)
     check_inference(model, part)
     return model
@@ -201,7 +201,7 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
     _valid(str(path), path.stem)
 
 
-def _clean(model: onnx.ModelProto) -> onnx.ModelProto:
+def clean(model: onnx.ModelProto) -> onnx.ModelProto:
     """Without torch's notes on nodes: stack traces with paths of the machine that exported."""
     for node in model.graph.node:
         del node.metadata_props[:]

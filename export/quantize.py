@@ -21,7 +21,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from export.report import ExportError
+from export.report import ExportError, Quantisation
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -83,6 +83,17 @@ def int8_graph(model: onnx.ModelProto, calibration: Sequence[Feeds], cosine: flo
                     field="int8_cosine",
                 )
     return Quantised(_tidy(made), method, len(nodes) - len(kept), tuple(sorted(kept, key=nodes.index)), found)
+
+
+def described(made: Quantised, own_pictures: int) -> Quantisation:
+    """What a report says of it; `own_pictures` of the calibration's pictures are the user's."""
+    return Quantisation(
+        method=made.method,
+        nodes=made.quantised,
+        kept_float=made.kept,
+        cosine=made.cosine,
+        own_pictures=own_pictures,
+    )
 
 
 def _copied(model: onnx.ModelProto) -> onnx.ModelProto:

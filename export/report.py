@@ -12,6 +12,8 @@ from aced_sdk.errors import AcedError
 
 Part = Literal["vision", "text", "both", "patches"]
 Precision = Literal["fp32", "fp16", "int8"]
+SUFFIX: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
+"""What a precision adds to a file's name."""
 
 
 class ExportError(AcedError):

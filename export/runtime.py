@@ -87,7 +87,7 @@ class OnnxEncoder:
                 )
         wanted_parts = parts or [part for part in graphs if part in ("vision", "text")] or list(graphs)
         graphs = {part: graph for part, graph in graphs.items() if part in wanted_parts}
-        options = _session_options(threads, precision)
+        options = session_options(threads, precision)
         chosen = _providers(providers)
         text = self._manifest["text"]
         self._inputs = {part: tuple(graph["inputs"]) for part, graph in graphs.items()}
@@ -360,7 +360,8 @@ def check_files(folder: Path, hashes: dict[str, str]) -> None:
             raise FolderError(f"{folder / name} is not the file that was exported", remedy="export the student again")
 
 
-def _session_options(threads: int | None, precision: str) -> Any:
+def session_options(threads: int | None, precision: str) -> Any:
+    """onnxruntime.SessionOptions for a graph of this precision."""
     options = onnxruntime.SessionOptions()
     if threads is not None:
         at_least_one(threads=threads)

@@ -26,11 +26,10 @@ from export import check, parity, runtime
 from export.errors import EncoderError, InputError
 from export.graphs import FILES, INPUTS, OUTPUTS, float16_graph, float32_graph, is_large, save_graph
 from export.pictures import open_picture
-from export.quantize import int8_graph
-from export.report import ExportError, ExportReport, Graph, Manifest, Part, Precision, Quantisation, Source
+from export.quantize import described, int8_graph
+from export.report import SUFFIX, ExportError, ExportReport, Graph, Manifest, Part, Precision, Source
 from export.tokenizer import write_tokenizer
 
-_SUFFIX: dict[Precision, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
 _QUANTISED = "_quantized"  # the name under which transformers.js looks for int8, its dtype "q8"
 _PACKAGES = ("aced-sdk", "torch", "onnx", "onnxruntime", "open_clip_torch", "timm", "tokenizers")
 
@@ -86,8 +85,8 @@ def to_onnx(
         EvaluationError: if a task cannot be read.
         UnsupportedError: for students this version cannot export.
     """
-    _known("parts", parts, get_args(Part))
-    _known("precisions", precisions, get_args(Precision))
+    known("parts", parts, get_args(Part))
+    known("precisions", precisions, get_args(Precision))
     if opset < 18:
         raise ConfigError(f"opset {opset} is too old", remedy="take 18 or newer", field="opset")
     if opset < 20 and "fp16" in precisions:
@@ -109,7 +108,7 @@ def to_onnx(
         raise ExportError(
             f"{target} holds something else than an export", remedy="name a new or an empty folder", field="directory"
         )
-    own_pictures, own_calibration = _opened("pictures", pictures), _opened("calibration", calibration)
+    own_pictures, own_calibration = opened("pictures", pictures), opened("calibration", calibration)
     student, source = load_student(student_folder)
     settings = _Settings(parts, precisions, opset, preprocess_in_graph, int8_cosine)
     with whole_folder(target) as folder:
@@ -172,9 +171,14 @@ def verify(directory: str | Path, student_folder: str | PathLike[str] | None = N
     return _compare(folder, manifest, student, manifest.report.min_cosine, [], [])
 
 
-def _known(field: str, values: Sequence[str], known: Sequence[str]) -> None:
-    if isinstance(values, str) or not values or len(set(values)) < len(values) or not set(values) <= set(known):
-        raise ConfigError(f"{field} is {values!r}", remedy=f"give some of {', '.join(known)}, each once", field=field)
+def known(field: str, values: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse values that are not some of the names, each once.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    if isinstance(values, str) or not values or len(set(values)) < len(values) or not set(values) <= set(names):
+        raise ConfigError(f"{field} is {values!r}", remedy=f"give some of {', '.join(names)}, each once", field=field)
 
 
 def load_student(student_folder: str | PathLike[str]) -> tuple[DualEncoder, Source]:
@@ -196,7 +200,12 @@ def load_student(student_folder: str | PathLike[str]) -> tuple[DualEncoder, Sour
     return student, source
 
 
-def _opened(field: str, paths: Sequence[str | Path]) -> list[Image.Image]:
+def opened(field: str, paths: Sequence[str | Path]) -> list[Image.Image]:
+    """The pictures of an argument.
+
+    Raises:
+        ExportError: if one cannot be read.
+    """
     try:
         return [open_picture(path, f"{field}[{n}]", runtime.MAX_PIXELS) for n, path in enumerate(paths)]
     except InputError as error:
@@ -258,20 +267,14 @@ def _write_graphs(
                 field="precisions",
             )
         for precision in settings.precisions:
-            name = f"onnx/{FILES[part]}{_SUFFIX[precision]}.onnx"
+            name = f"onnx/{FILES[part]}{SUFFIX[precision]}.onnx"
             quantised = None
             if precision == "int8":
                 feeds = _feeds(student, part, settings.uint8, pictures, texts)
                 made = int8_graph(model, feeds, settings.int8_cosine)
                 onnx.save_model(made.model, str(folder / name))
                 _link(folder / name, folder / f"onnx/{FILES[part]}{_QUANTISED}.onnx")
-                quantised = Quantisation(
-                    method=made.method,
-                    nodes=made.quantised,
-                    kept_float=made.kept,
-                    cosine=made.cosine,
-                    own_pictures=own,
-                )
+                quantised = described(made, own)
                 if made.method == "static" and not own:
                     warnings.warn(
                         f"the int8 {part} graph was calibrated on built-in pictures; give calibration=[...], pictures "

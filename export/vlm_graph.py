@@ -3,37 +3,55 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import onnx
+import onnxruntime
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from aced_sdk.config import Config
 from aced_sdk.errors import ConfigError, MissingPackageError, ModelError, UnsupportedError
 from aced_sdk.files import sha256, whole_folder, write_json
 from export import parity
-from export.graphs import _clean, check_inference, save_graph
-from export.report import ExportError
+from export.graphs import check_inference, clean, float16_graph, save_graph
+from export.quantize import described, int8_graph
+from export.report import SUFFIX, ExportError, Precision, Quantisation
+from export.runtime import session_options
+from export.save import known, opened
 
-FILE = "onnx/vision_encoder.onnx"  # the name that transformers.js looks for
+NAME = "onnx/vision_encoder"  # what transformers.js looks for, with a precision's suffix
 INPUT, OUTPUT = "pixel_values", "image_features"
 MANIFEST = "export.json"
-_BOUND = 1e-4  # max-abs of image features over the largest of them: they are not normalised
+_LEAST = 0.9  # cosine of any token in any precision: below, the graph is broken
+_BOUND = 1e-4  # fp32's max-abs of image features over the largest of them: they are not normalised
 _PACKAGES = ("aced-sdk", "torch", "onnx", "onnxruntime", "transformers")
 
 
-class VlmVisionReport(Config):
-    """The graph as onnxruntime runs it, against the model in torch."""
+class VlmVisionGraph(Config):
+    """One graph as onnxruntime runs it, against the model in torch."""
 
+    precision: Precision
+    file: str
     max_abs: float = Field(description="largest absolute difference of a component of the image features")
-    largest: float = Field(description="largest absolute value of a component, to judge the difference by")
+    min_cosine: float = Field(description="least cosine of the features of one token")
     bytes: int = Field(description="size of the graph's file")
+    quantised: Quantisation | None = Field(None, description="int8 only: how, and what stayed in float")
+
+
+class VlmVisionReport(Config):
+    """What was checked on save."""
+
+    graphs: tuple[VlmVisionGraph, ...]
+    largest: float = Field(description="largest absolute value of a component, to judge the differences by")
     batch_sizes: tuple[int, ...] = Field(description="batch sizes compared")
 
 
@@ -44,7 +62,6 @@ class VlmVisionManifest(Config):
     kind: Literal["onnx_vlm_vision"] = "onnx_vlm_vision"
     source_weights_sha256: dict[str, str] = Field(description="sha256 of the model's weight files, by name")
     model_type: str = Field(description="transformers' name of the model's kind")
-    file: str = FILE
     input: str = Field(INPUT, description="float32 [N, 3, height, width], as the image processor gives")
     output: str = Field(OUTPUT, description="float32 [N, tokens, width], what replaces the image tokens' embeddings")
     size: tuple[int, int] = Field(description="height and width of a prepared picture")
@@ -78,27 +95,40 @@ class _Features(nn.Module):
         return features.flatten(1, -2)  # a projector that merges tokens may leave rows and columns
 
 
-def vlm_vision_to_onnx(vlm_folder: str | PathLike[str], directory: str | Path, *, opset: int = 20) -> VlmVisionReport:
+def vlm_vision_to_onnx(
+    vlm_folder: str | PathLike[str],
+    directory: str | Path,
+    *,
+    precisions: Sequence[Precision] = ("fp32",),
+    calibration: Sequence[str | Path] = (),
+    int8_cosine: float = 0.99,
+    opset: int = 20,
+) -> VlmVisionReport:
     """Write the vision tower and the projector of a saved vision-language model as one graph, verified against torch.
 
     The folder holds `onnx/vision_encoder.onnx` (`pixel_values` float32 [N, 3, height, width] -> `image_features`
-    float32 [N, tokens, width], N free), `preprocessor_config.json` and the manifest `export.json`. It appears whole or
-    not at all; an older export there is replaced.
+    float32 [N, tokens, width], N free), with `_fp16` and `_int8` beside it where asked for, `preprocessor_config.json`
+    and the manifest `export.json`. It appears whole or not at all; an older export there is replaced.
 
     Args:
         vlm_folder: a LLaVA, FastVLM or Aya Vision folder of transformers, such as `vlm.save` writes.
         directory: the folder to write.
+        precisions: of the files.
+        calibration: pictures that int8 is made and judged by; without any, built-in ones.
+        int8_cosine: least cosine of a token's features that int8 keeps on them; what costs more stays in float.
         opset: ONNX operator set, 18 or newer.
 
     Raises:
         ModelError: if the folder cannot be loaded.
-        ConfigError: for an opset below 18.
+        ConfigError: for an opset below 18, or an unknown precision.
         UnsupportedError: for other models, and for adapters that lie apart.
-        ExportError: if torch cannot export the tower, the graph does not agree with torch, or the directory holds
-            something else.
+        ExportError: if torch cannot export the tower, a graph does not agree with torch, a calibration picture cannot
+            be read, or the directory holds something else.
     """
     if opset < 18:
         raise ConfigError(f"opset {opset} is too old", remedy="take 18 or newer", field="opset")
+    known("precisions", precisions, get_args(Precision))
+    own = opened("calibration", calibration)
     if find_spec("onnxscript") is None:
         raise MissingPackageError("onnxscript is not installed", remedy="install aced-sdk[export]")
     target = Path(directory)
@@ -112,8 +142,8 @@ def vlm_vision_to_onnx(vlm_folder: str | PathLike[str], directory: str | Path, *
     pixels = image_processor(images=images, return_tensors="pt")["pixel_values"]
     features = _Features(model).eval()
     with torch.no_grad():
-        own = model.get_image_features(pixels).pooler_output
-        want = torch.stack(list(own)).flatten(1, -2)
+        theirs = model.get_image_features(pixels).pooler_output
+        want = torch.stack(list(theirs)).flatten(1, -2)
         wrong = float((features(pixels) - want).abs().max())
     if not wrong <= _BOUND * float(want.abs().max()):
         raise ExportError(
@@ -125,9 +155,24 @@ def vlm_vision_to_onnx(vlm_folder: str | PathLike[str], directory: str | Path, *
     graph = _graph(features, pixels[:2], opset, {f"source_{name}": digest for name, digest in weights.items()})
     with whole_folder(target) as folder:
         (folder / "onnx").mkdir()
-        save_graph(graph, folder / FILE)
+        judged = image_processor(images=own, return_tensors="pt")["pixel_values"] if own else pixels
+        feeds = [{INPUT: one[None].numpy()} for one in judged]
+        graphs = []
+        for precision in precisions:
+            file, quantised = f"{NAME}{SUFFIX[precision]}.onnx", None
+            if precision == "int8":
+                made = int8_graph(graph, feeds, int8_cosine)
+                onnx.save_model(made.model, str(folder / file))
+                quantised = described(made, len(own))
+            elif precision == "fp16":
+                onnx.save_model(float16_graph(graph), str(folder / file))
+            else:
+                save_graph(graph, folder / file)
+            graphs.append(_compared(folder, file, precision, pixels, want, quantised))
         image_processor.save_pretrained(folder)
-        report = _compared(folder / FILE, pixels, want)
+        report = VlmVisionReport(
+            graphs=tuple(graphs), largest=float(want.abs().max()), batch_sizes=_batch_sizes(len(pixels))
+        )
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         manifest = VlmVisionManifest(
             source_weights_sha256=weights,
@@ -193,26 +238,46 @@ def _graph(features: _Features, example: Tensor, opset: int, metadata: dict[str,
         ) from error
     if program is None:
         raise ExportError("torch gave no graph for this vision tower", remedy="update torch")
-    model = _clean(program.model_proto)
+    model = clean(program.model_proto)
     onnx.helper.set_model_props(model, metadata)
     check_inference(model, "vision")
     return model
 
 
-def _compared(file: Path, pixels: Tensor, want: Tensor) -> VlmVisionReport:
-    import onnxruntime
+def _batch_sizes(pictures: int) -> tuple[int, ...]:
+    return tuple(size for size in parity.BATCH_SIZES if size <= pictures)
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    sizes = tuple(size for size in parity.BATCH_SIZES if size <= len(pixels))
-    max_abs = 0.0
-    for size in sizes:
-        (got,) = session.run([OUTPUT], {INPUT: pixels[:size].numpy()})
-        max_abs = max(max_abs, float((torch.from_numpy(got) - want[:size]).abs().max()))
+
+def _compared(
+    folder: Path, file: str, precision: Precision, pixels: Tensor, want: Tensor, quantised: Quantisation | None
+) -> VlmVisionGraph:
+    """What onnxruntime makes of the built-in pictures, beside torch; fp32 is refused where they do not agree.
+
+    fp16 and int8 differ by nature: int8 was held to its own limit when it was made.
+    """
+    session = onnxruntime.InferenceSession(
+        str(folder / file), session_options(None, precision), ["CPUExecutionProvider"]
+    )
+    max_abs, least = 0.0, 1.0
+    for size in _batch_sizes(len(pixels)):
+        (out,) = session.run([OUTPUT], {INPUT: pixels[:size].numpy()})
+        got = torch.from_numpy(out)
+        max_abs = max(max_abs, float((got - want[:size]).abs().max()))
+        least = min(least, float(functional.cosine_similarity(got, want[:size], dim=-1).min()))
     largest = float(want.abs().max())
-    if not max_abs <= _BOUND * largest:  # also where a value is not a number
+    bound = _BOUND * largest if precision == "fp32" else math.inf
+    if not (max_abs <= bound and math.isfinite(max_abs) and least >= _LEAST):  # also where a value is not a number
         raise ExportError(
-            f"the graph differs from torch by {max_abs:.1e} where values reach {largest:.1e}",
+            f"the {precision} graph differs from torch by {max_abs:.1e} where values reach {largest:.1e}, and its "
+            f"least cosine is {least:.4f}",
             remedy="try another opset, and report it with the model's config",
-            field="opset",
+            field="precisions" if precision != "fp32" else "opset",
         )
-    return VlmVisionReport(max_abs=max_abs, largest=largest, bytes=file.stat().st_size, batch_sizes=sizes)
+    return VlmVisionGraph(
+        precision=precision,
+        file=file,
+        max_abs=max_abs,
+        min_cosine=least,
+        bytes=(folder / file).stat().st_size,
+        quantised=quantised,
+    )

@@ -12,6 +12,7 @@ import aced_sdk as aced
 import vlm
 from aced_sdk.files import write_json
 from benchmarks.vlm_quality.data import Exam
+from vlm.scoring import Metric
 
 
 def tuning(align_steps: int, adapt_steps: int, seed: int, precision: str, threads: int) -> vlm.TuneConfig:
@@ -47,7 +48,11 @@ def run(vision: Path, language: Path, exam: Exam, config: vlm.TuneConfig, direct
     model, processor = vlm.build(vision=vision, language=language)
     tuned = vlm.tune(model, processor, exam.train, config, directory=directory / "tuning")
     began = time.perf_counter()
-    asked = {"questions": ("accuracy", 6), "captions": ("captions", 16), "easy_vqa": ("accuracy", 4)}
+    asked: dict[str, tuple[Metric, int]] = {
+        "questions": ("accuracy", 6),
+        "captions": ("captions", 16),
+        "easy_vqa": ("accuracy", 4),
+    }
     scores = {
         part: vlm.evaluate(
             tuned.model, processor, getattr(exam, part), metric=metric, max_new_tokens=longest, batch_size=64

@@ -62,7 +62,7 @@ def compare(folder: Path, target: Path) -> onnx.ModelProto:
     """The graph beside transformers alone, several batch sizes; the graph."""
     report = export.vlm_vision_to_onnx(folder, target)
     manifest = json.loads((target / "export.json").read_text())
-    file = target / manifest["file"]
+    file = target / manifest["report"]["graphs"][0]["file"]
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     prepare = AutoImageProcessor.from_pretrained(target)  # what it needs lies beside the graph
     pixels = prepare(images=[image.convert("RGB") for image in pictures()], return_tensors="pt")["pixel_values"]
@@ -75,7 +75,7 @@ def compare(folder: Path, target: Path) -> onnx.ModelProto:
         assert got.shape == (count, manifest["tokens"], manifest["width"])
         np.testing.assert_allclose(got, want[:count], atol=1e-4 * np.abs(want).max())
     assert tuple(pixels.shape[2:]) == tuple(manifest["size"])
-    assert manifest["report"]["max_abs"] == report.max_abs <= 1e-4 * report.largest
+    assert manifest["report"]["graphs"][0]["max_abs"] == report.graphs[0].max_abs <= 1e-4 * report.largest
     assert manifest["files"] == {name: sha256(target / name) for name in manifest["files"]}
     assert manifest["source_weights_sha256"] == {"model.safetensors": sha256(folder / "model.safetensors")}
     return onnx.load(file)
@@ -126,3 +126,28 @@ def test_what_is_no_model_or_cannot_be_exported(folder: Path, tmp_path: Path) ->
     with pytest.raises(export.ExportError, match="holds something else"):
         export.vlm_vision_to_onnx(folder, tmp_path / "o")
     assert (tmp_path / "o/mine.txt").read_text() == "mine"
+
+
+def test_smaller_precisions(folder: Path, tmp_path: Path) -> None:
+    report = export.vlm_vision_to_onnx(folder, tmp_path / "o", precisions=("fp32", "fp16", "int8"), int8_cosine=0.98)
+    by_precision = {graph.precision: graph for graph in report.graphs}
+    assert by_precision["fp32"].bytes > by_precision["fp16"].bytes
+    assert by_precision["fp32"].bytes > by_precision["int8"].bytes
+    assert by_precision["fp16"].min_cosine > 0.9999
+    quantised = by_precision["int8"].quantised
+    assert quantised is not None
+    assert quantised.cosine >= 0.98
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 16, 16), np.float32)
+    outs = {
+        graph.precision: onnxruntime.InferenceSession(str(tmp_path / "o" / graph.file)).run(
+            None, {"pixel_values": pixels}
+        )[0]
+        for graph in report.graphs
+        if graph.precision != "fp16"  # needs the runtime's lower optimisation level
+    }
+    assert 0 < np.abs(outs["int8"] - outs["fp32"]).max() < 0.5 * np.abs(outs["fp32"]).max()
+    with pytest.raises(export.ExportError, match="calibration"):
+        export.vlm_vision_to_onnx(folder, tmp_path / "p", precisions=("int8",), calibration=[folder / "config.json"])
+    with pytest.raises(ConfigError, match="precisions is"):
+        export.vlm_vision_to_onnx(folder, tmp_path / "p", precisions=("int4",))  # type: ignore[arg-type]
+    assert not (tmp_path / "p").exists()
