@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlm.generating import answer as answer
     from vlm.generating import caption as caption
     from vlm.generating import stream_answer as stream_answer
+    from vlm.gguf import save_gguf as save_gguf
     from vlm.metrics import caption_scores as caption_scores
     from vlm.probing import LitDecoder as LitDecoder
     from vlm.probing import lit_decoder as lit_decoder
@@ -62,6 +63,7 @@ _HOME = {
     "push_to_hub": "saving",
     "rank_encoders": "ranking",
     "save": "saving",
+    "save_gguf": "gguf",
     "stream_answer": "generating",
     "tune": "tuning",
     "vqa_accuracy": "vqa",
