@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,21 +121,6 @@ def _to_four_bits(model: Any, names: list[str]) -> None:
 def part_of(name: str) -> str:
     """Which part of the model a parameter belongs to."""
     return next(part for part, mark in _PARTS.items() if mark in name)
-
-
-@contextmanager
-def tower_apart(model: Any) -> Iterator[None]:
-    """Take the frozen tower out of the model while an engine is built around it.
-
-    Each process runs it on pictures of its own, so it must not be shared out between processes, whose exchanges would
-    wait for one another.
-    """
-    tower = model.model.vision_tower
-    model.model.vision_tower = nn.Identity()
-    try:
-        yield
-    finally:
-        model.model.vision_tower = tower
 
 
 def table(model: nn.Module) -> dict[str, dict[str, int]]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,21 @@ if TYPE_CHECKING:
 class AnswerLoss(nn.Module):
     """A LLaVA model as engines hold it during tuning: tensors in, the summed loss out.
 
+    The vision tower is no part of it: its features come from outside. Each process runs the tower on pictures of its
+    own, so an engine must not share it out between processes, whose exchanges would wait for one another.
+
     Args:
-        model: its projector, language model and head are run; the tower's features come from outside.
+        model: its projector, language model and head are held, under the names that they have in it.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
-        self.model = model
+        self.image_token = model.config.image_token_id
+        self.model: Any = nn.Module()
+        self.model.model = nn.Module()
+        self.model.model.multi_modal_projector = model.model.multi_modal_projector
+        self.model.model.language_model = model.model.language_model
+        self.model.lm_head = model.lm_head
 
     def forward(
         self, features: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor, owners: Tensor
@@ -39,18 +47,18 @@ class AnswerLoss(nn.Module):
             segments: int64 [R, L].
             owners: int64 [R, L].
         """
-        llava = self.model
-        words = llava.get_input_embeddings()(ids)
-        projected = llava.model.multi_modal_projector(features).flatten(0, 1).to(words.dtype)
-        words = words.masked_scatter((ids == llava.config.image_token_id).unsqueeze(-1), projected)
-        out = llava.model.language_model(
+        parts = self.model.model
+        words = parts.language_model.get_input_embeddings()(ids)
+        projected = parts.multi_modal_projector(features).flatten(0, 1).to(words.dtype)
+        words = words.masked_scatter((ids == self.image_token).unsqueeze(-1), projected)
+        out = parts.language_model(
             inputs_embeds=words,
             attention_mask=attention_mask(segments, owners, words.dtype),
             position_ids=positions,
             use_cache=False,
         )
         wanted = targets != IGNORED
-        logits = llava.lm_head(out.last_hidden_state[wanted])
+        logits = self.model.lm_head(out.last_hidden_state[wanted])
         return functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
 
 

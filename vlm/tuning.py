@@ -38,7 +38,7 @@ from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.files import tensor_digest, write_json
 from aced_sdk.reporting import JsonlWriter, Progress
-from vlm.adapters import base_of, check_saved, has_adapter, prepare, shown, snapshot, table, tower_apart
+from vlm.adapters import base_of, check_saved, has_adapter, prepare, shown, snapshot, table
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data import Sample
 from vlm.language import reads
@@ -146,7 +146,7 @@ def tune(
     Raises:
         ConfigError: if the directory holds a run of another config or other data.
         EngineError: if losses stay non-finite, or what was saved is not what was trained.
-        UnsupportedError: for several processes or ZeRO without DeepSpeed, for stage 3, and a model with adapters.
+        UnsupportedError: for several processes or ZeRO without DeepSpeed, QLoRA at stage 3, and a model with adapters.
     """
     launch = read_launch()
     _check_engine(config, launch)
@@ -188,10 +188,13 @@ def tune(
 
 
 def _check_engine(config: TuneConfig, launch: Launch) -> None:
-    """Refuse what the plain engine cannot do, and stage 3."""
-    if config.engine.zero_stage == 3:
+    """Refuse what the plain engine cannot do, and 4-bit weights at stage 3."""
+    four_bits = any(isinstance(stage, Adapt) and stage.lora and stage.lora.qlora for stage in config.stages)
+    if config.engine.zero_stage == 3 and four_bits:
         raise UnsupportedError(
-            "tuning does not run under ZeRO stage 3", remedy="set engine.zero_stage to 2", field="engine.zero_stage"
+            "QLoRA does not run under ZeRO stage 3, which cannot share out 4-bit weights",
+            remedy="set engine.zero_stage to 2, or leave out qlora=True",
+            field="engine.zero_stage",
         )
     if config.engine.kind == "single" and launch.world_size > 1:
         raise UnsupportedError(
@@ -256,9 +259,8 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
     model.model.vision_tower.eval()
     module = AnswerLoss(model)
     start = snapshot(module)
-    run.parameters.append(table(module))
-    with tower_apart(model):
-        engine = build_engine(module, config.engine, optimizer)
+    run.parameters.append(table(model))
+    engine = build_engine(module, config.engine, optimizer)
     model.model.vision_tower.to(engine.device)
     folder = run.directory / f"stage-{number}-{stage.stage}"
     done = _restore(folder, engine)

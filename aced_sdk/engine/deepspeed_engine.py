@@ -24,8 +24,21 @@ from aced_sdk.engine.state import load_weights, optimizer_state, read_state, sav
 from aced_sdk.errors import ConfigError, MissingPackageError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# what DeepSpeed's stage 3 hangs on modules
-_LEFT_BEHIND = ("_external_params", "_original_parameters", "ds_external_parameters", "all_parameters")
+_BUCKET = 500_000_000  # DeepSpeed's own choice, in parameters
+# what DeepSpeed's stage 3 hangs on modules; the next engine around them would call the functions of the last one
+_LEFT_BEHIND = (
+    "_external_params",
+    "_original_parameters",
+    "all_parameters",
+    "applied_pre_backward_ref_cnt",
+    "ds_external_parameters",
+    "ds_grads_remaining",
+    "ds_id",
+    "ds_inflight_param_registry",
+    "ds_recompute_parameters",
+    "post_bwd_fn",
+    "pre_bwd_fn",
+)
 
 
 class DeepSpeed:
@@ -52,12 +65,15 @@ class DeepSpeed:
             self._engine, *_ = deepspeed.initialize(
                 model=self.module,
                 optimizer=self.optimizer,
-                config=deepspeed_json(config, optimizer),
+                config=deepspeed_json(config, optimizer, sum(parameter.numel() for parameter in self._trained)),
                 dist_init_required=False,
             )
 
     def forward(self, *inputs: Any) -> Any:
         # DeepSpeed's own forward switches autocast off around the module; stage 3's gathering hooks are on the module.
+        # What else it does is to count the micro-batches: without, stage 3 keeps the last one's gradient alone.
+        if self.config.zero_stage:
+            self._engine.optimizer.clear_backward_seen_flag()
         with precision(self.config, self.device):
             return self.module(*inputs)
 
@@ -132,11 +148,13 @@ class DeepSpeed:
     def release(self) -> None:
         """Put parameters of the same values, of which DeepSpeed knows nothing, into the place of its own."""
         plain: dict[int, nn.Parameter] = {}
-        for parameter in self.module.parameters():
-            if parameter.requires_grad or hasattr(parameter, "ds_id"):
-                with self._whole(parameter):
-                    plain[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        held = [p for p in self.module.parameters() if p.requires_grad or hasattr(p, "ds_id")]
+        for parameter in held:
+            with self._whole(parameter):
+                plain[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         self._engine.destroy()
+        for parameter in held:  # caches of DeepSpeed hold the parameters on, but not with this process's shares of them
+            parameter.__dict__.pop("ds_tensor", None)
         for part in self.module.modules():
             for name in _LEFT_BEHIND:
                 part.__dict__.pop(name, None)
@@ -225,8 +243,13 @@ def _scalars_broadcast(module: nn.Module) -> Iterator[None]:
             del parameter.ds_optim_param  # type: ignore[attr-defined]
 
 
-def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
+def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig, trained: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a run: what the typed fields say, with the user's own JSON laid over it.
+
+    Args:
+        config: ZeRO stage and the user's JSON.
+        optimizer: its clipping.
+        trained: how many parameters are trained.
 
     Raises:
         ConfigError: if the user's file cannot be read or sets what the typed fields decide.
@@ -240,6 +263,8 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig) -> dict[str
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if config.zero_stage == 3:  # it allocates a bucket at the start, of 2 GB if nothing is said
+        base["zero_optimization"]["reduce_bucket_size"] = min(trained, _BUCKET)
     given = config.deepspeed
     if isinstance(given, Path):
         try:
@@ -257,5 +282,7 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig) -> dict[str
                 remedy='remove it or write "auto"; use optimizer, schedule and engine.precision',
                 field="engine.deepspeed",
             )
-        base[key] = base[key] | value if isinstance(base.get(key), dict) and isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = base.get(key, {}) | {name: inner for name, inner in value.items() if inner != "auto"}
+        base[key] = value
     return base

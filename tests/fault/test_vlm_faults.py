@@ -281,8 +281,9 @@ def test_another_config_or_other_data_do_not_go_on(model: Any, folders: tuple[Pa
 
 
 def test_known_limits_are_told_before_the_start(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sharded = config(engine=Engine(kind="deepspeed", zero_stage=3))
-    with pytest.raises(UnsupportedError, match=r"field: engine\.zero_stage"):
+    quantised = vlm.Adapt(steps=1, lora=vlm.Lora(qlora=True))
+    sharded = vlm.TuneConfig(stages=[quantised], engine=Engine(kind="deepspeed", zero_stage=3))
+    with pytest.raises(UnsupportedError, match=r"QLoRA does not run .*field: engine\.zero_stage"):
         vlm.tune(*model, samples(), sharded, directory=tmp_path / "a")
     with monkeypatch.context() as launched:
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):

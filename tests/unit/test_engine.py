@@ -30,17 +30,17 @@ from aced_sdk.engine.deepspeed_engine import deepspeed_json
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 
 OPTIMIZER = Optimizer(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
-KINDS = [("single", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
+KINDS = [("single", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 
 
 class Small(nn.Module):
-    """Two layers, a scalar and a statistic, and a frozen layer."""
+    """Two layers, a scale and a statistic, and a frozen layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.layers = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 1))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.layers(self.frozen(x))
@@ -49,7 +49,7 @@ class Small(nn.Module):
 def made(kind: str, stage: int, **changes: Any) -> Engine:
     torch.manual_seed(0)
     config = EngineConfig(kind=kind, zero_stage=stage, device="cpu", **changes)
-    return build_engine(Small(), config, OPTIMIZER)
+    return build_engine(Small((1,) if stage == 3 else ()), config, OPTIMIZER)  # stage 3 takes no 0-dim parameters
 
 
 def data(step: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,8 @@ def take(engine: Engine, steps: range, parts: int = 1) -> list[float]:
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in engine.module.state_dict().items()}
+    """What is trained; under stage 3 the module itself has stubs of it."""
+    return {name: tensor.clone() for name, tensor in engine.weights().items()}
 
 
 # -- schedule and launch ------------------------------------------------------------------------------------------
@@ -129,31 +130,34 @@ def test_a_thread_limit_ends_with_its_block() -> None:
 
 
 def test_the_users_deepspeed_json_lies_over_the_typed_fields(tmp_path: Path) -> None:
-    given = {"zero_optimization": {"reduce_bucket_size": 1000}, "train_batch_size": "auto", "flops_profiler": {}}
+    zero = {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": "auto"}
+    given = {"zero_optimization": zero, "train_batch_size": "auto", "flops_profiler": {}}
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps(given))
     for value in (given, path):
-        result = deepspeed_json(EngineConfig(zero_stage=2, deepspeed=value), OPTIMIZER)
+        result = deepspeed_json(EngineConfig(zero_stage=2, deepspeed=value), OPTIMIZER, 7)
         assert result["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
         assert result["gradient_clipping"] == 0.5
-        assert deepspeed_json(EngineConfig(), OPTIMIZER)["gradient_clipping"] == 0  # stage 0 is clipped by the engine
+        assert deepspeed_json(EngineConfig(), OPTIMIZER, 7)["gradient_clipping"] == 0  # the engine clips at stage 0
         assert "train_batch_size" not in result
         assert result["flops_profiler"] == {}
+        sharded = [deepspeed_json(EngineConfig(zero_stage=3, deepspeed=given), OPTIMIZER, 7) for given in (value, None)]
+        assert [each["zero_optimization"]["reduce_bucket_size"] for each in sharded] == [1000, 7]
 
 
 @pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "bf16", "gradient_clipping"])
 def test_a_deepspeed_json_that_contradicts_the_config_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=f"sets '{key}'") as caught:
-        deepspeed_json(EngineConfig(deepspeed={key: {"type": "Adam"}}), OPTIMIZER)
+        deepspeed_json(EngineConfig(deepspeed={key: {"type": "Adam"}}), OPTIMIZER, 7)
     assert caught.value.field == "engine.deepspeed"
-    deepspeed_json(EngineConfig(deepspeed={key: "auto"}), OPTIMIZER)
+    deepspeed_json(EngineConfig(deepspeed={key: "auto"}), OPTIMIZER, 7)
 
 
 def test_a_deepspeed_json_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text("{")
     for path in (tmp_path / "none.json", tmp_path / "torn.json"):
         with pytest.raises(ConfigError, match="cannot read"):
-            deepspeed_json(EngineConfig(deepspeed=path), OPTIMIZER)
+            deepspeed_json(EngineConfig(deepspeed=path), OPTIMIZER, 7)
 
 
 # -- steps --------------------------------------------------------------------------------------------------------
@@ -187,11 +191,12 @@ def test_every_engine_takes_the_steps_that_torch_takes(kind: str, stage: int, pa
     engine = made(kind, stage)
     start = weights(engine)
     assert take(engine, range(5), parts) == pytest.approx(norms, rel=1e-4)
-    found = weights(engine)
+    engine.release()
+    found = engine.module.state_dict()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+        torch.testing.assert_close(found[name].reshape(tensor.shape), tensor, atol=1e-6, rtol=1e-5, msg=name)
     assert not torch.equal(found["layers.0.weight"], start["layers.0.weight"])
-    assert torch.equal(found["frozen.weight"], start["frozen.weight"])
+    assert torch.equal(found["frozen.weight"], expected["frozen.weight"])
 
 
 @pytest.mark.parametrize(("kind", "stage"), KINDS)
@@ -206,6 +211,21 @@ def test_a_kept_engine_goes_on_exactly(kind: str, stage: int, tmp_path: Path) ->
     take(again, range(3, 5))
     for name, tensor in weights(engine).items():
         assert torch.equal(weights(again)[name], tensor), name
+
+
+@pytest.mark.parametrize(("kind", "stage"), KINDS)
+def test_a_module_given_back_trains_on_in_another_engine(kind: str, stage: int) -> None:
+    found = []
+    for each in ((kind, stage), ("single", 0)):
+        first = made(*each)
+        take(first, range(3))
+        first.release()
+        second = build_engine(first.module, EngineConfig(kind=each[0], zero_stage=each[1], device="cpu"), OPTIMIZER)
+        take(second, range(3, 5))
+        second.release()
+        found.append(second.module.state_dict())
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(found[0][name].reshape(tensor.shape), tensor, atol=1e-6, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
