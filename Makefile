@@ -31,9 +31,10 @@ lint: $(READY)
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
-## each benchmark prints one JSON object; `ordering` trains some hundred students and takes more than an hour
+## each benchmark prints one JSON object; `ordering` trains some hundred students and takes more than an hour; those that
+## need a demo with FULL=1 (lit_decoder, vlm_quality) or trl (vlm_step) are started by hand
 bench: $(READY)
-	for name in selection cache step $(if $(ORDERING),ordering); do $(RUN) -m benchmarks.$$name || exit 1; done
+	for name in selection cache step onnx service $(if $(ORDERING),ordering); do $(RUN) -m benchmarks.$$name || exit 1; done
 
 ## run every code block of README.md and docs/
 docs: $(READY)
