@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aced_sdk.errors import ModelError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -42,11 +44,20 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
     ChatML, Llama 3's turns or Gemma's where the vocabulary has the marks, else `USER: ... ASSISTANT: ...` as LLaVA-1.5
     writes it.
+
+    Raises:
+        ModelError: if no token of the tokenizer can end an answer.
     """
     vocabulary = tokenizer.get_vocab()
     for opening, end, after, assistant in _TURNS.values():
         if opening.split("ROLE")[0] in vocabulary and end in vocabulary:
             return _template(opening, end, after, assistant), end
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "the tokenizer has no token that ends a text, so that answers would never end",
+            remedy="set eos_token in its tokenizer_config.json",
+            field="language",
+        )
     return _PLAIN, str(tokenizer.eos_token)
 
 

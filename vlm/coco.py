@@ -90,10 +90,16 @@ def load_vqav2(
         image_name or f"COCO_{asked.get('data_subtype', '') if isinstance(asked, dict) else ''}_{{image_id:012d}}.jpg"
     )
     fields = ("question_id", "image_id", "answer_type", "multiple_choice_answer", "answers")
-    replies = {entry["question_id"]: entry for entry in _records(answered, "annotations", fields, annotations)}
+    answering = _records(answered, "annotations", fields, annotations)
+    replies = {entry["question_id"]: entry for entry in answering}
     asking = _records(asked, "questions", ("question_id", "image_id", "question"), questions)
     numbers = [entry["question_id"] for entry in asking]
-    if odd := sorted(replies.keys() ^ set(numbers)):
+    for file, count, ids in ((questions, len(asking), set(numbers)), (annotations, len(answering), replies.keys())):
+        if len(ids) < count:
+            raise DataError(
+                f"{file} has {count} entries for {len(ids)} questions", remedy="leave one entry for each question_id"
+            )
+    if odd := sorted(replies.keys() ^ set(numbers), key=str):
         here = questions if odd[0] in replies else annotations
         raise DataError(
             f"{len(odd)} questions stand in one file alone; the first: {odd[0]} is not in {here}",
@@ -112,7 +118,7 @@ def load_vqav2(
         try:
             path = Path(image_root) / name.format(image_id=entry["image_id"])
             people = tuple(str(one["answer"]) for one in reply["answers"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(
                 f"question {key} has no picture name or answers in VQAv2's form ({type(error).__name__}: {error})",
                 remedy="write image_name with {image_id} alone, and answers as [{'answer'}]",
@@ -137,4 +143,11 @@ def _records(content: Any, part: str, fields: tuple[str, ...], path: str | Path)
             raise DataError(
                 f"number {index} of '{part}' in {path} has no {', '.join(lacking)}", remedy="correct the entry"
             )
+        for name in fields:
+            kinds = str | int if name.endswith("_id") or name == "id" else str
+            if name != "answers" and not isinstance(entry[name], kinds):
+                raise DataError(
+                    f"number {index} of '{part}' in {path} has {entry[name]!r:.60} for its {name}",
+                    remedy="correct the entry",
+                )
     return found

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,31 @@ class Sample:
     images: tuple[Picture, ...] = ()
     kind: str = ""
     answers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what is easily written wrong by hand.
+
+        Raises:
+            DataError: if the fields are not in this form.
+        """
+        given: Any = self  # by people, whatever the types say
+        wrong = [
+            name
+            for name, kind, values in (
+                ("turns", list | tuple, given.turns),
+                ("images", Picture, given.images),
+                ("answers", str, given.answers),
+            )
+            if not isinstance(values, list | tuple) or not all(isinstance(value, kind) for value in values)
+        ]
+        if not wrong and not all(len(turn) == 2 and all(isinstance(x, str) for x in turn) for turn in given.turns):
+            wrong = ["turns"]
+        if wrong:
+            raise DataError(
+                f"the {wrong[0]} of conversation '{self.key}' are {getattr(self, wrong[0])!r:.100}",
+                remedy="write turns=((question, answer),), images=(path or PIL picture,), answers=(text,)",
+                field=wrong[0],
+            )
 
 
 @dataclass(frozen=True)
@@ -95,36 +121,50 @@ def load_messages(rows: Iterable[Mapping[str, Any]], max_bad_fraction: float = 0
 
 def from_messages(row: Mapping[str, Any], index: int | str) -> Sample:
     """One row of `load_messages`; `index` names it where it has no `id`."""
-    key = str(row.get("id", index))
+    key = _key(row, index)
     try:
         messages = [(str(message["role"]), _text_of(message["content"])) for message in row["messages"]]
+        shown = row.get("images", row.get("image"))
+        images = (shown,) if isinstance(shown, Picture) else tuple(shown or ())
+        return _sample(key, messages, images, row)
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(
             f"conversation '{key}' is not in the form of messages ({type(error).__name__}: {error})",
             remedy='write {"messages": [{"role", "content"}], "images": [...]}',
         ) from error
-    return _sample(key, messages, tuple(row.get("images") or ()), row)
 
 
 def from_llava(entry: Any, index: int | str, root: Path) -> Sample:
     """One entry of `load_llava`; `index` names it where it has no `id`."""
-    key = str(entry.get("id", index)) if isinstance(entry, dict) else str(index)
+    key = _key(entry, index)
     try:
-        named = entry.get("image", [])
-        messages = [(str(turn["from"]), str(turn["value"])) for turn in entry["conversations"]]
+        named = entry.get("image") or []
+        messages = [(str(turn["from"]), _words(turn["value"])) for turn in entry["conversations"]]
+        images = tuple(root / name for name in ([named] if isinstance(named, str) else named))
+        return _sample(key, messages, images, entry)
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(
             f"conversation '{key}' is not in LLaVA's form ({type(error).__name__}: {error})",
             remedy='write {"id", "image", "conversations": [{"from", "value"}]}',
         ) from error
-    images = tuple(root / name for name in ([named] if isinstance(named, str) else named))
-    return _sample(key, messages, images, entry)
+
+
+def _key(entry: Any, index: int | str) -> str:
+    found = entry.get("id") if isinstance(entry, Mapping) else None
+    return str(index if found is None else found)
+
+
+def _words(value: Any) -> str:
+    """A text, or a number as one; anything else would become words that nobody wrote."""
+    if not isinstance(value, str | int | float):
+        raise TypeError(f"{value!r:.60} is no text")
+    return str(value)
 
 
 def _text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "".join(IMAGE if part["type"] == "image" else str(part["text"]) for part in content)
+    return "".join(IMAGE if part["type"] == "image" else _words(part["text"]) for part in content)
 
 
 def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ...], extra: Mapping[str, Any]) -> Sample:
@@ -144,13 +184,21 @@ def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ..
         raise UnsupportedError(
             f"conversation '{key}' has a picture after its first question", remedy="put all pictures first"
         )
+    if IMAGE in re.sub(rf"^(\s*{IMAGE})+|({IMAGE}\s*)+$", "", texts[0]):
+        raise UnsupportedError(
+            f"conversation '{key}' has a picture amid its words, and pictures stand before them here",
+            remedy=f"put all {IMAGE} markers first, and name the pictures by their order",
+        )
     texts = [text.replace(IMAGE, "").strip() for text in texts]
     for text, role in zip(texts, roles, strict=True):
         if not text:
             what = "answer" if role == "assistant" else "question"
             raise DataError(f"conversation '{key}' has an empty {what}", remedy="fill it in or remove the conversation")
     turns = tuple(zip(texts[::2], texts[1::2], strict=True))
-    return Sample(key, turns, images, str(extra.get("kind", "")), tuple(str(a) for a in extra.get("answers", ())))
+    answers = extra.get("answers") or ()
+    if isinstance(answers, str):
+        raise TypeError("answers is one text, not a list")
+    return Sample(key, turns, images, str(extra.get("kind") or ""), tuple(map(_words, answers)))
 
 
 def read_json(path: str | Path, field: str) -> Any:

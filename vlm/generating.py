@@ -11,11 +11,13 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
-from aced_sdk.errors import DataError
+from aced_sdk.errors import ConfigError, DataError
 from vlm.adapters import base_of
-from vlm.pictures import Picture, open_picture
+from vlm.chat import IMAGE
+from vlm.pictures import Picture, check_fit, open_picture, unfit
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, LlavaProcessor
@@ -44,8 +46,9 @@ def caption(
         batch_size: pictures decoded together.
 
     Raises:
-        DataError: if a picture cannot be read.
+        ConfigError, DataError, ModelError: as `answer`.
     """
+    _check_lists(images)
     return answer(model, processor, images, [prompt] * len(images), max_new_tokens, batch_size)
 
 
@@ -68,10 +71,15 @@ def answer(
         batch_size: questions decoded together.
 
     Raises:
-        DataError: if the numbers differ, or a picture cannot be read.
+        ConfigError: if `max_new_tokens` or `batch_size` is not above 0.
+        DataError: if the numbers differ, a picture cannot be read, a question has a picture marker in its words, or it
+            is, with its pictures and the answer, longer than the language model reads: it is never cut.
+        ModelError: if the processor, or its chat template, is not the model's.
     """
     check_numbers(images, questions)
+    check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
     base = base_of(model)
+    check_fit(base, processor)
     sets: list[tuple[Picture, ...]] = [(one,) if isinstance(one, Picture) else tuple(one) for one in images]
     prompts = [_prompt(processor, question, len(pictures)) for question, pictures in zip(questions, sets, strict=True)]
     order = sorted(
@@ -92,11 +100,12 @@ def answer(
 
 
 def check_numbers(images: Sequence[object], questions: Sequence[str]) -> None:
-    """Refuse questions that are not as many as pictures.
+    """Refuse questions that are not as many as pictures, and one picture where several are expected.
 
     Raises:
         DataError: if they are not.
     """
+    _check_lists(images, questions)
     if len(images) != len(questions):
         raise DataError(
             f"there are {len(images)} pictures and {len(questions)} questions",
@@ -105,13 +114,42 @@ def check_numbers(images: Sequence[object], questions: Sequence[str]) -> None:
         )
 
 
+def _check_lists(*values: object) -> None:
+    """Refuse one picture or text where several are expected: letters of a path would be taken for paths.
+
+    Raises:
+        DataError: if there is one.
+    """
+    if any(isinstance(value, Picture) for value in values):
+        raise DataError("pictures and questions come as lists", remedy="write [picture], [question]", field="images")
+
+
+def check_positive(**values: int) -> None:
+    """Refuse arguments that are 0 or less.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    if bad := next((name for name, value in values.items() if value < 1), None):
+        raise ConfigError(f"{bad} is {values[bad]}", remedy="give 1 or more", field=bad)
+
+
 def _prompt(processor: LlavaProcessor, question: str, images: int) -> str:
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    return str(
-        processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    if IMAGE in question:
+        raise DataError(
+            f"the question '{question[:60]}' has an {IMAGE} marker in its words",
+            remedy="leave it out: the pictures stand before the question by themselves",
+            field="questions",
         )
-    )
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    turn = [{"role": "user", "content": content}]
+    try:
+        prompt = str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise unfit(error) from error
+    if prompt.count(processor.image_token) != images:
+        raise unfit(ValueError(f"its chat template does not write {images} pictures"))
+    return prompt
 
 
 def stream_answer(
@@ -134,11 +172,16 @@ def stream_answer(
         max_new_tokens: longest answer, tokens.
 
     Raises:
-        DataError: if a picture cannot be read; raised at once.
+        ConfigError, DataError, ModelError: as `answer`; raised at once.
     """
+    check_positive(max_new_tokens=max_new_tokens)
+    base = base_of(model)
+    check_fit(base, processor)
     pictures = (images,) if isinstance(images, Picture) else tuple(images)
-    inputs = _inputs(processor, [_prompt(processor, question, len(pictures))], [pictures])
-    return _stream(base_of(model), processor, inputs, max_new_tokens)
+    prompts = [_prompt(processor, question, len(pictures))]
+    inputs = _inputs(processor, prompts, [pictures])
+    _check_room(base, inputs, prompts, max_new_tokens)
+    return _stream(base, processor, inputs, max_new_tokens)
 
 
 class _Stopped(Exception):
@@ -200,6 +243,7 @@ def _decode(
     model: Any, processor: LlavaProcessor, prompts: list[str], pictures: list[tuple[Picture, ...]], max_new_tokens: int
 ) -> list[str]:
     inputs = _inputs(processor, prompts, pictures)
+    _check_room(model, inputs, prompts, max_new_tokens)
     out = _generate(model, inputs, max_new_tokens)
     return [_text(processor, ids) for ids in out[:, inputs["input_ids"].shape[1] :].tolist()]
 
@@ -221,12 +265,33 @@ def _inputs(processor: LlavaProcessor, prompts: list[str], pictures: list[tuple[
     )
 
 
+def _check_room(model: Any, inputs: BatchFeature, prompts: list[str], max_new_tokens: int) -> None:
+    """Refuse a question that the language model cannot read and answer within its positions.
+
+    Raises:
+        DataError: naming it.
+    """
+    lengths, limit = inputs["attention_mask"].sum(1), int(model.config.text_config.max_position_embeddings)
+    longest = int(lengths.argmax())
+    if lengths[longest] + max_new_tokens > limit:
+        words = " ".join(prompts[longest].replace(IMAGE, "").split())
+        raise DataError(
+            f"a question of {lengths[longest]} tokens with its pictures and {max_new_tokens} new ones do not fit into "
+            f"the {limit} that the language model reads: '{words[:80]}'",
+            remedy="shorten the question, show fewer pictures, or lower max_new_tokens",
+            field="questions",
+        )
+
+
 @torch.inference_mode()
 def _generate(model: Any, inputs: BatchFeature, max_new_tokens: int, words: _Words | None = None) -> Tensor:
     """Token ids [N, L], the prompts' first."""
-    ids: Tensor = model.generate(
-        **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=words
-    )
+    try:
+        ids: Tensor = model.generate(
+            **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=words
+        )
+    except ValueError as error:
+        raise unfit(error) from error
     return ids
 
 

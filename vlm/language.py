@@ -8,6 +8,8 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from aced_sdk.errors import MissingPackageError, ModelError, UnsupportedError
 from aced_sdk.files import home, sha256, whole_folder, write_json
 
@@ -39,14 +41,20 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     try:
         import torch
 
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the language model '{language}' cannot be loaded: {error}",
             remedy="name a folder that save_pretrained wrote, a GGUF file, or a hub name that can be reached",
             field="language",
         ) from error
+    if lost := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"the language model '{language}' lacks {len(lost)} of its tensors, {lost[0]} first",
+            remedy="copy or save it again",
+            field="language",
+        )
     if hasattr(model.config, "text_config"):
         raise UnsupportedError(
             f"the language model '{language}' is a '{model.config.model_type}', which has more than text already",

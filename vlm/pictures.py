@@ -22,19 +22,56 @@ Picture = str | Path | Image.Image
 def open_picture(source: Picture) -> Image.Image:
     """The whole picture as RGB; transparent parts become white, as they are for the student.
 
+    Of an animation it is the first frame. EXIF orientation is not applied, as in distillation.
+
     Raises:
-        DataError: if the file is missing, torn or no picture.
+        DataError: if the file is missing, torn or no picture, or its samples have more than 8 bits.
     """
+    if not isinstance(source, Picture):
+        raise DataError(
+            f"a picture is given as {type(source).__name__}", remedy="give the path of a file, or a PIL picture"
+        )
     try:
         image = Image.open(source) if isinstance(source, str | Path) else source
         image.load()
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"the picture {source} cannot be read: {error}", remedy="replace or remove the file") from error
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise DataError(
+            f"the picture {source} has samples of more than 8 bits (PIL's mode {image.mode}), and as RGB they would "
+            "be cut off at 255",
+            remedy="scale it to 8 bits first, by the range that matters in it",
+        )
     if image.mode in ("P", "LA", "PA"):
         image = image.convert("RGBA")
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info.pop("transparency", None)  # a colour that PNG calls clear: the student sees it, transformers' would not
+    return image
+
+
+def check_fit(model: PreTrainedModel, processor: Any) -> None:
+    """Refuse the processor of another model: it writes pictures as a token that this one does not know.
+
+    Raises:
+        ModelError: if it is one, or no processor at all.
+    """
+    if (found := getattr(processor, "image_token_id", None)) != model.config.image_token_id:
+        raise ModelError(
+            f"the processor writes pictures as token {found}, the model reads them at {model.config.image_token_id}",
+            remedy="pass the processor that vlm.build or vlm.load gave with this model",
+            field="processor",
+        )
+
+
+def unfit(error: Exception) -> ModelError:
+    """The error for pixels or tokens that the model cannot take, made of its own."""
+    return ModelError(
+        f"what the processor prepares does not fit the model: {error}",
+        remedy="pass the processor that vlm.build or vlm.load gave with this model",
+        field="processor",
+    )
 
 
 def same_picture(source: Picture) -> str | int:
@@ -80,6 +117,7 @@ class Features:
         pictures: Sequence[Picture],
         memory_mb: int,
     ) -> None:
+        check_fit(model, processor)
         self._model = model
         self._processor = processor
         self._pictures = pictures
@@ -107,7 +145,10 @@ class Features:
         weight = next(self._model.model.vision_tower.parameters())
         images = [open_picture(self._pictures[number]) for number in numbers]
         pixels = self._processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        features = tower_features(self._model, pixels.to(weight.device, weight.dtype))
+        try:
+            features = tower_features(self._model, pixels.to(weight.device, weight.dtype))
+        except ValueError as error:
+            raise unfit(error) from error
         if features.shape[1:] != feature_shape(self._model):
             raise ModelError(
                 f"the vision tower makes {features.shape[1]} tokens of a picture, and the model's config counts "

@@ -26,7 +26,7 @@ from aced_sdk.errors import ConfigError, DataError, EngineError
 from aced_sdk.reporting import Progress
 from aced_sdk.towers import DualEncoder
 from vlm.data import Sample
-from vlm.generating import check_numbers
+from vlm.generating import check_numbers, check_positive
 from vlm.pictures import Picture, open_picture, same_picture
 from vlm.towers import VisionTower, open_tower
 
@@ -52,6 +52,11 @@ class LitDecoder(Config):
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW; cosine to zero")
     weight_decay: float = Field(0.01, ge=0, description="decoupled")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+
+    @property
+    def places(self) -> int:
+        """Tokens that the decoder can read and write."""
+        return 2 * self.max_tokens
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
@@ -93,9 +98,12 @@ class LitModel:
         """One answer for each picture and its question, decoded greedily.
 
         Raises:
+            ConfigError: if `max_new_tokens` is not above 0.
             DataError: if the numbers differ, a picture cannot be read, or a question is too long.
         """
         check_numbers(images, questions)
+        if not images:
+            return []
         different = {same_picture(image): image for image in images}
         order = {name: place for place, name in enumerate(different)}
         places = torch.tensor([order[same_picture(image)] for image in images], dtype=torch.int64)
@@ -107,19 +115,14 @@ class LitModel:
     ) -> list[str]:
         """`answer` with the tower's features at hand; `places` int64 [N] names the picture of each question."""
         decoder = self.decoder.eval()
+        check_room(self.tokenizer, questions, decoder.text.config.n_positions, max_new_tokens)
         ids = [self.tokenizer.encode(question).ids for question in questions]
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # like lengths pad little
         said = [""] * len(ids)
         for start in range(0, len(order), 2 * _AT_ONCE):
             chosen = order[start : start + 2 * _AT_ONCE]
             rows = [[_START, *ids[number], _ANSWER] for number in chosen]
-            width, room = max(map(len, rows)), decoder.text.config.n_positions
-            if width + max_new_tokens > room:
-                raise DataError(
-                    f"a question of {width} tokens and {max_new_tokens} new ones do not fit into {room} places",
-                    remedy="shorten the question, lower max_new_tokens, or train with a larger max_tokens",
-                    field="questions",
-                )
+            width = max(map(len, rows))
             tokens = torch.tensor([[_PAD] * (width - len(row)) + row for row in rows])
             out = decoder.text.generate(
                 tokens,
@@ -134,6 +137,24 @@ class LitModel:
         return said
 
 
+def check_room(tokenizer: Tokenizer, questions: Sequence[str], room: int, max_new_tokens: int) -> None:
+    """Refuse questions that a decoder with so many places cannot read and answer.
+
+    Raises:
+        ConfigError: if `max_new_tokens` is not above 0.
+        DataError: naming the longest question.
+    """
+    check_positive(max_new_tokens=max_new_tokens)
+    width, longest = max((2 + len(tokenizer.encode(question).ids), question) for question in questions)
+    if width + max_new_tokens > room:
+        raise DataError(
+            f"a question of {width} tokens and {max_new_tokens} new ones do not fit into {room} places: "
+            f"'{longest[:60]}'",
+            remedy="shorten the question, lower max_new_tokens, or train with a larger max_tokens",
+            field="questions",
+        )
+
+
 class _Decoder(nn.Module):
     """Features to the decoder's width, and a GPT-2 that attends to them."""
 
@@ -146,7 +167,7 @@ class _Decoder(nn.Module):
         self.text: Any = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocabulary,
-                n_positions=2 * config.max_tokens,
+                n_positions=config.places,
                 n_embd=config.width,
                 n_layer=config.layers,
                 n_head=config.heads,
@@ -198,7 +219,7 @@ def turns(data: Sequence[Sample]) -> Turns:
     """All turns of the conversations.
 
     Raises:
-        DataError: if there is none, or a conversation has not exactly one picture.
+        DataError: if there is none, or a conversation has no turns, an empty answer, or not exactly one picture.
     """
     if not data:
         raise DataError("there are no conversations", remedy="check the data", field="data")
@@ -206,6 +227,12 @@ def turns(data: Sequence[Sample]) -> Turns:
         raise DataError(
             f"conversation '{odd.key}' has {len(odd.images)} pictures, and a LiT-decoder reads one",
             remedy="leave it out, or tune a model of vlm.build, which takes any number",
+            field="data",
+        )
+    if odd := next((one for one in data if not one.turns or not all(reply.strip() for _, reply in one.turns)), None):
+        raise DataError(
+            f"nothing can be learned from conversation '{odd.key}': it has an empty answer, or none",
+            remedy="fill it in or remove the conversation",
             field="data",
         )
     different = {same_picture(sample.images[0]): sample.images[0] for sample in data}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,7 +18,7 @@ from aced_sdk.towers import DualEncoder
 from vlm.data import Sample
 from vlm.metrics import caption_scores
 from vlm.pictures import same_picture
-from vlm.probing import LitDecoder, LitModel, features, learn_tokens, train, turns
+from vlm.probing import LitDecoder, LitModel, check_room, features, learn_tokens, train, turns
 from vlm.scoring import deal, right
 from vlm.towers import open_tower
 
@@ -96,20 +96,20 @@ class Ranking:
 
 
 def rank_encoders(
-    encoders: Mapping[str, Vision | Sequence[Vision]],
+    encoders: Mapping[str, Vision | Sequence[Vision]] | Sequence[str | Path],
     data: Sequence[Sample],
     held_out: Sequence[Sample],
     config: LitDecoder | None = None,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    captions: Sequence[str] = ("caption",),
+    captions: Collection[str] = ("caption",),
     max_new_tokens: int = 24,
 ) -> Ranking:
     """Train a new decoder on every encoder with every seed, and score them on the same held-out pictures.
 
     Args:
         encoders: name to encoder (whatever `vlm.build` takes); or to as many as there are seeds, where each was itself
-            made with a seed: then the spread is that of both.
+            made with a seed: then the spread is that of both. A list of folders or hub names is named by itself.
         data: conversations with one picture each, to learn from.
         held_out: conversations to be scored by. None of their pictures should be in `data`.
         config: size and training of the decoders; None: the defaults.
@@ -119,12 +119,14 @@ def rank_encoders(
         max_new_tokens: longest answer.
 
     Raises:
-        ConfigError: if there is no encoder or seed, or an encoder comes in another number than the seeds.
+        ConfigError: if there is no encoder or seed, an encoder stands twice in a list or comes in another number than
+            the seeds, or `max_new_tokens` is not above 0.
         ModelError, DataError, EngineError: as `lit_decoder`.
         EvaluationError: if a held-out picture is one of those learned from, or all are the same.
     """
     config, seeds = config or LitDecoder(), tuple(seeds)
-    towers = {name: _per_seed(name, vision, seeds) for name, vision in encoders.items()}
+    captions = (captions,) if isinstance(captions, str) else captions
+    towers = {name: _per_seed(name, vision, seeds) for name, vision in _named(encoders).items()}
     if not towers or not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(
             f"{len(towers)} encoders and the seeds {list(seeds)}",
@@ -141,6 +143,7 @@ def rank_encoders(
         )
     exam = _Exam(held_out, asked.places, captions, seeds[0])
     tokenizer = learn_tokens(taught, config)
+    check_room(tokenizer, exam.questions, config.places, max_new_tokens)  # before anything is trained
     ranks = []
     for name, visions in towers.items():
         found: dict[str, list[float]] = defaultdict(list)
@@ -164,6 +167,22 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean(values), stdev(values) if len(values) > 1 else 0.0, tuple(values))
 
 
+def _named(
+    encoders: Mapping[str, Vision | Sequence[Vision]] | Sequence[str | Path],
+) -> Mapping[str, Vision | Sequence[Vision]]:
+    if isinstance(encoders, Mapping):
+        return encoders
+    given = [encoders] if isinstance(encoders, str | Path) else list(encoders)
+    named = {str(one): one for one in given if isinstance(one, str | Path)}
+    if len(named) < len(given):
+        raise ConfigError(
+            "the list of encoders names one twice, or holds a loaded one",
+            remedy="write {name: encoder}",
+            field="encoders",
+        )
+    return named
+
+
 def _per_seed(name: str, vision: Vision | Sequence[Vision], seeds: Sequence[int]) -> list[Vision]:
     if isinstance(vision, str | Path | DualEncoder):
         return [vision] * len(seeds)
@@ -179,7 +198,7 @@ def _per_seed(name: str, vision: Vision | Sequence[Vision], seeds: Sequence[int]
 class _Exam:
     """The held-out questions, each about its own picture and about another sample's."""
 
-    def __init__(self, held_out: Sequence[Sample], places: Tensor, captions: Sequence[str], seed: int) -> None:
+    def __init__(self, held_out: Sequence[Sample], places: Tensor, captions: Collection[str], seed: int) -> None:
         self.questions = [question for sample in held_out for question, _ in sample.turns]
         self.accepted = [
             tuple(dict.fromkeys((reply, *(sample.answers if turn == len(sample.turns) - 1 else ()))))

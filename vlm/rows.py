@@ -114,7 +114,7 @@ def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tupl
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-    except (TemplateError, ValueError, KeyError) as error:
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"conversation '{sample.key}' cannot be written by the processor's chat template: {error}",
             remedy=_TEMPLATE,

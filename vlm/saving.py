@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aced_sdk.errors import ModelError
 from aced_sdk.files import whole_folder, write_json
 from vlm.adapters import base_of, has_adapter
+from vlm.pictures import check_fit
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel
@@ -92,7 +94,7 @@ def save(
     Args:
         model: a LLaVA model, or the PeftModel that `tune` gave.
         processor: its processor.
-        directory: replaced if it exists.
+        directory: replaced if a model is in it already.
         merge: True writes one folder for `AutoModelForImageTextToText`, adapters added into the weights. False writes
             `base/` (the model without its training) and `adapter/` for `PeftModel.from_pretrained(base, adapter)`; the
             trained projector lies in the adapter.
@@ -102,10 +104,12 @@ def save(
             card shall say.
 
     Raises:
-        ModelError: with merge=False, if the model has no adapters, or is not the PeftModel that holds them.
+        ModelError: with merge=False, if the model has no adapters, or is not the PeftModel that holds them; if the
+            processor is another model's; if the directory holds something else than a model.
     """
     base = base_of(model)
-    target = Path(directory)
+    check_fit(base, processor)
+    target = free_for_a_model(directory)
     if not merge and (model is base or not has_adapter(base)):
         raise ModelError(
             "there is no adapter to keep apart",
@@ -124,29 +128,74 @@ def save(
     return target
 
 
+def free_for_a_model(directory: str | Path, *, mark: str = "config.json") -> Path:
+    """The absolute path of a folder that may be replaced: there is none yet, it is empty, or an older one of its kind.
+
+    Args:
+        directory: the folder.
+        mark: a file that tells one of its kind, in it or in its `base/`.
+
+    Raises:
+        ModelError: if it holds something else, which would be lost.
+    """
+    target = Path(directory).absolute()
+    held = target.is_dir() and any((target / part / mark).is_file() for part in (".", _BASE))
+    if target.exists() and not held and (target.is_file() or any(target.iterdir())):
+        raise ModelError(
+            f"{target} holds something else than a model, and would be replaced",
+            remedy="name a new folder, or remove what is there",
+            field="directory",
+        )
+    return target
+
+
 def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
     """A model and its processor from what `save` wrote, merged or apart, or from any LLaVA folder of transformers.
 
     Raises:
-        ModelError: if the folder is neither.
+        ModelError: if the folder is neither, or not whole: nothing is ever filled up with new weights.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = Path(directory)
-    apart = (folder / _ADAPTER / "adapter_config.json").is_file()
+    apart = (folder / _ADAPTER).is_dir()
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": folder / _BASE if apart else folder,
+        "local_files_only": True,
+    }
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder / _BASE if apart else folder, local_files_only=True)
-        processor = AutoProcessor.from_pretrained(folder / _BASE if apart else folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForImageTextToText.from_pretrained(**where, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(**where)
+        # LLaVA reads no pooling head of a tower, and some checkpoints have none
+        lost = {name for name in found["missing_keys"] if ".head." not in name and ".pooler." not in name}
+        base = base_of(model)
+        check_fit(base, processor)
+        if apart:
+            model, more = _with_adapter(model, folder / _ADAPTER)
+            lost |= more
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"{folder} holds no model: {error}", remedy="name a folder that vlm.save wrote", field="directory"
+            f"{folder} holds no model that is whole: {error}",
+            remedy="name a folder that vlm.save wrote",
+            field="directory",
         ) from error
-    base_of(model)
-    if apart:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(folder / _ADAPTER))
+    if lost:
+        raise ModelError(
+            f"{folder} lacks {len(lost)} of the model's tensors, {min(lost)} first",
+            remedy="copy or save the model again",
+            field="directory",
+        )
     return model.eval(), processor
+
+
+def _with_adapter(model: Any, folder: Path) -> tuple[Any, set[str]]:
+    """The model with the adapter of this folder, and the names of the tensors that its file should have and has not."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        held = set(file.keys())
+    adapted: Any = PeftModel.from_pretrained(model, str(folder))
+    return adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - held
 
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:

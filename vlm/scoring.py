@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aced_sdk.errors import EvaluationError, UnsupportedError
 from vlm.data import Sample
-from vlm.generating import answer
+from vlm.generating import answer, check_positive
 from vlm.metrics import caption_scores
 from vlm.pictures import Picture, same_picture
 from vlm.vqa import vqa_accuracy
@@ -124,6 +124,7 @@ def evaluate(
         batch_size: questions decoded together.
 
     Raises:
+        ConfigError, DataError, ModelError: as `answer`; ConfigError also for a limit below 1.
         EvaluationError: if there is nothing to ask, only one picture to deal, or annotators' answers are missing.
         UnsupportedError: for another metric.
     """
@@ -133,6 +134,7 @@ def evaluate(
             remedy=f"use one of {', '.join(_METRICS)}",
             field="metric",
         )
+    check_positive(limit=1 if limit is None else limit)
     chosen = list(data)
     if limit is not None and limit < len(chosen):
         chosen = random.Random(seed).sample(chosen, limit)
@@ -151,7 +153,7 @@ def evaluate(
             field="metric",
         )
     questions = [question for _, question, _, _ in asked]
-    longest = max_new_tokens or (40 if metric == "captions" else 12)
+    longest = (40 if metric == "captions" else 12) if max_new_tokens is None else max_new_tokens
     said = answer(model, processor, [sample.images for sample, *_ in asked], questions, longest, batch_size)
     unseen: Sequence[str | None] = [None] * len(asked)
     if blind:
@@ -209,8 +211,11 @@ _METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str,
 def deal(images: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture, ...]]:
     """Another sample's pictures for each sample: a random cycle through the different ones, so that none gets its own.
 
+    Where samples have several pictures, two neighbours in the cycle may have one in common; such a sample changes its
+    pictures with the first sample that mends it.
+
     Raises:
-        EvaluationError: if all samples have the same pictures.
+        EvaluationError: if all samples have the same pictures, or one's cannot be dealt to any other.
     """
     different = {tuple(same_picture(one) for one in pictures): pictures for pictures in images}
     keys = list(different)
@@ -220,6 +225,19 @@ def deal(images: Sequence[tuple[Picture, ...]], seed: int) -> list[tuple[Picture
         )
     random.Random(f"{seed} deal").shuffle(keys)
     following = dict(zip(keys, keys[1:] + keys[:1], strict=True))
+    for key in keys:
+        if set(key).isdisjoint(following[key]):
+            continue
+        for other in keys:
+            if set(key).isdisjoint(following[other]) and set(other).isdisjoint(following[key]):
+                following[key], following[other] = following[other], following[key]
+                break
+        else:
+            raise EvaluationError(
+                f"some pictures are in so many samples that those of {different[key]} cannot be shuffled",
+                remedy="give more samples, or set blind=False",
+                field="blind",
+            )
     return [different[following[tuple(same_picture(one) for one in pictures)]] for pictures in images]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from aced_sdk import towers
 from aced_sdk.errors import ModelError, UnsupportedError
@@ -183,7 +184,7 @@ def _from_transformers(name: str) -> VisionTower:
             raise _naflex() if config.model_type == "siglip2_vision_model" else _refused(f"a '{config.model_type}'")
         model, found = MODEL_MAPPING[type(config)].from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         image_processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the encoder '{name}' cannot be loaded: {error}",
             remedy="name a folder with config.json, weights and preprocessor_config.json, a student's folder, "

@@ -43,7 +43,7 @@ from vlm.config import Adapt, Align, TuneConfig
 from vlm.data import Sample
 from vlm.language import reads
 from vlm.loss import AnswerLoss
-from vlm.pictures import Features
+from vlm.pictures import Features, check_fit
 from vlm.rows import Batch, Row, batch_at, collate, fingerprint, make_rows, shares
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def tune(
             remedy="save it with vlm.save(..., merge=True) and tune what vlm.load gives",
             field="model",
         )
+    check_fit(base, processor)
     started = time.perf_counter()
     folder = Path(directory)
     limit = reads(base.config.text_config)
