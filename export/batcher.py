@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,12 +19,15 @@ from export.errors import ClosedError, FolderError, InputError, QueueFullError
 from export.pictures import Picture
 from export.runtime import Floats, OnnxEncoder, at_least_one
 
+_LONGEST_WAIT_MS = 60_000
+
 
 class Batcher:
     """One picture or text at a time in, from any number of threads; batches through the encoder.
 
     A request is decoded or tokenised in the thread that makes it, so a broken one fails alone and before it is queued;
-    what waits are arrays of one size. A waiting picture takes 12 * H * W bytes at the tower's H x W.
+    what waits are arrays of one size. A waiting picture takes 12 * H * W bytes at the tower's H x W; one that is being
+    decoded takes up to 16 bytes for each of its own pixels, of which the encoder allows `max_pixels`.
 
     Use it as a context manager, or call `close`.
 
@@ -33,15 +37,26 @@ class Batcher:
         max_wait_ms: or as soon as its first request has waited so many milliseconds. 0 runs what is there at once:
             batches then form only while the one before them runs.
         queue: at most so many requests of each tower wait or are being decoded; more are refused.
+        decoding: at most so many pictures are being decoded, whoever sends them; None is the number of processors.
 
     Raises:
         InputError: if an option cannot be used.
     """
 
-    def __init__(self, encoder: OnnxEncoder, max_batch: int = 32, max_wait_ms: float = 5.0, queue: int = 256) -> None:
-        at_least_one(max_batch=max_batch, queue=queue)
-        if not 0 <= max_wait_ms < float("inf"):
-            raise InputError(f"max_wait_ms is {max_wait_ms}", remedy="give 0 or more", field="max_wait_ms")
+    def __init__(
+        self,
+        encoder: OnnxEncoder,
+        max_batch: int = 32,
+        max_wait_ms: float = 5.0,
+        queue: int = 256,
+        decoding: int | None = None,
+    ) -> None:
+        decoding = (os.cpu_count() or 1) if decoding is None else decoding
+        at_least_one(max_batch=max_batch, queue=queue, decoding=decoding)
+        if not 0 <= max_wait_ms <= _LONGEST_WAIT_MS:
+            raise InputError(
+                f"max_wait_ms is {max_wait_ms}", remedy=f"give 0 to {_LONGEST_WAIT_MS}", field="max_wait_ms"
+            )
         if max_batch > encoder.max_batch:
             raise InputError(
                 f"max_batch is {max_batch}, the encoder's is {encoder.max_batch}",
@@ -49,8 +64,14 @@ class Batcher:
                 field="max_batch",
             )
         self.encoder = encoder
+        places = Semaphore(decoding)
+
+        def decoded(picture: Picture) -> NDArray[Any]:
+            with places:
+                return encoder.preprocess([picture])
+
         prepare: dict[str, Callable[[Any], NDArray[Any]]] = {
-            "vision": lambda picture: encoder.preprocess([picture]),
+            "vision": decoded,
             "text": lambda text: encoder.tokenize([text]),
         }
         self._lanes = {

@@ -19,6 +19,7 @@ class Target(StrEnum):
     onnx = "onnx"
     transformers = "transformers"
     timm = "timm"
+    vlm_vision = "vlm-vision"
 
 
 class PartName(StrEnum):
@@ -44,17 +45,32 @@ def register(app: typer.Typer) -> None:
 
 
 def _export(
-    student: Annotated[Path | None, typer.Argument(help="saved student folder")] = None,
+    student: Annotated[
+        Path | None, typer.Argument(help="saved student folder; for vlm-vision a vision-language model's")
+    ] = None,
     directory: Annotated[Path | None, typer.Argument(help="folder to write")] = None,
     to: Annotated[Target, typer.Option(help="layout of the folder")] = Target.onnx,
     part: Annotated[list[PartName] | None, typer.Option(help="may be repeated; vision and text if left out")] = None,
-    precision: Annotated[list[PrecisionName] | None, typer.Option(help="may be repeated; all if left out")] = None,
+    precision: Annotated[
+        list[PrecisionName] | None,
+        typer.Option(help="may be repeated; if left out all, for vlm-vision fp32"),
+    ] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set")] = 20,
     min_cosine: Annotated[float, typer.Option(help="fp16 and int8 below this cosine to torch are refused")] = 0.99,
-    int8_cosine: Annotated[float, typer.Option(help="what int8 keeps on calibration pictures and texts")] = 0.999,
+    int8_cosine: Annotated[
+        float | None,
+        typer.Option(help="what int8 keeps on calibration inputs; 0.999, of a vlm-vision 0.99"),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="folder of pictures like those of your use", exists=True, file_okay=False)
     ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="folder of pictures to compare on as well", exists=True, file_okay=False)
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="file of texts to compare on as well, one a line", exists=True, dir_okay=False)
+    ] = None,
+    onnx: Annotated[Path | None, typer.Option(help="ONNX export to lay into a transformers folder")] = None,
     preprocess_in_graph: Annotated[bool, typer.Option(help="pixel_values are uint8 [N, H, W, 3]")] = False,
     task: Annotated[list[Path] | None, typer.Option(help="task folder to compare on, may be repeated")] = None,
     max_zero_shot_drop: Annotated[
@@ -65,18 +81,32 @@ def _export(
         Path | None, typer.Option(help="check this ONNX folder again instead; with STUDENT also against torch")
     ] = None,
 ) -> None:
-    """Export a student: ONNX with verified parity, or a folder of transformers or timm."""
+    """Export a student: ONNX with verified parity, or a folder of transformers or timm; or the eyes of its VLM."""
     if verify is not None:
         _verify(verify, student)
         return
     if student is None or directory is None:
         raise typer.BadParameter("give STUDENT and DIRECTORY, or --verify FOLDER")
-    if to is not Target.onnx:
+    limit: Any = {} if int8_cosine is None else {"int8_cosine": int8_cosine}
+    if to in (Target.transformers, Target.timm):
         import export
 
-        write: Any = export.to_transformers if to is Target.transformers else export.to_timm
-        for name, value in write(student, directory).model_dump().items():
+        if to is Target.timm:
+            facts = export.to_timm(student, directory).model_dump()
+        else:
+            whole: Any = "vision" if part == [PartName.vision] else "both"
+            facts = export.to_transformers(student, directory, whole, onnx).model_dump()
+        for name, value in facts.items():
             typer.echo(f"{name:28} {value:.1e}" if isinstance(value, float) else f"{name:28} {value}")
+    elif to is Target.vlm_vision:
+        from export.vlm_graph import vlm_vision_to_onnx
+
+        wanted: Any = [p.value for p in precision or [PrecisionName.fp32]]
+        eyes = vlm_vision_to_onnx(
+            student, directory, precisions=wanted, calibration=_files(calibration), opset=opset, **limit
+        )
+        for graph in eyes.graphs:
+            typer.echo(f"{graph.precision:8}{graph.bytes / 1e6:8.1f} MB  max abs {graph.max_abs:.1e}")
     else:
         from export.save import to_onnx
 
@@ -87,15 +117,21 @@ def _export(
             [p.value for p in precision or PrecisionName],
             opset=opset,
             min_cosine=min_cosine,
-            int8_cosine=int8_cosine,
-            calibration=sorted(path for path in calibration.iterdir() if path.is_file()) if calibration else (),
+            calibration=_files(calibration),
+            pictures=_files(pictures),
+            texts=texts.read_text(encoding="utf-8").splitlines() if texts else (),
             preprocess_in_graph=preprocess_in_graph,
             tasks=task or (),
             max_zero_shot_drop=max_zero_shot_drop,
             measure=measure,
+            **limit,
         )
         _print(report)
     typer.echo(f"written to {directory}")
+
+
+def _files(folder: Path | None) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder else []
 
 
 def _print(report: ExportReport) -> None:
@@ -118,6 +154,14 @@ def _print(report: ExportReport) -> None:
 
 
 def _verify(folder: Path, student: Path | None) -> None:
+    from export.parity import kind_of
+
+    if kind_of(folder) == "onnx_vlm_vision":
+        from export.vlm_graph import check_vlm_vision
+
+        check_vlm_vision(folder)
+        typer.echo(f"{folder} is whole")
+        return
     if student is not None:
         from export.save import verify
 

@@ -7,6 +7,7 @@ processor, can be held to them later.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from export.errors import FolderError
-from export.runtime import Floats, OnnxEncoder, check_files, read_manifest
+from export.manifest import MANIFEST, check_files, read_manifest
+from export.runtime import Floats, OnnxEncoder
 
 TORCH = "torch_embeddings.npz"
 BATCH_SIZES = (1, 3, 5)
@@ -107,6 +109,14 @@ def verify_folder(directory: str | Path, providers: Sequence[str] | None = None)
         _allowed(folder, parity, manifest["report"]["min_cosine"])
         found.append(parity)
     return tuple(found)
+
+
+def kind_of(directory: str | Path) -> str:
+    """What the manifest of an exported folder calls it; "" where it has none that can be read."""
+    try:
+        return str(json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 def differences(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,6 @@ from PIL import Image
 from export.errors import FolderError, InputError
 
 Picture = Image.Image | str | Path | bytes | NDArray[np.uint8]
-
-# What Pillow's decoders raise for files that are broken, cut off or hostile.
-_BROKEN = (
-    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,12 @@ class Geometry:
             image = _crop_or_pad(image, height, width, self.fill_color)
         return np.asarray(image, dtype=np.uint8)
 
+    def resized_pixels(self, width: int, height: int) -> int:
+        """How many pixels a picture of this size has after its resize, before the crop."""
+        if self.resize_mode != "shortest":
+            return self.width * self.height
+        return int(width * height / min(height / self.height, width / self.width) ** 2)
+
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [N, H, W, 3] to the graph's float32 [N, 3, H, W]."""
         scaled = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
@@ -114,6 +113,28 @@ def _crop_or_pad(image: Image.Image, height: int, width: int, fill: int) -> Imag
     return image.crop((left, top, left + width, top + height))
 
 
+def prepare(source: Picture, place: str, geometry: Geometry, max_pixels: int) -> NDArray[np.uint8]:
+    """`open_picture`, then `Geometry.pixels`.
+
+    Raises:
+        InputError: naming `place`, if it cannot be read, has more than `max_pixels` pixels, or is far longer than wide.
+    """
+    image = open_picture(source, place, max_pixels)
+    most = max(max_pixels, 16 * geometry.width * geometry.height)
+    if geometry.resized_pixels(*image.size) > most:  # the short side of a long strip may have to grow a lot
+        raise InputError(
+            f"{place} is too long and narrow: {image.width} x {image.height}", remedy="cut it to pieces", field=place
+        )
+    try:
+        return geometry.pixels(image)
+    except (ValueError, OSError, MemoryError) as error:
+        raise InputError(
+            f"{place} of mode {image.mode} and size {image.width} x {image.height} cannot be resized: {error}",
+            remedy="make it an ordinary RGB picture",
+            field=place,
+        ) from error
+
+
 def open_picture(source: Picture, place: str, max_pixels: int) -> Image.Image:
     """A decoded picture from a PIL image, a path, encoded bytes, or a uint8 array [H, W], [H, W, 3] or [H, W, 4].
 
@@ -132,10 +153,12 @@ def open_picture(source: Picture, place: str, max_pixels: int) -> Image.Image:
             )
         if image.width == 0 or image.height == 0:
             raise InputError(f"{place} has no pixels", remedy="leave it out", field=place)
+        if image.format == "EPS":
+            raise InputError(f"{place} is a PostScript program", remedy="give a picture", field=place)
         image.load()
     except InputError:
         raise
-    except _BROKEN as error:
+    except Exception as error:  # Pillow's decoders raise whatever broken and hostile files make them stumble over
         raise InputError(
             f"{place} cannot be decoded: {error}", remedy="give a whole picture in a format Pillow reads", field=place
         ) from error

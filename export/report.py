@@ -114,3 +114,4 @@ class Manifest(Config):
     files: dict[str, str] = Field(description="sha256 of every other file")
     versions: dict[str, str]
     report: ExportReport | None = None
+    digest: str = Field("", description="sha256 of all the above, so that no alteration goes unseen")

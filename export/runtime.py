@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.cleaning import CLEANINGS, clean_text
+from export.cleaning import clean_text
 from export.errors import EncoderError, FolderError, InputError
-from export.pictures import Geometry, Picture, open_picture
+from export.manifest import check_files, read_manifest
+from export.pictures import Geometry, Picture, prepare
 
-MANIFEST = "export.json"
-FORMAT = 2
 MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn
 MAX_BATCH = 256
-MAX_CHARACTERS = 100_000  # of one text; a text tower reads the first few hundred at most
+MAX_CHARACTERS = 10_000  # of one text: a tower reads some hundred, and cleaning takes time that grows with the square
 
 Item = TypeVar("Item")
 Floats = NDArray[np.float32]
@@ -135,7 +133,7 @@ class OnnxEncoder:
         """The learned bias of the sigmoid loss; 0 where there is none."""
         return float(self._manifest["bias"])
 
-    def encode_image(self, images: Sequence[Picture], batch_size: int = 32) -> Floats:
+    def encode_image(self, images: Iterable[Picture], batch_size: int = 32) -> Floats:
         """L2-normalised float32 [N, D].
 
         Args:
@@ -151,7 +149,7 @@ class OnnxEncoder:
             raise InputError("one picture was given, not a list of them", remedy="put it into a list", field="images")
         return self._encode("vision", images, batch_size, self.preprocess)
 
-    def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Floats:
+    def encode_text(self, texts: str | Iterable[str], batch_size: int = 256) -> Floats:
         """L2-normalised float32 [N, D].
 
         Raises:
@@ -195,6 +193,9 @@ class OnnxEncoder:
         """
         if not classnames or not templates:
             raise InputError("no class or no template was given", remedy="give one of each", field="classnames")
+        for field, values in (("classnames", classnames), ("templates", templates)):
+            if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+                raise InputError(f"{field} is no list of strings", remedy="give one", field=field)
         for template in templates:
             if "{}" not in template:
                 raise InputError(f"'{template}' has no {{}}", remedy="write {} for the class name", field="templates")
@@ -209,8 +210,10 @@ class OnnxEncoder:
             float32 [N, 3, H, W], or uint8 [N, H, W, 3] where the export has its normalisation in the graph.
         """
         self._reads("pixel_values", "vision")
-        opened = (open_picture(image, f"images[{first + n}]", self.max_pixels) for n, image in enumerate(images))
-        pixels = np.stack([self.geometry.pixels(image) for image in opened])
+        geometry = self.geometry
+        pixels = np.empty((len(images), geometry.height, geometry.width, 3), np.uint8)
+        for n, image in enumerate(images):
+            pixels[n] = prepare(image, f"images[{first + n}]", geometry, self.max_pixels)
         return pixels if self.pixels == "uint8" else self.geometry.normalise(pixels)
 
     def tokenize(self, texts: Sequence[str], first: int = 0) -> NDArray[np.int64]:
@@ -227,7 +230,8 @@ class OnnxEncoder:
                     field=place,
                 )
         cleaned = [clean_text(text, self._cleaning) for text in texts]
-        return np.array([encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)], np.int64)
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
+        return np.array(rows, np.int64).reshape(len(rows), self._manifest["text"]["context_length"])
 
     def run(self, part: str, inputs: NDArray[Any]) -> Floats:
         """The raw graph of one input: embeddings float32 [N, D] before normalisation, or patches [N, T, W].
@@ -288,7 +292,7 @@ class OnnxEncoder:
             self._graph(part)  # which is not there, and says so
 
     def _encode(
-        self, part: str, items: Sequence[Item], batch_size: int, prepare: Callable[[Sequence[Item], int], NDArray[Any]]
+        self, part: str, items: Iterable[Item], batch_size: int, prepare: Callable[[Sequence[Item], int], NDArray[Any]]
     ) -> Floats:
         at_least_one(batch_size=batch_size)
         self._graph(part)
@@ -308,56 +312,20 @@ def at_least_one(**values: int) -> None:
             raise InputError(f"{name} is {value}", remedy="give at least 1", field=name)
 
 
-def _batches(items: Sequence[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
-    for start in range(0, len(items), size):
-        yield start, items[start : start + size]
+def _batches(items: Iterable[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
+    try:
+        left = iter(items)
+    except TypeError:
+        raise InputError(f"a {type(items).__name__} was given", remedy="give a list", field="inputs") from None
+    first = 0
+    while batch := list(islice(left, size)):
+        yield first, batch
+        first += len(batch)
 
 
 def _normalised(embeddings: Floats) -> Floats:
     norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
     return np.asarray(embeddings / np.maximum(norms, 1e-12), np.float32)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """`export.json` of an exported folder.
-
-    Raises:
-        FolderError: if it is missing, unreadable or of another format.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise FolderError(
-            f"{folder} is no export: it has no {MANIFEST}", remedy="make one with export.to_onnx", field="directory"
-        ) from None
-    except ValueError as error:
-        raise FolderError(f"{path} is not JSON: {error}", remedy="export the student again") from None
-    known = {"kind": "onnx_dual_encoder", "format": FORMAT}
-    if not isinstance(manifest, dict) or {key: manifest.get(key) for key in known} != known:
-        raise FolderError(f"{path} is not an export of format {FORMAT}", remedy="export again, or update this package")
-    missing = {"graphs", "files", "text", "source", "embedding_dim", "scale", "bias", "pixels"} - manifest.keys()
-    if missing:
-        raise FolderError(f"{path} lacks {', '.join(sorted(missing))}", remedy="export the student again")
-    if manifest["text"] and manifest["text"].get("cleaning") not in CLEANINGS:
-        raise FolderError(f"{path} names an unknown text cleaning", remedy="update this package")
-    return manifest
-
-
-def check_files(folder: Path, hashes: dict[str, str]) -> None:
-    """Compare files with their sha256.
-
-    Raises:
-        FolderError: naming the first file that is missing or not the one that was written.
-    """
-    for name, expected in hashes.items():
-        try:
-            with (folder / name).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError:
-            raise FolderError(f"{folder / name} is missing", remedy="export the student again") from None
-        if found != expected:
-            raise FolderError(f"{folder / name} is not the file that was exported", remedy="export the student again")
 
 
 def session_options(threads: int | None, precision: str) -> Any:

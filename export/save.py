@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ from PIL import Image
 
 from aced_sdk import towers
 from aced_sdk.errors import ConfigError, MissingPackageError, UnsupportedError
-from aced_sdk.files import sha256, whole_folder, write_json
+from aced_sdk.files import sha256, write_json
 from aced_sdk.towers import DualEncoder
-from aced_sdk.towers.folder import CONFIG, MANIFEST, WEIGHTS
+from aced_sdk.towers.folder import CONFIG, WEIGHTS
+from aced_sdk.towers.folder import MANIFEST as STUDENT_MANIFEST
 from export import check, parity, runtime
 from export.errors import EncoderError, InputError
+from export.folder import export_folder
 from export.graphs import FILES, INPUTS, OUTPUTS, float16_graph, float32_graph, is_large, save_graph
+from export.manifest import MANIFEST, check_files, manifest_digest, read_manifest
 from export.pictures import open_picture
 from export.quantize import described, int8_graph
 from export.report import SUFFIX, ExportError, ExportReport, Graph, Manifest, Part, Precision, Source
@@ -81,7 +85,7 @@ def to_onnx(
     Raises:
         ModelError: if the student cannot be loaded.
         ConfigError: for an unknown part or precision, an opset below 18, or a limit out of its range.
-        ExportError: if a graph does not agree with torch, or the directory holds something else.
+        ExportError: if a graph does not agree with torch, or the directory holds something else or cannot be written.
         EvaluationError: if a task cannot be read.
         UnsupportedError: for students this version cannot export.
     """
@@ -104,14 +108,14 @@ def to_onnx(
     if find_spec("onnxscript") is None:
         raise MissingPackageError("onnxscript is not installed", remedy="install aced-sdk[export]")
     target = Path(directory)
-    if target.exists() and not (target / runtime.MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
+    if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
         raise ExportError(
             f"{target} holds something else than an export", remedy="name a new or an empty folder", field="directory"
         )
     own_pictures, own_calibration = opened("pictures", pictures), opened("calibration", calibration)
     student, source = load_student(student_folder)
     settings = _Settings(parts, precisions, opset, preprocess_in_graph, int8_cosine)
-    with whole_folder(target) as folder:
+    with export_folder(target) as folder:
         calibrated = _calibration(own_calibration or own_pictures, texts)
         graphs = _write_graphs(student, folder, settings, source, *calibrated)
         if any("pixel_values" in INPUTS[part] for part in parts):
@@ -138,7 +142,7 @@ def to_onnx(
             report = _timed(folder, manifest, student, report)
         (folder / "README.md").write_text(_card(manifest, report), encoding="utf-8")
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files = {name: sha256(folder / name) for name in names if name != runtime.MANIFEST}
+        files = {name: sha256(folder / name) for name in names if name != MANIFEST}
         _write(folder, manifest.replace(report=report, files=files))
     return report
 
@@ -156,8 +160,8 @@ def verify(directory: str | Path, student_folder: str | PathLike[str] | None = N
     """
     folder = Path(directory)
     try:
-        raw = runtime.read_manifest(folder)
-        runtime.check_files(folder, raw["files"])
+        raw = read_manifest(folder)
+        check_files(folder, raw["files"])
     except EncoderError as error:
         raise ExportError(error.cause, remedy=error.remedy, field="directory") from None
     manifest = Manifest(**raw)
@@ -195,7 +199,7 @@ def load_student(student_folder: str | PathLike[str]) -> tuple[DualEncoder, Sour
         )
     student = towers.load(name)
     folder = Path(name.removeprefix("local-dir:"))
-    license = towers.read_manifest(folder).license if (folder / MANIFEST).is_file() else "unknown"
+    license = towers.read_manifest(folder).license if (folder / STUDENT_MANIFEST).is_file() else "unknown"
     source = Source(weights_sha256=sha256(folder / WEIGHTS), config_sha256=sha256(folder / CONFIG), license=license)
     return student, source
 
@@ -224,7 +228,8 @@ def _refuse_drops(report: ExportReport, limit: float | None) -> None:
 
 
 def _write(folder: Path, manifest: Manifest) -> None:
-    write_json(folder / runtime.MANIFEST, manifest.model_dump(mode="json"))
+    values = json.loads(manifest.model_dump_json())
+    write_json(folder / MANIFEST, values | {"digest": manifest_digest(values)})
 
 
 class _Settings(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock, get_ident
@@ -90,11 +89,15 @@ class Search:
         """The k entries of the largest cosine to an L2-normalised embedding [D], best first; the older of equals.
 
         Raises:
-            InputError: if k is below 1 or the embedding has another width.
+            InputError: if k is below 1, or the embedding has another width or is not finite.
         """
         at_least_one(k=k)
-        if embedding.shape != (self.encoder.embedding_dim,):
-            raise InputError(f"the embedding is {list(embedding.shape)}", remedy="give one row", field="embedding")
+        if embedding.shape != (self.encoder.embedding_dim,) or not np.isfinite(embedding).all():
+            raise InputError(
+                f"the embedding is {list(embedding.shape)}",
+                remedy=f"give one row of {self.encoder.embedding_dim} finite numbers",
+                field="embedding",
+            )
         cosines = self._embeddings() @ embedding
         near = np.arange(len(cosines))
         if k < len(cosines):  # all that reach the k-th value, so that ties are settled by age below
@@ -131,16 +134,21 @@ class Search:
         """
         try:
             with np.load(path, allow_pickle=False) as kept:
-                facts, embeddings = json.loads(kept["facts"].tobytes()), kept["embeddings"]
+                facts, embeddings = json.loads(kept["facts"].tobytes()), kept["embeddings"].astype(np.float32)
             source, keys = facts["source"], [str(key) for key in facts["keys"]]
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # numpy and zipfile raise a dozen kinds for files that are broken
             raise FolderError(f"{path} is no saved search: {error}", remedy="make it again", field="path") from error
         if source != encoder.source:
             raise FolderError(
                 f"{path} was made with another student", remedy="load that one's export, or make it again", field="path"
             )
         search = cls(encoder)
-        search.add(keys, embeddings)
+        try:
+            search.add(keys, embeddings)
+        except InputError as error:
+            raise FolderError(
+                f"{path} is no saved search: {error.cause}", remedy="make it again", field="path"
+            ) from error
         return search
 
     def _embeddings(self) -> Floats:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Config
 from aced_sdk.errors import UnsupportedError
-from aced_sdk.files import save_tensors, whole_folder, write_json
+from aced_sdk.files import save_tensors, write_json
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.huggingface import is_clip_vit
 from export import parity
+from export.folder import export_folder
 from export.report import ExportError, Source
 from export.save import load_student
 
@@ -71,7 +72,7 @@ def to_timm(student_folder: str | PathLike[str], directory: str | Path) -> TimmR
             field="student.resize",
         )
     tower = _clip_vit(student) if is_clip_vit(student) else _timm_tower(student)
-    with whole_folder(target) as folder:
+    with export_folder(target) as folder:
         save_tensors(folder / "model.safetensors", tower.weights, {"format": "pt"})
         write_json(folder / "config.json", _config(student, tower, source))
         report = _compared(folder, student, tower.reparameterized)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from export import runtime
 from export.errors import EncoderError
+from export.manifest import check_files, read_manifest
 from export.report import ExportError, Source
 
 _INPUT = "input_ids"
@@ -31,8 +31,8 @@ def lay_beside(export: Path, source: Source, folder: Path) -> None:
         ExportError: if the export is altered, another student's, or takes pictures as transformers.js gives none.
     """
     try:
-        manifest = runtime.read_manifest(export)
-        runtime.check_files(export, manifest["files"])
+        manifest = read_manifest(export)
+        check_files(export, manifest["files"])
     except EncoderError as error:
         raise ExportError(error.cause, remedy=error.remedy, field="onnx") from None
     if Source(**manifest["source"]) != source:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,9 +21,12 @@ from torch.nn import functional
 
 from aced_sdk.config import Config
 from aced_sdk.errors import ConfigError, MissingPackageError, ModelError, UnsupportedError
-from aced_sdk.files import sha256, whole_folder, write_json
+from aced_sdk.files import sha256, write_json
 from export import parity
+from export.errors import EncoderError
+from export.folder import export_folder
 from export.graphs import check_inference, clean, float16_graph, save_graph
+from export.manifest import MANIFEST, check_files
 from export.quantize import described, int8_graph
 from export.report import SUFFIX, ExportError, Precision, Quantisation
 from export.runtime import session_options
@@ -30,7 +34,6 @@ from export.save import known, opened
 
 NAME = "onnx/vision_encoder"  # what transformers.js looks for, with a precision's suffix
 INPUT, OUTPUT = "pixel_values", "image_features"
-MANIFEST = "export.json"
 _LEAST = 0.9  # cosine of any token in any precision: below, the graph is broken
 _BOUND = 1e-4  # fp32's max-abs of image features over the largest of them: they are not normalised
 _PACKAGES = ("aced-sdk", "torch", "onnx", "onnxruntime", "transformers")
@@ -153,7 +156,7 @@ def vlm_vision_to_onnx(
         )
     weights = {path.name: sha256(path) for path in sorted(source.glob("*.safetensors"))}
     graph = _graph(features, pixels[:2], opset, {f"source_{name}": digest for name, digest in weights.items()})
-    with whole_folder(target) as folder:
+    with export_folder(target) as folder:
         (folder / "onnx").mkdir()
         judged = image_processor(images=own, return_tensors="pt")["pixel_values"] if own else pixels
         feeds = [{INPUT: one[None].numpy()} for one in judged]
@@ -187,6 +190,25 @@ def vlm_vision_to_onnx(
         )
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return report
+
+
+def check_vlm_vision(directory: str | Path) -> VlmVisionReport:
+    """Compare every file of such a folder with the hash taken on export.
+
+    Raises:
+        ExportError: if a file is missing or altered.
+    """
+    folder = Path(directory)
+    try:
+        manifest = VlmVisionManifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        check_files(folder, manifest.files)
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # a ConfigError is a ValueError
+        raise ExportError(
+            f"{folder / MANIFEST} cannot be read: {error}", remedy="export the model again", field="directory"
+        ) from error
+    except EncoderError as error:
+        raise ExportError(error.cause, remedy="export the model again", field="directory") from None
+    return manifest.report
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

@@ -38,8 +38,8 @@ class ZeroShot:
         self, encoder: OnnxEncoder, classes: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
     ) -> None:
         self.encoder = encoder
+        self._embeddings = encoder.encode_classes(classes, templates)
         self.classes = tuple(classes)
-        self._embeddings = encoder.encode_classes(self.classes, templates)
 
     def logits(self, embeddings: Floats) -> Floats:
         """scale * cosine + bias, float32 [N, C], for picture embeddings [N, D] such as a `Batcher` gives."""

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aced_sdk.errors import ModelError
+
 
 def shrink(images: Tensor, size: int) -> Tensor:
     """Pictures at another side length, antialiased bicubic as in preprocessing.
@@ -31,10 +33,22 @@ def shrink(images: Tensor, size: int) -> Tensor:
 
 
 def any_size(visual: nn.Module, own: tuple[int, int]) -> None:
-    """Lift a timm ViT's refusal of sizes that are not its own (height, width); its positions are resampled here."""
+    """Lift a timm ViT's refusal of sizes that are not its own (height, width); its positions are resampled here.
+
+    Raises:
+        ModelError: if the tower is built for another size than `own`.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     trunk: Any = getattr(visual, "trunk", None)
+    built = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    if built is not None and trunk.patch_embed.strict_img_size and tuple(built) != own:
+        # open_clip builds timm's towers at their own size, whatever image_size says
+        raise ModelError(
+            f"this tower of timm takes pictures of {built[0]} x {built[1]}, not {own[0]} x {own[1]}",
+            remedy=f"set vision_cfg.image_size to {built[0]}, or name a timm model of the size that you want",
+            field="vision_cfg.image_size",
+        )
     if isinstance(trunk, VisionTransformer):
         embed: Any = trunk.patch_embed
         # One whose own size is no multiple of its patch (so400m-14 at 384) would then refuse that.

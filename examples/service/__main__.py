@@ -21,12 +21,13 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--max-wait-ms", type=float, default=5.0)
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait; more are answered with 503")
+    parser.add_argument("--max-pixels", type=int, default=25_000_000, help="pictures with more are refused")
     parser.add_argument("--classes", type=Path, help="a file with one class name a line, for /classify")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
     app = create_app(
-        OnnxEncoder(args.folder, args.precision, args.threads),
+        OnnxEncoder(args.folder, args.precision, args.threads, max_pixels=args.max_pixels),
         classes=args.classes.read_text(encoding="utf-8").splitlines() if args.classes else (),
         max_batch=args.max_batch,
         max_wait_ms=args.max_wait_ms,

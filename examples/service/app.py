@@ -2,7 +2,7 @@
 """The service: encoded pictures and UTF-8 texts come in as request bodies, embeddings and class names go out as JSON.
 
 GET /health, POST /image, POST /text, and POST /classify where classes were named. A bad request is answered with 4xx,
-one too many with 503, each with the cause and the remedy.
+one too many with 503, each with the cause and the remedy. Slow headers are the business of a proxy in front.
 """
 
 from __future__ import annotations
@@ -13,13 +13,25 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
-from export import Batcher, ClosedError, EncoderError, InputError, OnnxEncoder, QueueFullError, ZeroShot
+from export import Batcher, ClosedError, EncoderError, FolderError, InputError, OnnxEncoder, QueueFullError, ZeroShot
 
-_STATUS: dict[type[EncoderError], int] = {InputError: 422, QueueFullError: 503, ClosedError: 503}
+
+class _TooLong(InputError):
+    """A body of too many bytes."""
+
+
+class _TooSlow(InputError):
+    """A body that did not come, or not whole."""
+
+
+_STATUS: dict[type[EncoderError], int] = {
+    InputError: 422, QueueFullError: 503, ClosedError: 503, FolderError: 404, _TooLong: 413, _TooSlow: 408,
+}  # fmt: skip
 
 
 def create_app(
@@ -30,6 +42,7 @@ def create_app(
     max_wait_ms: float = 5.0,
     queue: int = 256,
     max_bytes: int = 20 * 2**20,
+    max_seconds: float = 30.0,
 ) -> FastAPI:
     """The application around an encoder.
 
@@ -40,6 +53,7 @@ def create_app(
         max_wait_ms: as for `export.Batcher`.
         queue: as for `export.Batcher`.
         max_bytes: longer request bodies are refused with 413.
+        max_seconds: bodies that take longer to come are given up with 408, for they hold a connection.
 
     Raises:
         EncoderError: if an option cannot be used.
@@ -48,11 +62,22 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(encoder.warm_up, (1, max_batch))
-        yield
-        await run_in_threadpool(batcher.close)
+        try:
+            await run_in_threadpool(encoder.warm_up, (1, max_batch))
+            yield
+        finally:
+            await run_in_threadpool(batcher.close)
 
     app = FastAPI(title="Embeddings", lifespan=lifespan)
+
+    async def body(request: Request) -> bytes:
+        try:
+            async with asyncio.timeout(max_seconds):
+                return await _body(request, max_bytes)
+        except (TimeoutError, ClientDisconnect) as error:
+            raise _TooSlow(
+                f"the body did not come whole within {max_seconds} s", remedy="send it again", field="body"
+            ) from error
 
     @app.exception_handler(EncoderError)
     async def refused(_: Request, error: EncoderError) -> JSONResponse:
@@ -66,13 +91,13 @@ def create_app(
 
     @app.post("/image")
     async def image(request: Request) -> JSONResponse:
-        embedding = await _embedded(batcher.submit_image, await _body(request, max_bytes))
+        embedding = await _embedded(batcher.submit_image, await body(request))
         return JSONResponse({"embedding": embedding.tolist()})
 
     @app.post("/text")
     async def text(request: Request) -> JSONResponse:
         try:
-            words = (await _body(request, max_bytes)).decode()
+            words = (await body(request)).decode()
         except UnicodeDecodeError as error:
             raise InputError(f"the text is not UTF-8: {error}", remedy="send UTF-8", field="text") from None
         return JSONResponse({"embedding": (await _embedded(batcher.submit_text, words)).tolist()})
@@ -82,7 +107,7 @@ def create_app(
 
         @app.post("/classify")
         async def classify(request: Request, top: int = 1) -> JSONResponse:
-            embedding = await _embedded(batcher.submit_image, await _body(request, max_bytes))
+            embedding = await _embedded(batcher.submit_image, await body(request))
             (guesses,) = zero_shot.guesses(embedding[None], top)
             return JSONResponse({"classes": [guess._asdict() for guess in guesses]})
 
@@ -99,5 +124,5 @@ async def _body(request: Request, max_bytes: int) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise HTTPException(413, f"the body is longer than {max_bytes} bytes")
+            raise _TooLong(f"the body is longer than {max_bytes} bytes", remedy="send a smaller one", field="body")
     return bytes(body)

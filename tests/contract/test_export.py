@@ -227,7 +227,9 @@ def test_command(student_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     pictures()[0].save(tmp_path / "pictures" / "a.png")
     options = ["--part", "vision", "--precision", "int8", "--no-measure", "--int8-cosine", "0.99"]
-    options += ["--calibration", str(tmp_path / "pictures")]
+    (tmp_path / "texts.txt").write_text("one text\nanother")
+    options += ["--calibration", str(tmp_path / "pictures"), "--pictures", str(tmp_path / "pictures")]
+    options += ["--texts", str(tmp_path / "texts.txt")]
     result = CliRunner().invoke(app, ["export", str(student_folder), str(tmp_path / "o"), *options])
     assert result.exit_code == 0, result.output
     assert "vision int8: dynamic, " in result.output
@@ -237,6 +239,13 @@ def test_command(student_folder: Path, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["export", *words])
         assert result.exit_code == 0, result.output
         assert "agrees with its student" in result.output
+    report = export.verify(tmp_path / "o")
+    assert (report.pictures, report.texts) == (len(pictures()) + 1, len(TEXTS) + 2)
+    options = ["--to", "transformers", "--part", "vision", "--onnx", str(tmp_path / "o")]
+    result = CliRunner().invoke(app, ["export", str(student_folder), str(tmp_path / "t"), *options])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "t/config.json").read_text())["architectures"] == ["CLIPVisionModelWithProjection"]
+    assert (tmp_path / "t/onnx/vision_model_int8.onnx").is_file()
     assert CliRunner().invoke(app, ["export", str(student_folder)]).exit_code == 2
     (tmp_path / "o" / "README.md").write_text("altered")
     result = CliRunner().invoke(app, ["export", "--verify", str(tmp_path / "o")])

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import export
 from aced_sdk import towers
 from aced_sdk.config import Student
-from aced_sdk.errors import UnsupportedError
+from aced_sdk.errors import ModelError, UnsupportedError
 
 ALONE = """
 import sys
@@ -110,3 +110,9 @@ def test_what_timm_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(export.ExportError, match="holds something else"):
         export.to_timm(towers.save(tiny.encoder(), tmp_path / "s"), tmp_path / "t")
     assert json.loads((tmp_path / "t/config.json").read_text()) == {}
+
+
+def test_a_vit_of_another_picture_size_is_refused() -> None:
+    tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "image_size": 64}
+    with pytest.raises(ModelError, match=r"takes pictures of 224 x 224, not 64 x 64.*vision_cfg\.image_size"):
+        tiny.encoder(vision_cfg=tower)

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import tiny
 import torch
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
@@ -21,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from typer.testing import CliRunner
 
 import export
 import vlm
@@ -28,6 +30,7 @@ from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
 from aced_sdk.files import sha256
+from export.cli import register
 from export.parity import pictures
 
 
@@ -151,3 +154,21 @@ def test_smaller_precisions(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precisions is"):
         export.vlm_vision_to_onnx(folder, tmp_path / "p", precisions=("int4",))  # type: ignore[arg-type]
     assert not (tmp_path / "p").exists()
+
+
+def test_command(folder: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app)
+    options = ["--to", "vlm-vision", "--precision", "fp32", "--precision", "fp16"]
+    result = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "o"), *options])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "o/onnx/vision_encoder_fp16.onnx").is_file()
+    result = CliRunner().invoke(app, ["export", "--verify", str(tmp_path / "o")])
+    assert result.exit_code == 0, result.output
+    assert result.output.strip() == f"{tmp_path / 'o'} is whole"
+    with (tmp_path / "o/onnx/vision_encoder.onnx").open("ab") as stream:
+        stream.write(b"more")
+    result = CliRunner().invoke(app, ["export", "--verify", str(tmp_path / "o")])
+    assert isinstance(result.exception, export.ExportError)
+    assert "vision_encoder.onnx is not the file that was exported" in str(result.exception)

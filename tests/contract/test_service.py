@@ -108,7 +108,7 @@ def test_many_clients_and_broken_ones_among_them(encoder: export.OnnxEncoder) ->
 
 
 def test_bad_requests_get_an_answer(encoder: export.OnnxEncoder) -> None:
-    with serving(encoder, max_bytes=5000) as port:
+    with serving(encoder, max_bytes=5000, max_seconds=0.5) as port:
         for path, body, status, message in (
             ("/image", b"", 422, "cannot be decoded"),
             ("/image", png(0)[:200], 422, "cannot be decoded"),
@@ -119,7 +119,25 @@ def test_bad_requests_get_an_answer(encoder: export.OnnxEncoder) -> None:
             answer = ask(port, path, body)
             assert answer[0] == status
             assert message in answer[1].get("error", answer[1].get("detail"))
+            assert answer[1].get("remedy") or status == 404
+        slow = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        slow.putrequest("POST", "/image")
+        slow.putheader("Content-Length", "100")
+        slow.endheaders(b"ten bytes.")
+        gone = socket.create_connection(("127.0.0.1", port))
+        gone.sendall(b"POST /image HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nten bytes.")
+        gone.close()
+        response = slow.getresponse()
+        assert response.status == 408
+        assert "did not come whole" in json.loads(response.read())["error"]
+        slow.close()
         assert ask(port, "/image", png(0))[0] == 200
+
+
+def test_a_tower_that_is_not_there_is_404(folder: Path) -> None:
+    with serving(export.OnnxEncoder(folder, parts=("text",), threads=1)) as port:
+        status, content = ask(port, "/image", png(0))
+        assert (status, content["error"]) == (404, "the encoder has no vision graph")
 
 
 def test_a_full_queue_is_503_and_passes(encoder: export.OnnxEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

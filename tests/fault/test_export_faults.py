@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +24,8 @@ from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
 from export import check, graphs, parity
+from export.manifest import manifest_digest
+from export.pictures import Geometry, prepare
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,7 @@ def test_garbage_is_named_even_unchecked(folder: Path, name: str) -> None:
     [
         ("{", "not JSON"),
         ("[]", "not an export of format 2"),
+        ("[" * 100_000, "not JSON"),
         ('{"kind": "onnx_dual_encoder", "format": 3}', "not an export of format 2"),
         ('{"kind": "onnx_dual_encoder", "format": 2}', "lacks bias"),
     ],
@@ -89,6 +94,36 @@ def test_bad_manifests(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "export.json").write_text(content)
     with pytest.raises(export.FolderError, match=message):
         export.OnnxEncoder(tmp_path)
+
+
+def test_an_altered_manifest_is_refused(folder: Path) -> None:
+    manifest = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(manifest | {"scale": 1.0}))
+    for opens in (export.OnnxEncoder, export.verify_folder):
+        with pytest.raises(export.FolderError, match="was altered after the export"):
+            opens(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"graphs": [{"part": "vision"}]}, "is no manifest"),
+        ({"graphs": 3}, "is no manifest"),
+        ({"files": ["a"]}, "is no manifest"),
+        ({"scale": "much"}, "is no manifest"),
+        ({"text": "lower"}, "is no manifest"),
+        ({"source": None}, "is no manifest"),
+        ({"files": {"../../secret": ""}}, "outside of its folder"),
+        ({"files": {"/dev/zero": ""}}, "outside of its folder"),
+        ({"files": {"a\0b": ""}, "graphs": []}, "no graphs of precision"),
+    ],
+)
+def test_hostile_manifests(folder: Path, changes: dict[str, Any], message: str) -> None:
+    write_manifest(folder, json.loads((folder / "export.json").read_text()) | changes)
+    with pytest.raises(export.FolderError, match=message):
+        export.OnnxEncoder(folder)
+    with pytest.raises(export.FolderError):
+        export.verify_folder(folder)
 
 
 def test_no_export_there(tmp_path: Path) -> None:
@@ -122,6 +157,8 @@ def test_bad_inputs_are_named(pristine: Path, tmp_path: Path) -> None:
     good = Image.new("RGB", (20, 20))
     stream = io.BytesIO()
     Image.effect_noise((90, 90), 50).save(stream, "PNG")
+    postscript = io.BytesIO()
+    good.save(postscript, "EPS")
     cut = tmp_path / "cut.png"
     cut.write_bytes(stream.getvalue()[:400])
     for bad, message in (
@@ -132,19 +169,42 @@ def test_bad_inputs_are_named(pristine: Path, tmp_path: Path) -> None:
         (np.zeros((4, 4, 3), np.float32), r"images\[3\] is an array of float32"),
         (np.zeros((0, 4, 3), np.uint8), r"images\[3\]"),
         (None, r"images\[3\] is a NoneType"),
+        (Image.new("La", (4, 4)), r"images\[3\] of mode La .* cannot be resized"),
+        (postscript.getvalue(), r"images\[3\] is a PostScript program"),
     ):
         with pytest.raises(export.InputError, match=message) as caught:
             encoder.encode_image([good, good, good, bad], batch_size=2)  # type: ignore[list-item]
         assert "Remedy: " in str(caught.value)
     with pytest.raises(export.InputError, match=r"texts\[5\] is a int"):
         encoder.encode_text(["a"] * 5 + [3], batch_size=2)  # type: ignore[list-item]
-    with pytest.raises(export.InputError, match=r"texts\[1\] has 100001 characters, the bound is 100000"):
-        encoder.encode_text(["a", "b" * 100_001])
+    with pytest.raises(export.InputError, match=r"texts\[1\] has 10001 characters, the bound is 10000"):
+        encoder.encode_text(["a", "b" * 10_001])
     with pytest.raises(export.EncoderError, match="onnxruntime cannot run the vision graph"):
         encoder.run("vision", np.zeros((1, 3, 5, 5), np.float32))
     assert encoder.encode_image([good]).shape == (1, 8)
+    assert encoder.encode_image(good for _ in range(3)).shape == (3, 8)
+    assert encoder.preprocess([]).shape == (0, 3, 16, 16)
+    assert encoder.tokenize([]).shape == (0, 8)
+    for encode in (encoder.encode_image, encoder.encode_text):
+        with pytest.raises(export.InputError, match="a NoneType was given"):
+            encode(None)  # type: ignore[arg-type]
+    for names in ("cat", [1]):
+        with pytest.raises(export.InputError, match="classnames is no list of strings"):
+            export.ZeroShot(encoder, names)  # type: ignore[arg-type]
     with pytest.raises(export.InputError, match="not a list"):
         encoder.encode_image(good)  # type: ignore[arg-type]
+
+
+def test_a_strip_does_not_grow_without_bound() -> None:
+    """A picture within `max_pixels` whose short side has to grow to the tower's would take gigabytes."""
+    strip = Image.new("RGB", (300_000, 1))
+    geometry = Geometry(224, 224, (0.5,) * 3, (0.5,) * 3, 3, "shortest", 0)
+    with pytest.raises(export.InputError, match=r"images\[0\] is too long and narrow: 300000 x 1"):
+        prepare(strip, "images[0]", geometry, 1_000_000)
+    assert prepare(strip.resize((3000, 200)), "images[0]", geometry, 1_000_000).shape == (224, 224, 3)
+    padded = dataclasses.replace(geometry, resize_mode="longest")
+    with pytest.raises(export.InputError, match=r"images\[0\] of mode RGB and size 300000 x 1 cannot be resized"):
+        prepare(strip, "images[0]", padded, 1_000_000)
 
 
 def test_errors_survive_pickling() -> None:
@@ -209,6 +269,24 @@ def test_bad_graphs_leave_the_older_export(student: Path, folder: Path, monkeypa
     assert export.verify(folder).graphs
 
 
+def test_a_full_disk_and_a_closed_folder_are_said(
+    student: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(export.ExportError, match=r"cannot be written to .*\[field: directory\]"):
+        export.to_timm(student, folder / "export.json/below")
+    for writer in ("onnx.save_model", "export.timm_folder.save_tensors", "transformers.CLIPModel.save_pretrained"):
+        monkeypatch.setattr(writer, full)
+    for verb in (export.to_onnx, export.to_timm, export.to_transformers):
+        target = folder if verb is export.to_onnx else tmp_path / "new"
+        with pytest.raises(export.ExportError, match=r"cannot be written to .* No space left"):
+            verb(student, target)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert export.verify(folder).graphs
+
+
 def test_a_graph_that_trains_is_refused(pristine: Path) -> None:
     model = onnx.load(pristine / "onnx/vision_model.onnx")
     graphs.check_inference(model, "vision")
@@ -243,7 +321,11 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(pristine: Path, monkeyp
 def rehash(folder: Path, name: str) -> None:
     manifest = json.loads((folder / "export.json").read_text())
     manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "export.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "export.json").write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}))
 
 
 def test_verify_folder_tells_what_is_wrong(folder: Path) -> None:
@@ -269,7 +351,7 @@ def test_verify_folder_tells_what_is_wrong(folder: Path) -> None:
 
 def test_unfinished_export_is_no_export(folder: Path) -> None:
     manifest = json.loads((folder / "export.json").read_text())
-    (folder / "export.json").write_text(json.dumps(manifest | {"report": None}))
+    write_manifest(folder, manifest | {"report": None})
     with pytest.raises(export.ExportError, match="never ended"):
         export.verify(folder)
     with pytest.raises(export.FolderError, match="never ended"):

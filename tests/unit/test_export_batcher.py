@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -171,13 +172,32 @@ def test_close_while_many_submit(folder: Path) -> None:
     assert not done[-1]
 
 
+def test_few_pictures_are_decoded_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = export.OnnxEncoder(folder, parts=("vision",), threads=1)
+    preprocess, running, most = encoder.preprocess, [], []
+
+    def slow(images: Any) -> Any:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.005)
+        running.pop()
+        return preprocess(images)
+
+    monkeypatch.setattr(encoder, "preprocess", slow)
+    with export.Batcher(encoder, decoding=2) as batcher, ThreadPoolExecutor(12) as pool:
+        assert len(list(pool.map(batcher.encode_image, [noise(n) for n in range(24)]))) == 24
+    assert max(most) == 2
+
+
 def test_bad_options(folder: Path) -> None:
     encoder = export.OnnxEncoder(folder, parts=("text",), max_batch=16)
     for options, message in (
         ({"max_batch": 0}, "max_batch is 0"),
         ({"max_batch": 17}, "the encoder's is 16"),
         ({"queue": 0}, "queue is 0"),
+        ({"decoding": 0}, "decoding is 0"),
         ({"max_wait_ms": -1}, "max_wait_ms is -1"),
+        ({"max_wait_ms": 1e300}, r"max_wait_ms is 1e\+300"),  # no thread can wait for so long
         ({"max_wait_ms": float("nan")}, "max_wait_ms is nan"),
     ):
         with pytest.raises(export.InputError, match=message):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -141,6 +142,7 @@ def test_bad_files(search: export.Search, encoder: export.OnnxEncoder, tmp_path:
     path = tmp_path / "index.npz"
     search.save(path)
     whole = path.read_bytes()
+    facts = json.dumps({"source": encoder.source, "keys": ["a"]}).encode()
     hostile = np.array([{"a": 1}], dtype=object)
     with (tmp_path / "pickled.npz").open("wb") as stream:
         np.savez(stream, facts=hostile, embeddings=hostile)
@@ -151,6 +153,13 @@ def test_bad_files(search: export.Search, encoder: export.OnnxEncoder, tmp_path:
     for name in ("pickled.npz", "cut.npz", "noise.npz", "nothing.npz", "other.npz", "absent.npz"):
         with pytest.raises(export.FolderError, match=f"{name} is no saved search"):
             export.Search.load(tmp_path / name, encoder)
+    np.savez(tmp_path / "words.npz", facts=np.frombuffer(facts, np.uint8), embeddings=np.array(["a"]))
+    np.savez(tmp_path / "short.npz", facts=np.frombuffer(facts, np.uint8), embeddings=np.zeros((9, 3), np.float32))
+    for name in ("words.npz", "short.npz"):
+        with pytest.raises(export.FolderError, match=f"{name} is no saved search"):
+            export.Search.load(tmp_path / name, encoder)
+    with pytest.raises(export.InputError, match="finite numbers"):
+        search.query(np.full(encoder.embedding_dim, np.nan, np.float32))
     with pytest.raises(export.FolderError, match="another student"):
         export.Search.load(path, loaded(tmp_path / "other", 1))
 
