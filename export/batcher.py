@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from threading import Lock, Semaphore, Thread
 from types import TracebackType
@@ -64,11 +64,15 @@ class Batcher:
                 field="max_batch",
             )
         self.encoder = encoder
-        places = Semaphore(decoding)
+        # Threads of its own rather than a semaphore: malloc keeps what each thread that ever decoded has freed.
+        self._decoders = ThreadPoolExecutor(decoding, "batcher-decoder")
 
         def decoded(picture: Picture) -> NDArray[Any]:
-            with places:
-                return encoder.preprocess([picture])
+            try:
+                work = self._decoders.submit(encoder.preprocess, [picture])
+            except RuntimeError as error:  # they were shut down
+                raise _closed() from error
+            return work.result()
 
         prepare: dict[str, Callable[[Any], NDArray[Any]]] = {
             "vision": decoded,
@@ -105,6 +109,7 @@ class Batcher:
         """Take no more requests, finish those that wait, and end the threads. May be called again."""
         for lane in self._lanes.values():
             lane.close()
+        self._decoders.shutdown()
 
     def __enter__(self) -> Batcher:
         return self
@@ -118,6 +123,10 @@ class Batcher:
         if part not in self._lanes:
             raise FolderError(f"the encoder has no {part} graph", remedy=f"export or load '{part}' too", field="parts")
         return self._lanes[part]
+
+
+def _closed() -> ClosedError:
+    return ClosedError("the batcher is closed", remedy="make a new one")
 
 
 class _Request(NamedTuple):
@@ -158,7 +167,7 @@ class _Lane:
             inputs = self._prepare(item)
             with self._lock:  # nothing may come after the None
                 if self._closed:
-                    raise ClosedError("the batcher is closed", remedy="make a new one")
+                    raise _closed()
                 request = _Request(inputs, time.monotonic(), Future())
                 self._requests.put(request)
         except BaseException:

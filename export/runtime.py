@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -333,6 +334,9 @@ def session_options(threads: int | None, precision: str) -> Any:
     options = onnxruntime.SessionOptions()
     if threads is not None:
         at_least_one(threads=threads)
+        most = max(64, os.cpu_count() or 1)
+        if threads > most:  # onnxruntime's wait for each other by spinning: some hundred on few cores never get ready
+            raise InputError(f"threads is {threads}", remedy=f"give at most {most}", field="threads")
         options.intra_op_num_threads = threads
     if precision == "fp16":
         # The layout passes above this level only serve float32, and some of them crash on half precision.

@@ -138,6 +138,8 @@ def test_unknown_options(pristine: Path) -> None:
         export.OnnxEncoder(pristine, providers=["NoSuchProvider"])
     with pytest.raises(export.InputError, match="threads is 0"):
         export.OnnxEncoder(pristine, threads=0)
+    with pytest.raises(export.InputError, match="threads is 100000"):
+        export.OnnxEncoder(pristine, threads=100_000)
     with pytest.raises(export.FolderError, match=r"no audio graph.*vision, text \[field: parts\]"):
         export.OnnxEncoder(pristine, parts=("audio",))
     for name in ("max_pixels", "max_batch", "max_characters"):
