@@ -61,7 +61,7 @@ class VlmVisionReport(Config):
 class VlmVisionManifest(Config):
     """`export.json` of such a folder."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     kind: Literal["onnx_vlm_vision"] = "onnx_vlm_vision"
     source_weights_sha256: dict[str, str] = Field(description="sha256 of the model's weight files, by name")
     model_type: str = Field(description="transformers' name of the model's kind")

@@ -117,7 +117,6 @@ class Features:
         pictures: Sequence[Picture],
         memory_mb: int,
     ) -> None:
-        check_fit(model, processor)
         self._model = model
         self._processor = processor
         self._pictures = pictures

@@ -130,6 +130,7 @@ class LitModel:
                 encoder_hidden_states=decoder.read(features_PTW[places[chosen]]),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                pad_token_id=_PAD,
             )
             for number, row in zip(chosen, out[:, width:].tolist(), strict=True):
                 end = row.index(_END) if _END in row else len(row)
@@ -177,7 +178,6 @@ class _Decoder(nn.Module):
                 attn_pdrop=0.0,
                 bos_token_id=_START,
                 eos_token_id=_END,
-                pad_token_id=_PAD,
             )
         )
 

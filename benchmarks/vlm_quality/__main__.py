@@ -22,7 +22,7 @@ import torch
 from benchmarks.machine import emit, machine
 from benchmarks.vlm_quality.data import exam
 from benchmarks.vlm_quality.page import write
-from benchmarks.vlm_quality.run import further, run, tuning
+from benchmarks.vlm_quality.run import run, tuning
 from examples.quickstart.box import BoxConfig, build_box
 from examples.quickstart.box.fetch import fetch_models
 from vlm.ranking import spread
@@ -38,11 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students, and of the tuning")
     parser.add_argument("--align-steps", type=int, default=60)
     parser.add_argument("--adapt-steps", type=int, default=800)
-    parser.add_argument("--parts", nargs="*", default=["captions", "easy_vqa"], help="what is learned further")
     parser.add_argument("--easy-questions", type=int, default=1000, help="of easy-vqa's test questions, asked")
-    parser.add_argument(
-        "--further-steps", type=int, default=0, help="of captions alone, and of easy-vqa alone, after all"
-    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--directory", type=Path, default=Path("runs/vlm-quality"), help="models, pages, checkpoints")
@@ -61,12 +57,9 @@ def main() -> None:
             config = tuning(arguments.align_steps, arguments.adapt_steps, seed, arguments.precision, arguments.threads)
             one = run(vision, language, asked, config, folder)
             write(folder / "page.html", f"What the {row} tower lets a language model say", asked, one)
-            if arguments.further_steps:
-                more = config.replace(stages=(config.stages[-1].replace(steps=arguments.further_steps),))
-                one["further"] = {
-                    part: further(part, folder / "model", asked, more, folder / part) for part in arguments.parts
-                }
-            found[row].append({key: value for key, value in one.items() if key != "scores"} | {"seed": seed})
+            found[row].append(
+                {key: value for key, value in one.items() if key not in ("scores", "measured")} | {"seed": seed}
+            )
     result: dict[str, Any] = {
         "benchmark": "vlm_quality",
         "held_out": {"questions": len(asked.questions), "captions": len(asked.captions), "easy": len(asked.easy_vqa)},

@@ -39,11 +39,6 @@ class Exam:
     captions: tuple[Sample, ...]
     easy_vqa: tuple[Sample, ...]
 
-    def about(self, part: str) -> tuple[Sample, ...]:
-        """What is learned from that helps with one part: `captions` or `easy_vqa`."""
-        kinds = {sample.kind for sample in getattr(self, part)} | ({"emoji"} if part == "captions" else set())
-        return tuple(sample for sample in self.train if sample.kind in kinds)
-
 
 def exam(box: Box, pictures: Path, easy_questions: int) -> Exam:
     """Everything that one model learns and is asked.

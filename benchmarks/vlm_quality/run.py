@@ -10,6 +10,7 @@ from typing import Any
 
 import aced_sdk as aced
 import vlm
+from aced_sdk.errors import ConfigError
 from aced_sdk.files import write_json
 from benchmarks.vlm_quality.data import Exam
 from vlm.scoring import Metric
@@ -38,40 +39,8 @@ def tuning(align_steps: int, adapt_steps: int, seed: int, precision: str, thread
     )
 
 
-def further(part: str, model: Path, exam: Exam, config: vlm.TuneConfig, directory: Path) -> dict[str, Any]:
-    """Scores on one part of a tuned model that goes on learning that part alone; measured once, as in `run`.
-
-    Args:
-        part: `captions` or `easy_vqa`.
-        model: folder of a merged model.
-        exam: what is learned and asked.
-        config: how it is tuned.
-        directory: checkpoints and `scores.json`.
-    """
-    known = directory / "scores.json"
-    if known.is_file():
-        found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
-        return found
-    tuned = vlm.tune(*vlm.load(model), exam.about(part), config, directory=directory / "tuning")
-    metric, longest = ASKED[part]
-    processor = vlm.load(model)[1]
-    scores = vlm.evaluate(
-        tuned.model, processor, getattr(exam, part), metric=metric, max_new_tokens=longest, batch_size=64
-    )
-    blind = scores.total.blind_metrics or {}
-    figures = (
-        {"cider": scores.total.metrics["cider"], "blind_cider": blind["cider"]}
-        if part == "captions"
-        else {"accuracy": scores.accuracy, "blind_accuracy": scores.blind}
-    )
-    kinds = {kind: (one.accuracy, one.blind) for kind, one in scores.kinds.items()}
-    result = {**figures, "kinds": kinds, "samples": tuned.samples, "tuning_seconds": tuned.seconds}
-    write_json(known, result)
-    return result
-
-
 def run(vision: Path, language: Path, exam: Exam, config: vlm.TuneConfig, directory: Path) -> dict[str, Any]:
-    """Scores of one model. What an earlier call with the same directory measured is not measured again.
+    """Scores of one model. What an earlier call with the same arguments measured is not measured again.
 
     Args:
         vision: folder of a student.
@@ -79,10 +48,23 @@ def run(vision: Path, language: Path, exam: Exam, config: vlm.TuneConfig, direct
         exam: what is learned and asked.
         config: how it is tuned.
         directory: checkpoints, the model and `scores.json`.
+
+    Raises:
+        ConfigError: if the directory holds scores that were measured in another way.
     """
     known = directory / "scores.json"
+    measured = {
+        "vision": str(vision),
+        "language": str(language),
+        "config": config.model_dump(mode="json"),
+        "exam": {part: len(getattr(exam, part)) for part in ("train", *ASKED)},
+    }
     if known.is_file():
         found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+        if different := [key for key in measured if found["measured"].get(key) != measured[key]]:
+            raise ConfigError(
+                f"{known} was measured with other {', '.join(different)}", remedy="name another directory, or remove it"
+            )
         return found
     model, processor = vlm.build(vision=vision, language=language)
     tuned = vlm.tune(model, processor, exam.train, config, directory=directory / "tuning")
@@ -95,6 +77,7 @@ def run(vision: Path, language: Path, exam: Exam, config: vlm.TuneConfig, direct
     }
     blind_captions = scores["captions"].total.blind_metrics or {}
     result = {
+        "measured": measured,
         "vision": vision.name if vision.name != "student" else vision.parent.name,
         "accuracy": scores["questions"].accuracy,
         "blind_accuracy": scores["questions"].blind,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import vlm
-from aced_sdk.errors import DataError
+from aced_sdk.errors import ConfigError, DataError
 from aced_sdk.files import sha256
 from benchmarks.vlm_quality import data, page
 from benchmarks.vlm_quality.data import EASY_VQA, Exam, easy_vqa
@@ -42,6 +42,8 @@ def test_one_model_from_build_to_page(tmp_path: Path) -> None:
     }
     assert 0 <= first["accuracy"] <= 1
     assert first["samples"] > 0
+    with pytest.raises(ConfigError, match="measured with other config"):
+        run(seen, words, exam, tuning(1, 3, seed=0, precision="fp32", threads=1), tmp_path / "run")
     events = sha256(tmp_path / "run/tuning/events.jsonl")
     assert run(seen, words, exam, config, tmp_path / "run") == json.loads(json.dumps(first))
     assert sha256(tmp_path / "run/tuning/events.jsonl") == events
