@@ -54,18 +54,18 @@ def main() -> None:
     asked = exam(box, arguments.directory / "pictures", arguments.easy_questions, arguments.captions)
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in arguments.rows}
     for seed in arguments.seeds:  # the rows of a seed side by side, so that an early stop leaves whole pairs
+        config = tuning(
+            arguments.align_steps,
+            arguments.adapt_steps,
+            batch_size=arguments.batch_size,
+            share=arguments.share,
+            seed=seed,
+            precision=arguments.precision,
+            threads=arguments.threads,
+        )
         for row in arguments.rows:
             vision = arguments.runs / "distil" / f"{row}-{seed}" / "student"
             folder = arguments.directory / f"{row}-{seed}"
-            config = tuning(
-                arguments.align_steps,
-                arguments.adapt_steps,
-                seed,
-                arguments.precision,
-                arguments.threads,
-                arguments.batch_size,
-                arguments.share,
-            )
             one = run(vision, language, asked, config, folder)
             write(folder / "page.html", f"What the {row} tower lets a language model say", asked, one)
             found[row].append(

@@ -6,16 +6,17 @@ from __future__ import annotations
 import json
 import random
 import re
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import vlm
+from aced_sdk.data.pool import Pool
 from aced_sdk.errors import DataError
 from aced_sdk.files import whole_file
 from examples.quickstart.box import Box
 from examples.quickstart.box.fetch import fetch, home_folder, locked, unpack_wheel
+from examples.quickstart.box.questions import as_answer
 from examples.quickstart.box.sources import Package
 from vlm.data import Sample
 
@@ -62,7 +63,7 @@ def exam(box: Box, pictures: Path, easy_questions: int, captions: int) -> Exam:
         for one in pairs
         if not _PEOPLE.search(one.turns[0][1])
     ]
-    unseen = [one for task in sorted(box.evaluation.glob("unseen_style_*")) for one in _labelled(task, pictures)]
+    unseen = [one for task in sorted(box.evaluation.glob("unseen_style_*")) for one in labelled(task, pictures)]
     easy, easy_test = easy_vqa("train"), easy_vqa("test")
     return Exam(
         train=(*taught, *named, *easy),
@@ -72,30 +73,30 @@ def exam(box: Box, pictures: Path, easy_questions: int, captions: int) -> Exam:
     )
 
 
-def as_answer(caption: str) -> str:
-    """A label in the words of the box's own answers: "flag: France" -> "flag of france"."""
-    return caption.lower().replace("flag: ", "flag of ").replace(": ", " ")
-
-
 def _drawn(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
     return tuple(random.Random(0).sample(samples, min(count, len(samples))))
 
 
-def _labelled(task: Path, pictures: Path) -> list[Sample]:
-    """A zero-shot task's pictures, to be captioned with their class's name."""
+def labelled(task: Path, pictures: Path) -> list[Sample]:
+    """A zero-shot task's pictures, each with its class's name as the caption.
+
+    Args:
+        task: folder in CLIP_benchmark's WebDataset layout.
+        pictures: folder that pictures are unpacked into.
+    """
     names = (task / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    pool = Pool([task / "test"])
     samples = []
-    for shard in sorted((task / "test").glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            content = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
-            held = {name: file.read() for name, file in content.items() if file is not None}
-        for key in sorted(name.removesuffix(".cls") for name in held if name.endswith(".cls")):
-            target = pictures / task.name / f"{Path(key).name}.png"
-            if not target.exists():
-                with whole_file(target) as temporary:
-                    temporary.write_bytes(held[f"{key}.png"])
-            label = as_answer(names[int(held[f"{key}.cls"])])
-            samples.append(Sample(f"{task.name}-{key}", ((NAME, label),), (target,), task.name))
+    for row, packed in enumerate(pool.samples):
+        picture, number = pool.read(row, "png"), pool.read(row, "cls")
+        if picture is None or number is None:
+            raise DataError(f"{task} has no picture or no class for '{packed.key}'", remedy="build the box anew")
+        target = pictures / task.name / f"{Path(packed.key).name}.png"
+        if not target.exists():
+            with whole_file(target) as temporary:
+                temporary.write_bytes(picture)
+        turn = (NAME, as_answer(names[int(number)]))
+        samples.append(Sample(f"{task.name}-{packed.key}", (turn,), (target,), task.name))
     return samples
 
 

@@ -24,14 +24,16 @@ ASKED: dict[str, tuple[Metric, int]] = {
 
 
 def tuning(
-    align_steps: int, adapt_steps: int, seed: int, precision: str, threads: int, rows: int = 16, share: int = 4
+    align_steps: int, adapt_steps: int, *, batch_size: int, share: int, seed: int, precision: str, threads: int
 ) -> vlm.TuneConfig:
     """Projector first, then projector and low-rank adapters."""
     return vlm.TuneConfig.model_validate(
         {
             "stages": (
-                vlm.Align(steps=align_steps, batch_size=rows, learning_rate=3e-3),
-                vlm.Adapt(steps=adapt_steps, batch_size=rows, learning_rate=1e-3, lora=vlm.Lora(rank=16, alpha=32)),
+                vlm.Align(steps=align_steps, batch_size=batch_size, learning_rate=3e-3),
+                vlm.Adapt(
+                    steps=adapt_steps, batch_size=batch_size, learning_rate=1e-3, lora=vlm.Lora(rank=16, alpha=32)
+                ),
             ),
             "seed": seed,
             "share": share,

@@ -31,10 +31,14 @@ def asked(folder: Path, kind: str) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
+def tiny_tuning(steps: int) -> vlm.TuneConfig:
+    return tuning(1, steps, batch_size=16, share=4, seed=0, precision="fp32", threads=1)
+
+
 def test_one_model_from_build_to_page(tmp_path: Path) -> None:
     exam = Exam(*(asked(tmp_path, kind) for kind in ("train", "questions", "name", "easy")))
     seen, words = student(tmp_path / "student"), language(tmp_path / "language")
-    config = tuning(1, 2, seed=0, precision="fp32", threads=1)
+    config = tiny_tuning(2)
     first = run(seen, words, exam, config, tmp_path / "run")
     assert {part: len(first["scores"][part]["samples"]) for part in first["scores"]} == {
         "questions": 3,
@@ -44,7 +48,7 @@ def test_one_model_from_build_to_page(tmp_path: Path) -> None:
     assert 0 <= first["accuracy"] <= 1
     assert first["samples"] > 0
     with pytest.raises(ConfigError, match="measured with other config"):
-        run(seen, words, exam, tuning(1, 3, seed=0, precision="fp32", threads=1), tmp_path / "run")
+        run(seen, words, exam, tiny_tuning(3), tmp_path / "run")
     events = sha256(tmp_path / "run/tuning/events.jsonl")
     assert run(seen, words, exam, config, tmp_path / "run") == json.loads(json.dumps(first))
     assert sha256(tmp_path / "run/tuning/events.jsonl") == events
@@ -64,7 +68,7 @@ def test_held_out_pictures_are_captioned_in_the_words_of_the_answers(tmp_path: P
     with tarfile.open(shards / "0.tar", "w") as tar:
         for name in ("a.png", "a.cls"):
             tar.add(tmp_path / name, name)
-    (sample,) = data._labelled(shards.parent, tmp_path / "pictures")
+    (sample,) = data.labelled(shards.parent, tmp_path / "pictures")
     assert sample.turns == (("What is this?", "flag of france"),)
     assert sample.images[0].read_bytes() == (tmp_path / "a.png").read_bytes()
 

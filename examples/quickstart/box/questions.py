@@ -73,7 +73,7 @@ def ask(
     each = count // len(KINDS)
     by_kind: dict[str, dict[str, list[Question]]] = {kind: defaultdict(list) for kind in KINDS}
     for row in usable:
-        word, name, colour = row.meaning and row.meaning.word, name_of(row), pictures[row.key].colour
+        word, name, colour = row.meaning and row.meaning.word, as_answer(row.caption), pictures[row.key].colour
         if known is None or name in known:
             by_kind["name"][name].append(Question(row, "name", _QUESTIONS["name"], name))
         if word:
@@ -84,9 +84,9 @@ def ask(
     return questions + _yes_no(usable, each, rng)
 
 
-def name_of(row: Candidate) -> str:
-    """The label as an answer: "flag: France" -> "flag of france", "keycap: 1" -> "keycap 1"."""
-    return row.caption.lower().replace("flag: ", "flag of ").replace(": ", " ")
+def as_answer(label: str) -> str:
+    """A label in an answer's words: "flag: France" -> "flag of france", "keycap: 1" -> "keycap 1"."""
+    return label.lower().replace("flag: ", "flag of ").replace(": ", " ")
 
 
 def evenly(by_answer: Mapping[str, Sequence[Question]], count: int, rng: random.Random) -> list[Question]:
