@@ -39,12 +39,25 @@ class PrecisionName(StrEnum):
     int8 = "int8"
 
 
+_TAKEN: dict[Target, frozenset[str]] = {
+    Target.onnx: frozenset(
+        {"part", "precision", "opset", "min_cosine", "int8_cosine", "calibration", "pictures", "texts"}
+        | {"preprocess_in_graph", "task", "max_zero_shot_drop", "measure"}
+    ),
+    Target.transformers: frozenset({"part", "onnx"}),
+    Target.timm: frozenset(),
+    Target.vlm_vision: frozenset({"precision", "opset", "int8_cosine", "calibration"}),
+}
+"""Of each layout, the options that mean something for it; any other is refused."""
+
+
 def register(app: typer.Typer) -> None:
     """Add `export` to the `aced` command."""
     app.command("export")(_export)
 
 
 def _export(
+    context: typer.Context,
     student: Annotated[
         Path | None, typer.Argument(help="saved student folder; for vlm-vision a vision-language model's")
     ] = None,
@@ -82,11 +95,18 @@ def _export(
     ] = None,
 ) -> None:
     """Export a student: ONNX with verified parity, or a folder of transformers or timm; or the eyes of its VLM."""
+    given = {
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
     if verify is not None:
+        _refuse(given - {"verify", "student"}, "--verify")
         _verify(verify, student)
         return
     if student is None or directory is None:
         raise typer.BadParameter("give STUDENT and DIRECTORY, or --verify FOLDER")
+    _refuse(given - {"student", "directory", "to"} - _TAKEN[to], f"--to {to}")
     limit: Any = {} if int8_cosine is None else {"int8_cosine": int8_cosine}
     if to in (Target.transformers, Target.timm):
         import export
@@ -94,7 +114,9 @@ def _export(
         if to is Target.timm:
             facts = export.to_timm(student, directory).model_dump()
         else:
-            whole: Any = "vision" if part == [PartName.vision] else "both"
+            if part and not (len(part) == 1 and part[0] in (PartName.vision, PartName.both)):
+                raise typer.BadParameter("--part is vision or both with --to transformers")
+            whole: Any = part[0].value if part else "both"
             facts = export.to_transformers(student, directory, whole, onnx).model_dump()
         for name, value in facts.items():
             typer.echo(f"{name:28} {value:.1e}" if isinstance(value, float) else f"{name:28} {value}")
@@ -128,6 +150,12 @@ def _export(
         )
         _print(report)
     typer.echo(f"written to {directory}")
+
+
+def _refuse(options: set[str], beside: str) -> None:
+    if options:
+        names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in options))
+        raise typer.BadParameter(f"{names} means nothing with {beside}; leave it out")
 
 
 def _files(folder: Path | None) -> list[Path]:

@@ -62,6 +62,21 @@ class Sample:
             )
 
 
+def check_samples(data: Iterable[Any]) -> None:
+    """Refuse data in another form before work is done on it.
+
+    Raises:
+        DataError: if something in it is not a `Sample`; it is named by its number.
+    """
+    for number, one in enumerate(data):
+        if not isinstance(one, Sample):
+            raise DataError(
+                f"the data's number {number} is a {type(one).__name__}, no vlm.Sample: {one!r:.100}",
+                remedy="read it with vlm.load_llava, vlm.load_messages or another vlm.load_..., or make vlm.Sample",
+                field="data",
+            )
+
+
 @dataclass(frozen=True)
 class Samples(Sequence[Sample]):
     """Conversations, and what was left out.

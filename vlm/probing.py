@@ -25,7 +25,7 @@ from aced_sdk.engine import factor
 from aced_sdk.errors import ConfigError, DataError, EngineError
 from aced_sdk.reporting import Progress
 from aced_sdk.towers import DualEncoder
-from vlm.data import Sample
+from vlm.data import Sample, check_samples
 from vlm.generating import check_numbers, check_positive
 from vlm.pictures import Picture, open_picture, same_picture
 from vlm.towers import VisionTower, open_tower
@@ -219,10 +219,12 @@ def turns(data: Sequence[Sample]) -> Turns:
     """All turns of the conversations.
 
     Raises:
-        DataError: if there is none, or a conversation has no turns, an empty answer, or not exactly one picture.
+        DataError: if there is none, one is no `Sample`, or a conversation has no turns, an empty answer, or not
+            exactly one picture.
     """
     if not data:
         raise DataError("there are no conversations", remedy="check the data", field="data")
+    check_samples(data)
     if odd := next((sample for sample in data if len(sample.images) != 1), None):
         raise DataError(
             f"conversation '{odd.key}' has {len(odd.images)} pictures, and a LiT-decoder reads one",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from aced_sdk.errors import DataError
 from vlm.chat import IMAGE
-from vlm.data import Sample
+from vlm.data import Sample, check_samples
 from vlm.pictures import Picture, same_picture
 
 if TYPE_CHECKING:
@@ -179,10 +179,11 @@ def make_rows(
         limit: tokens that the language model can read.
 
     Raises:
-        DataError: if there is no conversation, one is too long, or one cannot be learned from.
+        DataError: if there is no conversation, or one is no `Sample`, too long, or nothing to learn from.
     """
     if not samples:
         raise DataError("there are no conversations", remedy="check the data", field="data")
+    check_samples(samples)
     numbers: dict[str | int, int] = {}
     pictures: list[Picture] = []
     groups: dict[tuple[int, ...], list[tuple[list[int], list[int]]]] = defaultdict(list)

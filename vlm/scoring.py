@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from aced_sdk.errors import EvaluationError, UnsupportedError
-from vlm.data import Sample
+from vlm.data import Sample, check_samples
 from vlm.generating import answer, check_positive
 from vlm.metrics import caption_scores
 from vlm.pictures import Picture, same_picture
@@ -136,6 +136,7 @@ def evaluate(
         )
     check_positive(limit=1 if limit is None else limit)
     chosen = list(data)
+    check_samples(chosen)
     if limit is not None and limit < len(chosen):
         chosen = random.Random(seed).sample(chosen, limit)
     asked = [

@@ -220,6 +220,30 @@ def test_transformers_refuses_other_towers(tmp_path: Path) -> None:
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--to", "timm", "--precision", "int8"], "--precision means nothing with --to timm"),
+        (["--to", "transformers", "--opset", "18", "--no-measure"], "--measure, --opset means nothing with --to trans"),
+        (["--to", "transformers", "--part", "text"], "--part is vision or both with --to transformers"),
+        (["--to", "vlm-vision", "--onnx", "o"], "--onnx means nothing with --to vlm-vision"),
+        (["--onnx", "o"], "--onnx means nothing with --to onnx"),
+        (["--verify", "o"], "--directory means nothing with --verify"),
+    ],
+)
+def test_options_of_another_layout_are_refused(
+    student_folder: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app)
+    called = ["export", str(student_folder), str(tmp_path / "o"), *options]
+    result = CliRunner().invoke(app, called, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+    assert not (tmp_path / "o").exists()
+
+
 def test_command(student_folder: Path, tmp_path: Path) -> None:
     app = typer.Typer()
     app.callback()(lambda: None)

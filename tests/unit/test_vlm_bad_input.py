@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
@@ -15,6 +15,7 @@ import vlm
 from aced_sdk import towers
 from aced_sdk.errors import AcedError, ConfigError, DataError, EvaluationError, UnsupportedError
 from vlm.pictures import same_picture
+from vlm.rows import make_rows
 from vlm.scoring import deal
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -104,6 +105,22 @@ def test_a_malformed_row_is_named(bad: Any, words: str) -> None:
 def test_samples_that_are_written_wrong_by_hand(fields: dict[str, Any], name: str) -> None:
     with pytest.raises(DataError, match=f"the {name} of conversation 'odd' are .*field: {name}"):
         vlm.Sample(**({"key": "odd", "turns": (("What?", "red"),)} | fields))
+
+
+def test_data_that_holds_no_samples(tmp_path: Path) -> None:
+    data: Any = [vlm.Sample("fine", (("What?", "red"),), (PICTURE,)), {"image": "a.png"}]
+    student = towers.save(encoder(1), tmp_path / "student")
+    model = processor = cast("Any", None)  # refused before they are used
+    for read in (
+        lambda: make_rows(data[1:], processor, image_tokens=4, share=1, limit=8),
+        lambda: vlm.evaluate(model, processor, data[1:]),
+        lambda: vlm.lit_decoder(student, data[1:]),
+        lambda: vlm.rank_encoders({"a": student}, data[:1], data[1:]),
+    ):
+        with pytest.raises(DataError, match=r"number 0 is a dict, no vlm.Sample.*vlm\.load_llava.*field: data"):
+            read()
+    with pytest.raises(DataError, match="number 1 is a dict"):
+        vlm.evaluate(model, processor, data)
 
 
 def write(path: Path, content: Any) -> Path:
