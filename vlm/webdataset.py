@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,9 +64,16 @@ def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:
     """One sample of the tars.
 
     Raises:
-        UnusablePair: if it has no words, or is a caption without a picture.
+        UnusablePair: if it has no words, is a caption without a picture, or its KEY.json, which may have been a
+            conversation, cannot be read.
     """
-    key, metadata = pool.samples[row].key, pool.metadata(row)
+    key = pool.samples[row].key
+    try:
+        metadata = json.loads(pool.read(row, "json") or b"{}")
+    except ValueError as error:
+        raise UnusablePair("unreadable KEY.json") from error
+    if not isinstance(metadata, dict):
+        raise UnusablePair("KEY.json is no object")
     picture = _unpack(pool, row, folder)
     if "conversations" in metadata:
         return from_llava(metadata | {"image": [picture.name] if picture else []}, key, folder)

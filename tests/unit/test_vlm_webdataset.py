@@ -79,6 +79,16 @@ def test_bad_samples_are_counted_up_to_the_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [(b'{"conversations": [{"from": "hu', "unreadable KEY.json"), (b"[1]", "KEY.json is no object")],
+)
+def test_a_torn_conversation_does_not_become_a_caption(tmp_path: Path, content: bytes, words: str) -> None:
+    shard = tar(tmp_path / "0.tar", {"odd.png": png("red"), "odd.json": content, "odd.txt": b"fine"})
+    with pytest.raises(DataError, match=f"'odd': {words}"):
+        vlm.load_webdataset([shard], tmp_path / "pictures")
+
+
+@pytest.mark.parametrize(
     "content", [b'{"messages": 3}', b'{"messages": [{"role": "user"}]}', b'{"conversations": [1]}', b'{"messages": []}']
 )
 def test_a_malformed_conversation_is_named(tmp_path: Path, content: bytes) -> None:
