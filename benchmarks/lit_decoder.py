@@ -4,16 +4,17 @@
     make demo FULL=1
     python -m benchmarks.lit_decoder --runs runs/demo-full [--rows iid softmax_kd aced] [--output FILE]
 
-Every row's students, one for each seed of the demo, are read by new decoders (`vlm.rank_encoders`) that learn colours,
-groups, yes or no and names of the box's pictures together. Held out are pictures that no decoder learned from; names
-are scored by CIDEr, the rest by accuracy, each beside what other samples' pictures give.
+Every row's students, one for each seed of the demo, are read by new decoders (`vlm.rank_encoders`) that learn the
+conversations of `benchmarks.vlm_quality` together. Held out are pictures that no decoder learned from; captions are
+scored by CIDEr, the rest by accuracy, each beside what other samples' pictures give.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 import vlm
 from benchmarks.machine import emit, machine
+from benchmarks.vlm_quality.data import exam
 from examples.quickstart.box import BoxConfig, build_box
 
 
@@ -30,8 +32,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="a demo's directory, with the folder distil")
     parser.add_argument("--rows", nargs="+", default=["iid", "softmax_kd", "h_acid", "aced", "trusted"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="that the demo distilled with")
-    parser.add_argument("--steps", type=int, default=1000, help="of each decoder")
+    parser.add_argument("--steps", type=int, default=2000, help="of each decoder")
     parser.add_argument("--width", type=int, default=128, help="of each decoder")
+    parser.add_argument("--easy-questions", type=int, default=4000, help="of easy-vqa's test questions, asked")
+    parser.add_argument("--captions", type=int, default=1000, help="held-out pictures to caption")
+    parser.add_argument("--directory", type=Path, default=Path("runs/lit-decoder"), help="unpacked pictures")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="write the JSON object to this file too")
     arguments = parser.parse_args()
@@ -43,24 +48,24 @@ def main() -> None:
         row: [arguments.runs / "distil" / f"{row}-{seed}" / "student" for seed in arguments.seeds]
         for row in arguments.rows
     }
-    ranking = vlm.rank_encoders(
-        folders,
-        vlm.load_llava(box.vqa / "train.json", box.vqa),
-        vlm.load_llava(box.vqa / "test.json", box.vqa),
-        config,
-        seeds=arguments.seeds,
-        captions=("name",),
-    )
+    asked = exam(box, arguments.directory / "pictures", arguments.easy_questions, arguments.captions)
+    captions = tuple(replace(sample, kind="captions") for sample in asked.captions)  # one kind for both styles
+    held_out = (*asked.questions, *captions, *asked.easy_vqa)
+    ranking = vlm.rank_encoders(folders, asked.train, held_out, config, seeds=arguments.seeds, captions=("captions",))
     result: dict[str, Any] = {
         "benchmark": "lit_decoder",
         "config": config.model_dump(),
+        "conversations": len(asked.train),
+        "held_out": dict(Counter(sample.kind for sample in held_out)),
         "trained_examples_of_a_student": trained_examples(folders[arguments.rows[0]][0].parent),
         **ranking.to_dict(),
         **machine("cpu"),
     }
     if {"aced", "iid"} <= set(arguments.rows):
+        best = ranking.encoders[0]
         result["aced_over_iid"] = {
-            metric: asdict(ranking.lead("aced", "iid", metric)) for metric in ranking.encoders[0].scores
+            kind or "all": {metric: asdict(ranking.lead("aced", "iid", metric, kind)) for metric in scores}
+            for kind, scores in ((None, best.scores), *best.by_kind.items())
         }
     emit(result, arguments.output)
 

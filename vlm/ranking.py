@@ -42,10 +42,12 @@ class EncoderRank:
         name: as given.
         scores: `accuracy` of answers (0 to 1) and `cider` of captions (0 to 10), whichever there is to measure, and
             each with `blind_` before it: with other samples' pictures.
+        by_kind: the same of each kind of conversation (`Sample.kind`) alone.
     """
 
     name: str
     scores: dict[str, Spread]
+    by_kind: dict[str, dict[str, Spread]]
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,26 @@ class Ranking:
     seeds: tuple[int, ...]
     encoders: tuple[EncoderRank, ...]
 
-    def lead(self, name: str, over: str, score: str | None = None) -> Spread:
+    def lead(self, name: str, over: str, score: str | None = None, kind: str | None = None) -> Spread:
         """By how much one encoder is better than another, seed by seed.
 
+        Args:
+            name: the one.
+            over: the other.
+            score: which figure; None: the one that orders the ranking.
+            kind: of these conversations alone; None: of all.
+
         Raises:
-            EvaluationError: if there is no such encoder or score.
+            EvaluationError: if there is no such encoder, score or kind.
         """
-        found = {encoder.name: encoder.scores for encoder in self.encoders}
+        found = {one.name: one.scores if kind is None else one.by_kind.get(kind, {}) for one in self.encoders}
         metric = score or self.by
         for one in (name, over):
             if metric not in found.get(one, {}):
                 raise EvaluationError(
-                    f"the ranking has no {metric} of '{one}'",
-                    remedy=f"name two of {', '.join(found)}, and one of {', '.join(self.encoders[0].scores)}",
+                    f"the ranking has no {metric} of '{one}'" + ("" if kind is None else f" for the kind '{kind}'"),
+                    remedy=f"name two of {', '.join(found)}, one of {', '.join(self.encoders[0].scores)}, and as kind "
+                    f"None or one of {', '.join(self.encoders[0].by_kind)}",
                     field="name",
                 )
         pairs = zip(found[name][metric].values, found[over][metric].values, strict=True)
@@ -146,7 +155,7 @@ def rank_encoders(
     check_room(tokenizer, exam.questions, config.places, max_new_tokens)  # before anything is trained
     ranks = []
     for name, visions in towers.items():
-        found: dict[str, list[float]] = defaultdict(list)
+        found: dict[tuple[str | None, str], list[float]] = defaultdict(list)
         read: dict[int, tuple[Any, Tensor, Tensor]] = {}
         for seed, vision in zip(seeds, visions, strict=True):
             if id(vision) not in read:
@@ -154,9 +163,12 @@ def rank_encoders(
                 read = {id(vision): (tower, features(tower, taught.pictures), features(tower, asked.pictures))}
             tower, seen, unseen = read[id(vision)]
             model = train(tower, seen, taught, tokenizer, config, seed)
-            for metric, value in exam.score(model, unseen, max_new_tokens).items():
-                found[metric].append(value)
-        ranks.append(EncoderRank(name, {metric: spread(values) for metric, values in found.items()}))
+            for figure, value in exam.score(model, unseen, max_new_tokens).items():
+                found[figure].append(value)
+        spreads: dict[str | None, dict[str, Spread]] = defaultdict(dict)
+        for (kind, metric), values in found.items():
+            spreads[kind][metric] = spread(values)
+        ranks.append(EncoderRank(name, spreads[None], {kind: of for kind, of in spreads.items() if kind is not None}))
     by = "accuracy" if "accuracy" in ranks[0].scores else "cider"
     ranks.sort(key=lambda rank: -rank.scores[by].mean)
     return Ranking(by, seeds, tuple(ranks))
@@ -205,22 +217,25 @@ class _Exam:
             for sample in held_out
             for turn, (_, reply) in enumerate(sample.turns)
         ]
-        kinds = [sample.kind in captions for sample in held_out for _ in sample.turns]
-        self.captions = [number for number, caption in enumerate(kinds) if caption]
-        self.others = [number for number, caption in enumerate(kinds) if not caption]
+        kinds = [sample.kind for sample in held_out for _ in sample.turns]
+        self.captions = {number for number, kind in enumerate(kinds) if kind in captions}
+        self.asked: dict[str | None, list[int]] = {None: list(range(len(kinds)))}
+        for number, kind in enumerate(kinds):
+            self.asked.setdefault(kind, []).append(number)
         own = [sample.images for sample in held_out for _ in sample.turns]
         of_picture = {same_picture(images[0]): int(place) for images, place in zip(own, places.tolist(), strict=True)}
         self.places = places
         self.dealt = torch.tensor([of_picture[same_picture(images[0])] for images in deal(own, seed)])
 
-    def score(self, model: LitModel, unseen: Tensor, max_new_tokens: int) -> dict[str, float]:
-        """Figures by name."""
+    def score(self, model: LitModel, unseen: Tensor, max_new_tokens: int) -> dict[tuple[str | None, str], float]:
+        """Figures by kind and name; those of all kinds together under None."""
         found = {}
         for prefix, places in (("", self.places), ("blind_", self.dealt)):
             said = model.answer_from(unseen, places, self.questions, max_new_tokens)
-            if self.others:
-                found[f"{prefix}accuracy"] = mean(right(said[n], self.accepted[n]) for n in self.others)
-            if self.captions:
-                texts, references = [said[n] for n in self.captions], [self.accepted[n] for n in self.captions]
-                found[f"{prefix}cider"] = caption_scores(texts, references)["cider"]
+            for kind, numbers in self.asked.items():
+                if others := [number for number in numbers if number not in self.captions]:
+                    found[kind, f"{prefix}accuracy"] = mean(right(said[n], self.accepted[n]) for n in others)
+                if captions := [number for number in numbers if number in self.captions]:
+                    texts, references = [said[n] for n in captions], [self.accepted[n] for n in captions]
+                    found[kind, f"{prefix}cider"] = caption_scores(texts, references)["cider"]
         return found

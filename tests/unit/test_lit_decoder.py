@@ -69,6 +69,15 @@ def test_a_tower_that_sees_is_ranked_above_one_that_does_not() -> None:
     assert worst["accuracy"].mean <= 0.5
     lead = ranking.lead("sees", "blind")
     assert lead.values == tuple(a - b for a, b in zip(best["accuracy"].values, worst["accuracy"].values, strict=True))
+    (first, *_) = ranking.encoders
+    assert {kind: sorted(of) for kind, of in first.by_kind.items()} == {
+        "caption": ["blind_cider", "cider"],
+        "colour": ["accuracy", "blind_accuracy"],
+    }
+    assert first.by_kind["caption"]["cider"] == best["cider"]
+    assert ranking.lead("sees", "blind", "accuracy", "colour") == lead
+    with pytest.raises(EvaluationError, match=r"no cider of 'sees'.*'colour'.*None or one of colour, caption"):
+        ranking.lead("sees", "blind", "cider", "colour")
     lines = ranking.table().splitlines()
     assert lines[0] == "| encoder | accuracy | cider | blind accuracy | blind cider |"
     assert lines[2].startswith("| sees | 100.0 ± 0.0 |")
