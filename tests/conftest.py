@@ -24,5 +24,5 @@ def root() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """End-to-end files first: with two test processes the longest work should not be left for the end."""
-    order = {"e2e": 0, "fault": 1, "invariant": 2, "contract": 3, "golden": 4, "unit": 5}
+    order = {"e2e": 0, "fault": 1, "security": 1, "invariant": 2, "contract": 3, "golden": 4, "unit": 5}
     items.sort(key=lambda item: order.get(item.path.relative_to(ROOT / "tests").parts[0], 6))

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write files and folders whole or not at all, under names that nobody can guess, with the permissions of the umask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aced_sdk.errors import ConfigError
+from aced_sdk.files.reading import expand, open_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def home() -> Path:
+    """The folder of downloads, caches and built data: `ACED_HOME`, else the user's cache directory."""
+    if given := os.environ.get("ACED_HOME"):
+        return expand(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "aced-sdk"
+
+
+def create(path: Path) -> int:
+    """Make an empty file that must not exist yet, with the permissions of the umask; return its mode.
+
+    Raises:
+        FileExistsError: if something of that name exists, a link included.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A new, empty temporary file that replaces `target` when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    mode = create(temporary)
+    try:
+        yield temporary
+        temporary.chmod(mode)  # some writers replace the file by one of their own
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())  # a rename must never outlive the bytes it names
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that replaces it when the block ends without an error.
+
+    An older folder is removed. Files in the new one get the permissions of the umask.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = f".{target.name[:100]}.{platform.node()}-"
+    _sweep(target, mark)
+    temporary, old = (target.with_name(f"{mark}{os.getpid()}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        _plain_modes(temporary)
+        if target.is_symlink() or target.exists():
+            old.mkdir()
+            os.replace(target, old / "folder")
+            os.replace(temporary, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plain_modes(folder: Path) -> None:
+    """Give every file the permissions of the umask: some libraries write 0600 or 0644 whatever it says."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for directory, _, files in os.walk(folder):
+        for name in files:
+            path = Path(directory, name)
+            if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) & 0o666 != mode:
+                path.chmod(mode)
+
+
+def _sweep(target: Path, mark: str) -> None:
+    """Remove what killed processes of this machine left behind: their process number is in the name.
+
+    An older folder that was moved away and never replaced is moved back.
+    """
+    name = re.compile(re.escape(mark) + r"([0-9]{1,9})\.[0-9a-f]+\.(?:tmp|old)")
+    for path in target.parent.iterdir():
+        found = name.fullmatch(path.name)
+        if not found or path.is_symlink() or _alive(int(found[1])):
+            continue
+        if path.suffix == ".old" and (path / "folder").is_dir() and not target.exists():
+            os.replace(path / "folder", target)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # it lives, and is somebody else's
+    return True
+
+
+@contextmanager
+def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for this process; the lock ends with the process, however that ends.
+
+    Args:
+        directory: made if it does not exist.
+        what: the work that is done there, for the error.
+        wait: wait for another process that holds it, instead of an error.
+
+    Raises:
+        ConfigError: if another process holds it and is not waited for, or `.lock` is not a regular file.
+        OSError: if the folder cannot be written.
+    """
+    import fcntl
+
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / ".lock"
+    handle = _open_lock(path)
+    with os.fdopen(handle, "r+b") as lock:
+        if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+            raise _no_lock(path)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process works on {what} in {directory}",
+                remedy="wait for it or stop it, then start again: finished work is kept",
+                field="directory",
+            ) from None
+        yield
+
+
+def _open_lock(path: Path) -> int:
+    import errno
+
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _no_lock(path) from None
+        raise
+
+
+def _no_lock(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is not a regular file", remedy="remove it", field="directory")
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON with a final newline, whole or not at all."""
+    with whole_file(target) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors, with the permissions of the umask.
+
+    Raises:
+        OSError: if the disk is full or the place cannot be written to.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else create(target)
+    try:
+        save_file(tensors, target, metadata)
+    except SafetensorError as error:  # what a full disk raises there
+        raise OSError(str(error)) from error
+    target.chmod(mode)  # safetensors replaces the file by one of mode 0600
+
+
+def tensor_digest(tensors: Mapping[str, Tensor], start: str = "") -> str:
+    """Hex digest of `start`, then of every tensor's name and bytes in the names' order."""
+    import torch
+
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a regular file's bytes.
+
+    Raises:
+        ReadError: if it cannot be read.
+    """
+    with open_regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
