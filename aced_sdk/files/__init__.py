@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders: written whole or not at all, read with bounds."""
 
+from aced_sdk.files.digests import check_digests, file_digests
 from aced_sdk.files.reading import (
     ReadError,
     check_links,
@@ -31,9 +32,11 @@ from aced_sdk.files.writing import (
 __all__ = [
     "ReadError",
     "alone",
+    "check_digests",
     "check_links",
     "create",
     "expand",
+    "file_digests",
     "home",
     "inside",
     "open_regular",
