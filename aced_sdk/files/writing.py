@@ -136,11 +136,7 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / ".lock"
-    handle = _open_lock(path)
-    with os.fdopen(handle, "r+b") as lock:
-        if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
-            raise _no_lock(path)
+    with os.fdopen(_open_lock(directory / ".lock"), "r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -156,15 +152,14 @@ def _open_lock(path: Path) -> int:
     import errno
 
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise _no_lock(path) from None
-        raise
-
-
-def _no_lock(path: Path) -> ConfigError:
-    return ConfigError(f"{path} is not a regular file", remedy="remove it", field="directory")
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise ConfigError(f"{path} is not a regular file", remedy="remove it", field="directory")
 
 
 def write_json(target: Path, value: Any) -> None:
