@@ -52,6 +52,10 @@ class CurationError(AcedError):
     """A selection that cannot be made from what was given."""
 
 
+class CurationWarning(UserWarning):
+    """A selection that is made, and is close to random."""
+
+
 class EngineError(AcedError):
     """Training that cannot go on: bad launch environment, non-finite losses, unreadable checkpoint."""
 

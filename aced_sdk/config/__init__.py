@@ -5,7 +5,7 @@ Sizes count examples, lengths count steps (one step trains one sub-batch), rates
 """
 
 from aced_sdk.config.base import Config
-from aced_sdk.config.curation import Curation, Iid, Independent, Joint, LossForm, Score, StaticFilter
+from aced_sdk.config.curation import Curation, Iid, Independent, Joint, LossForm, Score, SelectionLoss, StaticFilter
 from aced_sdk.config.engine import Engine, Optimizer, Schedule
 from aced_sdk.config.models import Data, Frozen, Stored, Student
 from aced_sdk.config.objective import Contrastive, Distillation, Objective
@@ -29,6 +29,7 @@ __all__ = [
     "Optimizer",
     "Schedule",
     "Score",
+    "SelectionLoss",
     "StaticFilter",
     "Stored",
     "Student",

@@ -12,6 +12,8 @@ from aced_sdk.errors import ConfigError
 
 Score = Literal["learnability", "easy_reference", "hard_learner"]
 LossForm = Literal["sigmoid", "softmax"]
+SelectionLoss = Literal["auto", "sigmoid", "softmax"]
+_AUTO = "auto: sigmoid if every model that is scored was trained with the sigmoid loss, else softmax"
 
 
 class _Selection(Config):
@@ -44,7 +46,7 @@ class StaticFilter(_Selection):
 
     method: Literal["static"] = "static"
     share: float = Field(0.2, gt=0, le=1, description="share of the pool that is kept")
-    loss: LossForm = Field("sigmoid", description="form of the reference's pair score")
+    loss: SelectionLoss = Field("auto", description=f"form of the reference's pair score; {_AUTO}")
 
     @property
     def needs_reference(self) -> bool:
@@ -54,7 +56,7 @@ class StaticFilter(_Selection):
 class _Scored(_Selection):
     super_batch: int = Field(1280, gt=0, description="B: examples scored in a step")
     score: Score = Field("learnability", description="learnability (H-ACID), easy_reference (I-ACID) or hard_learner")
-    loss: LossForm = Field("sigmoid", description="form of the loss that the scores are made of")
+    loss: SelectionLoss = Field("auto", description=f"form of the loss in the scores; {_AUTO}")
     gain: float = Field(1.0, gt=0, description="factor on the log-weights before a draw; larger is greedier")
     scoring_size: int | None = Field(
         None,

@@ -65,6 +65,13 @@ class Objective(Config):
         return self
 
     @property
+    def trained_with(self) -> LossForm:
+        """The form of the loss that trains the student's scale and bias: the task's, else that of the distillation."""
+        if self.contrastive.weight > 0:
+            return self.contrastive.loss
+        return "sigmoid" if any(term.loss == "sigmoid" and term.weight > 0 for term in self.distillation) else "softmax"
+
+    @property
     def needs_iid_batch(self) -> bool:
         """Whether a term is computed on a second, evenly drawn batch."""
         return any(term.weight > 0 and term.batch == "iid" for term in self.distillation)

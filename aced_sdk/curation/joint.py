@@ -8,15 +8,16 @@ memory is the noise [num_chunks, N] and a block of bounded size, never N x N; ea
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from aced_sdk.config import LossForm, Score
-from aced_sdk.curation.scores import Weights, weights_of
-from aced_sdk.errors import CurationError
+from aced_sdk.config import Score, SelectionLoss
+from aced_sdk.curation.scores import Weights, doubts, weights_of
+from aced_sdk.errors import CurationError, CurationWarning
 from aced_sdk.towers.embeddings import Embeddings
 
 
@@ -27,7 +28,7 @@ def select_joint(
     size: int,
     num_chunks: int = 16,
     score: Score = "learnability",
-    loss: LossForm = "sigmoid",
+    loss: SelectionLoss = "auto",
     gain: float = 1.0,
     generator: torch.Generator | None = None,
     gumbel: Tensor | None = None,
@@ -40,7 +41,8 @@ def select_joint(
         size: b, items to draw; a multiple of `num_chunks`.
         num_chunks: n; chunks after the first are drawn given everything picked before them.
         score: learnability (H-ACID), easy_reference (I-ACID) or hard_learner.
-        loss: the form of the loss that scores are made of.
+        loss: form of the loss in the scores: sigmoid, softmax, or auto, which is sigmoid if every model that is scored
+            was trained with the sigmoid loss (`Embeddings.trained_with`), else softmax.
         gain: factor on the log-weights; larger is greedier.
         generator: source of the noise, drawn on its own device; None: torch's default CPU generator.
         gumbel: [num_chunks, N] noise to replay a draw: chunk c takes the top b/n of gain * logits + gumbel[c] among
@@ -53,6 +55,10 @@ def select_joint(
     Raises:
         CurationError: if sizes do not fit, a needed model is missing, shapes differ, a value is not finite, embeddings
             are not L2-normalised, or a scale is not positive or evidently a logarithm.
+
+    Warns:
+        CurationWarning: if the draw is close to random: a softmax-trained model is scored by the sigmoid loss, or a
+            model's scores hardly differ between candidates.
     """
     if num_chunks < 1 or size < 1 or size % num_chunks:
         raise CurationError(
@@ -72,7 +78,7 @@ def select_independent(
     *,
     size: int,
     score: Score = "learnability",
-    loss: LossForm = "sigmoid",
+    loss: SelectionLoss = "auto",
     gain: float = 1.0,
     generator: torch.Generator | None = None,
     gumbel: Tensor | None = None,
@@ -107,7 +113,7 @@ def _weights(
     reference: Embeddings | None,
     size: int,
     score: Score,
-    loss: LossForm,
+    loss: SelectionLoss,
     gain: float,
 ) -> Weights:
     if not (math.isfinite(gain) and gain > 0):
@@ -119,7 +125,10 @@ def _weights(
             remedy="score a larger super-batch or draw fewer",
             field="size",
         )
-    return weights_of(student, reference, score, loss)
+    weights = weights_of(student, reference, score, loss)
+    if given is not None and size < len(given) and (doubt := doubts(weights, gain)):
+        warnings.warn(f"{doubt[0]}. Remedy: {doubt[1]}", CurationWarning, stacklevel=4)
+    return weights
 
 
 def _noise(like: Tensor, num_chunks: int, generator: torch.Generator | None, gumbel: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aced_sdk.config import LossForm, Score
+from aced_sdk.config import LossForm, Score, SelectionLoss
 from aced_sdk.errors import CurationError
 from aced_sdk.towers.embeddings import Embeddings
 
@@ -28,6 +28,7 @@ from aced_sdk.towers.embeddings import Embeddings
 _CPU_SLAB = 2**18
 _GPU_SLAB = 2**26
 _LEAST_LINES = 64
+FLAT = 0.02  # of gain times a score's standard deviation: below it selection is close to random
 # Rows looked at together where a whole pool, perhaps memory-mapped, goes by.
 ROWS_AT_ONCE = 65_536
 
@@ -56,6 +57,8 @@ def number(value: float | Tensor) -> float:
 class Term:
     """One model's loss inside a score, counted with `sign`."""
 
+    name: str
+    trained_with: LossForm
     sign: float
     image_ND: Tensor
     text_ND: Tensor
@@ -87,7 +90,13 @@ class Term:
 
 
 class Weights(Protocol):
-    """Log-weights of the candidates that follow the picked set."""
+    """Log-weights of the candidates, given the picked set."""
+
+    loss: LossForm
+    spreads: Tensor
+    """[M] standard deviation, over the candidates, of each model's own pair loss."""
+    models: tuple[tuple[str, LossForm], ...]
+    """Name of each model and the loss it was trained with, in the order of `spreads`."""
 
     def current(self) -> Tensor:
         """[N] log-weights given everything added so far. Entries of picked items mean nothing."""
@@ -103,9 +112,14 @@ class SigmoidWeights:
     weight_i = S_ii + sum over picked k of (S_ik + S_ki), with S the signed sum of the models' l.
     """
 
+    loss: LossForm = "sigmoid"
+
     def __init__(self, terms: list[Term]) -> None:
         self._terms = terms
-        self._weights = torch.stack([term.sign * softplus(-(term.diagonal() + term.bias)) for term in terms]).sum(dim=0)
+        self.models = tuple((term.name, term.trained_with) for term in terms)
+        own_MN = torch.stack([term.sign * softplus(-(term.diagonal() + term.bias)) for term in terms])
+        self.spreads = own_MN.std(dim=1, correction=0)
+        self._weights = own_MN.sum(dim=0)
 
     def current(self) -> Tensor:
         return self._weights
@@ -124,9 +138,14 @@ class SoftmaxWeights:
     is picked the first term stands alone. The bias cancels in a softmax and is not read.
     """
 
+    loss: LossForm = "softmax"
+
     def __init__(self, terms: list[Term]) -> None:
         self._terms = terms
-        self._diagonal = torch.stack([-term.sign * term.diagonal() for term in terms]).sum(dim=0)
+        self.models = tuple((term.name, term.trained_with) for term in terms)
+        own_MN = torch.stack([-term.sign * term.diagonal() for term in terms])
+        self.spreads = own_MN.std(dim=1, correction=0)
+        self._diagonal = own_MN.sum(dim=0)
         self._partitions = [self._diagonal.new_full((2, len(self._diagonal)), -math.inf) for _ in terms]
         self._empty = True
 
@@ -144,7 +163,7 @@ class SoftmaxWeights:
                 torch.logaddexp(part, slab.logsumexp(dim=0), out=part)
 
 
-def weights_of(student: Embeddings | None, reference: Embeddings | None, score: Score, loss: LossForm) -> Weights:
+def weights_of(student: Embeddings | None, reference: Embeddings | None, score: Score, loss: SelectionLoss) -> Weights:
     """The running log-weights for a score, with nothing picked yet.
 
     They are kept in float32, or in float64 if any embedding is float64.
@@ -163,24 +182,75 @@ def weights_of(student: Embeddings | None, reference: Embeddings | None, score: 
         raise CurationError(
             f"unknown score {score!r}", remedy="use learnability, easy_reference or hard_learner", field="score"
         )
-    if loss not in ("sigmoid", "softmax"):
-        raise CurationError(f"unknown loss {loss!r}", remedy="use sigmoid or softmax", field="loss")
+    form = loss_form(loss, *(embeddings for _, _, embeddings in needed if embeddings is not None))
     models: list[tuple[str, float, Embeddings]] = []
     for name, sign, embeddings in needed:
         if embeddings is None:
             raise CurationError(
                 f"the score {score!r} needs the {name}'s embeddings", remedy=f"pass {name}=Embeddings(...)", field=name
             )
-        check(name, embeddings, loss)
+        check(name, embeddings, form)
         models.append((name, sign, embeddings))
     _check_alike(models)
     wide = any(side.dtype == torch.float64 for _, _, model in models for side in (model.image, model.text))
     dtype = torch.float64 if wide else torch.float32
     terms = [
-        Term(sign, model.image.to(dtype), model.text.to(dtype), number(model.scale), number(model.bias))
-        for _, sign, model in models
+        Term(
+            name,
+            trained_with(model),
+            sign,
+            model.image.to(dtype),
+            model.text.to(dtype),
+            number(model.scale),
+            number(model.bias),
+        )
+        for name, sign, model in models
     ]
-    return SigmoidWeights(terms) if loss == "sigmoid" else SoftmaxWeights(terms)
+    return SigmoidWeights(terms) if form == "sigmoid" else SoftmaxWeights(terms)
+
+
+def loss_form(loss: SelectionLoss, *models: Embeddings) -> LossForm:
+    """The form of the loss to score with.
+
+    "auto" is "sigmoid" if every model was trained with the sigmoid loss, else "softmax": the sigmoid loss of a
+    softmax-trained model saturates, and selection by it is close to random.
+
+    Raises:
+        CurationError: if the loss is unknown.
+    """
+    if loss == "auto":
+        return "sigmoid" if models and all(trained_with(model) == "sigmoid" for model in models) else "softmax"
+    if loss not in ("sigmoid", "softmax"):
+        raise CurationError(f"unknown loss {loss!r}", remedy="use auto, sigmoid or softmax", field="loss")
+    return loss
+
+
+def trained_with(model: Embeddings) -> LossForm:
+    """The loss that a model was trained with; where the embeddings do not say, a bias means sigmoid."""
+    return model.trained_with or ("sigmoid" if number(model.bias) else "softmax")
+
+
+def doubts(weights: Weights, gain: float) -> tuple[str, str] | None:
+    """Cause and remedy if selection by these weights is close to random.
+
+    That is so if a softmax-trained model is scored by the sigmoid loss, which saturates, or if a frozen model's pair
+    losses hardly differ: a draw adds Gumbel noise of standard deviation 1.28 to gain * score. A student in training is
+    not looked at beside a reference, since a new one scores all pairs alike.
+    """
+    for (name, loss), spread in zip(weights.models, weights.spreads.tolist(), strict=True):
+        if (weights.loss, loss) == ("sigmoid", "softmax"):
+            return (
+                f"the {name} was trained with the softmax loss, and its sigmoid loss saturates: "
+                "selection by it is close to random",
+                'use loss="auto" or "softmax"; set Embeddings.trained_with if the model was trained with sigmoid',
+            )
+        if gain * spread < FLAT and (name == "reference" or len(weights.models) == 1):
+            return (
+                f"the {name}'s scores hardly differ between pairs (standard deviation {spread:.2g}): "
+                "selection by them is close to random",
+                f"check the {name}, or raise gain",
+            )
+    return None
 
 
 def check(name: str, embeddings: Embeddings, loss: LossForm) -> None:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aced_sdk.config import Curation, Independent, Joint, LossForm
+from aced_sdk.config import Curation, Independent, Joint, SelectionLoss
 from aced_sdk.curation.joint import select_independent, select_joint
-from aced_sdk.curation.scores import ROWS_AT_ONCE, check, number, softplus
+from aced_sdk.curation.scores import ROWS_AT_ONCE, check, loss_form, number, softplus
 from aced_sdk.errors import CurationError
 from aced_sdk.towers.embeddings import Embeddings
 
@@ -69,7 +69,7 @@ def select_random(size: int, of: int, generator: torch.Generator | None = None) 
     return torch.randperm(of, generator=generator, device=device)[:size]
 
 
-def pair_scores(reference: Embeddings, loss: LossForm = "sigmoid") -> Tensor:
+def pair_scores(reference: Embeddings, loss: SelectionLoss = "auto") -> Tensor:
     """How easy the reference finds each pair by itself: minus its diagonal pair loss.
 
     Sigmoid: -softplus(-(t s_ii + bias)); softmax: t s_ii, the part of its loss that does not depend on batch mates.
@@ -82,7 +82,8 @@ def pair_scores(reference: Embeddings, loss: LossForm = "sigmoid") -> Tensor:
         CurationError: if the embeddings are misshapen, not finite or not L2-normalised, or the scale is not positive or
             evidently a logarithm.
     """
-    check("reference", reference, loss)
+    form = loss_form(loss, reference)
+    check("reference", reference, form)
     scale, bias = number(reference.scale), number(reference.bias)
     dtype = torch.float64 if reference.image.dtype == torch.float64 else torch.float32
     scores = reference.image.new_empty(len(reference), dtype=dtype)
@@ -90,11 +91,11 @@ def pair_scores(reference: Embeddings, loss: LossForm = "sigmoid") -> Tensor:
         for start in range(0, len(reference), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             similarity = scale * (reference.image[rows].to(dtype) * reference.text[rows].to(dtype)).sum(dim=1)
-            scores[rows] = -softplus(-(similarity + bias)) if loss == "sigmoid" else similarity
+            scores[rows] = -softplus(-(similarity + bias)) if form == "sigmoid" else similarity
     return scores
 
 
-def static_filter(reference: Embeddings, share: float, loss: LossForm = "sigmoid") -> Tensor:
+def static_filter(reference: Embeddings, share: float, loss: SelectionLoss = "auto") -> Tensor:
     """The top share of a pool by the reference's own pair score, an offline filter.
 
     Args:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dual encoder says of N pairs."""
+"""Embeddings of N pairs by one dual encoder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +19,14 @@ class Embeddings:
         text: [N, D], L2-normalised rows; row i belongs to image i.
         scale: the factor on cosine similarities (not its logarithm); a 0-dim tensor while it is being learned.
         bias: added to scale * cosine in the sigmoid form; 0 for a softmax-trained model.
+        trained_with: loss that the encoder was trained with; None: sigmoid if it has a bias, else softmax.
     """
 
     image: torch.Tensor
     text: torch.Tensor
     scale: float | torch.Tensor
     bias: float | torch.Tensor = 0.0
+    trained_with: Literal["sigmoid", "softmax"] | None = None
 
     def __len__(self) -> int:
         return int(self.image.shape[0])

@@ -27,7 +27,8 @@ def score(batch: SuperBatch, student: DualEncoder, config: DistillConfig, device
             [student.encode_image(shrunk(part.to(device), size), at_once) for part in torch.split(batch.images, step)]
         )
         texts = student.encode_text(distinct, min(step, 256) if at_once is None else step)
-    return Embeddings(images, texts[inverse.to(texts.device)], student.scale, student.bias)
+    texts = texts[inverse.to(texts.device)]
+    return Embeddings(images, texts, student.scale, student.bias, config.objective.trained_with)
 
 
 def shrunk(images: Tensor, size: int | None) -> Tensor:

@@ -80,7 +80,8 @@ def learn(
         if known is None:
             known, noise = _first_pass(engine, batch, pieces)
         leaves = _leaves(known)
-        student = Embeddings(*leaves)
+        image, text, scale_leaf, bias_leaf = leaves
+        student = Embeddings(image, text, scale_leaf, bias_leaf)
         terms = _terms(config, objective, batch, student, teachers)
         if math.isfinite(loss := float(terms.total.detach())):
             gradients = torch.autograd.grad(terms.total, leaves, materialize_grads=True)
@@ -148,7 +149,8 @@ def _second_pass(
         out, last = _embed(engine, batch, places, size), number == len(pieces) - 1
         at = places.to(engine.device)
         inner = [(out[side] * gradients[side][at]).sum() for side in (0, 1)]
-        inner += [out[side] * gradients[side] for side in (2, 3) if last]  # of all pieces together: once
+        # Of all pieces together, so once: in the first backward, since ZeRO stage 3 clears a buffer there and adds after.
+        inner += [out[side] * gradients[side] for side in (2, 3) if number == 0]
         engine.backward(torch.stack([part.reshape(()) for part in inner]).sum(), last=last)
 
 
