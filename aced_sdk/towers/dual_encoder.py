@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from aced_sdk.errors import ModelError
 from aced_sdk.files import tensor_digest
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.profile import Profile, profile_model
+from aced_sdk.towers.replica import evaluating, replaced
 from aced_sdk.towers.resolution import any_size, positions_for
 from aced_sdk.towers.text import cut, lengths
 from aced_sdk.towers.transforms import Preprocess
@@ -92,7 +92,7 @@ class DualEncoder(nn.Module):
             ModelError: if the tokens are another model's.
         """
         self._check(tokens)
-        out = self._towers(images, tokens)
+        out = self._towers(self.model, images, tokens)
         bias = out.get("logit_bias")
         return Embeddings(
             image=out["image_features"].float(),
@@ -101,17 +101,17 @@ class DualEncoder(nn.Module):
             bias=0.0 if bias is None else bias,
         )
 
-    def _towers(self, images: Tensor | None, tokens: Tensor | None = None) -> dict[str, Tensor]:
-        stand_ins: dict[str, Tensor] = {}
+    def _towers(self, model: nn.Module, images: Tensor | None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        tables: dict[str, Tensor] = {}
         pixels = None
         if images is not None:
             pixels = self.normalise(images).contiguous()  # see _channels_last
-            positions = positions_for(self.model.visual, *pixels.shape[-2:])  # type: ignore[arg-type]
-            stand_ins |= {f"visual.{name}": value for name, value in positions.items()}
+            positions = positions_for(model.visual, *pixels.shape[-2:])  # type: ignore[arg-type]
+            tables |= {f"visual.{name}": value for name, value in positions.items()}
         if tokens is not None:
-            tokens, tables = cut(self.model, tokens, int(lengths(self.model, tokens).max()))
-            stand_ins |= tables
-        out: dict[str, Tensor] = functional_call(self.model, stand_ins, (pixels, tokens), tie_weights=False)
+            tokens, shorter = cut(model, tokens, int(lengths(model, tokens).max()))
+            tables |= shorter
+        out: dict[str, Tensor] = replaced(model, tables)(pixels, tokens)
         return out
 
     def _check(self, tokens: Tensor) -> None:
@@ -132,12 +132,12 @@ class DualEncoder(nn.Module):
         """L2-normalised float32 [N, D] for pictures, or for a batch of their tensors (as for `forward`)."""
         parts = []
         size = batch_size or self._image_batch()
-        with _evaluating(self):
-            for start in range(0, len(images), size):
-                part = images[start : start + size]
-                if not isinstance(part, Tensor):
-                    part = torch.stack([self.resize(image) for image in part])
-                parts.append(self._towers(part.to(self.mean.device))["image_features"].float())
+        model = evaluating(self.model)
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            if not isinstance(part, Tensor):
+                part = torch.stack([self.resize(image) for image in part])
+            parts.append(self._towers(model, part.to(self.mean.device))["image_features"].float())
         return torch.cat(parts) if parts else torch.empty(0, self.embedding_dim)
 
     def _image_batch(self) -> int:
@@ -158,11 +158,11 @@ class DualEncoder(nn.Module):
         embeddings = torch.empty(len(tokens), self.embedding_dim)
         # Short texts go together, since a batch is as long as the longest of them.
         order = lengths(self.model, tokens).argsort(stable=True).cpu()
-        with _evaluating(self):
-            for start in range(0, len(tokens), batch_size):
-                rows = order[start : start + batch_size]
-                part = tokens[rows].to(self.mean.device)
-                embeddings[rows] = self._towers(None, part)["text_features"].float().cpu()
+        model = evaluating(self.model)
+        for start in range(0, len(tokens), batch_size):
+            rows = order[start : start + batch_size]
+            part = tokens[rows].to(self.mean.device)
+            embeddings[rows] = self._towers(model, None, part)["text_features"].float().cpu()
         return embeddings.to(self.mean.device)
 
     def __fspath__(self) -> str:
@@ -203,8 +203,8 @@ class DualEncoder(nn.Module):
         height, width = self.preprocess_config.size if size is None else (size, size)
         pixels = torch.zeros(1, 3, height, width, device=self.mean.device)
         tokens = self.tokenize("a picture").to(self.mean.device)
-        text: Any = self.model.encode_text
-        return profile_model(self.model, lambda: self._towers(pixels), lambda: text(tokens))
+        model: Any = evaluating(self.model)
+        return profile_model(model, lambda: self._towers(model, pixels), lambda: model.encode_text(tokens))
 
     def fingerprint(self) -> str:
         """Hex digest of weights and preprocessing: what cached embeddings are bound to."""
@@ -222,17 +222,3 @@ def _channels_last(visual: nn.Module) -> None:
     for module in visual.modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
             module.to(memory_format=torch.contiguous_format)
-
-
-class _evaluating:
-    """Evaluation mode for a block, the former mode after it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.training = module.training
-
-    def __enter__(self) -> None:
-        self.module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.module.train(self.training)

@@ -28,11 +28,8 @@ class Profile:
 
 
 def profile_model(model: nn.Module, image: Callable[[], object], text: Callable[[], object]) -> Profile:
-    """Count one call of each tower, `image` and `text`, both on a single example."""
-    was_training = model.training
-    model.eval()
+    """Count one call of each tower, `image` and `text`, both on a single example and in evaluation mode."""
     image_macs, text_macs = _macs(image), _macs(text)
-    model.train(was_training)
     visual: Any = model.visual
     return Profile(
         image_macs=image_macs,

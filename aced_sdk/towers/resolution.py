@@ -60,7 +60,7 @@ def positions_for(visual: nn.Module, height: int, width: int) -> dict[str, Tenso
     """What stands in for an image tower's learned positions when pictures are height x width.
 
     Returns:
-        {parameter name inside `visual`: [prefix + rows * columns, D]} for `torch.func.functional_call`, differentiable
+        {parameter name inside `visual`: [prefix + rows * columns, D]} for `replaced`, differentiable
         towards the parameter; {} at the tower's own size and for towers without such positions.
     """
     found = _positions(visual)

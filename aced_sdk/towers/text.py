@@ -31,7 +31,11 @@ def lengths(model: nn.Module, tokens: Tensor) -> Tensor:
     tower = _tower(model)
     if isinstance(tower, HFTextEncoder):
         config: Any = tower.config
-        return tokens.ne(config.pad_token_id).sum(dim=1).clamp(min=1)
+        if config.pad_token_id is None:
+            return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+        # Only a tail of padding is masked and may go. It can also be in front of the text, or inside it.
+        places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        return (tokens.ne(config.pad_token_id) * places).amax(dim=1).clamp(min=1)
     if _mask(model) is None:
         return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
     if _pool(tower) == "argmax":
@@ -49,8 +53,7 @@ def cut(model: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, dict[str
         length: no less than the largest of `lengths`.
 
     Returns:
-        int64 [N, L'], and {name inside `model`: tensor} for `torch.func.functional_call`, with gradient to the
-        parameters.
+        int64 [N, L'], and {name inside `model`: tensor} for `replaced`, with gradient to the parameters.
     """
     length = min(tokens.shape[1], -(-length // _STEP) * _STEP)
     if length == tokens.shape[1]:

@@ -149,7 +149,7 @@ def _second_pass(
         out, last = _embed(engine, batch, places, size), number == len(pieces) - 1
         at = places.to(engine.device)
         inner = [(out[side] * gradients[side][at]).sum() for side in (0, 1)]
-        # Of all pieces together, so once: in the first backward, since ZeRO stage 3 clears a buffer there and adds after.
+        # Once for all pieces, in the first backward: ZeRO stage 3 clears a buffer there, and adds to it afterwards.
         inner += [out[side] * gradients[side] for side in (2, 3) if number == 0]
         engine.backward(torch.stack([part.reshape(()) for part in inner]).sum(), last=last)
 

@@ -157,7 +157,7 @@ def test_the_other_kinds_of_models_are_tuned_and_saved_alike(
         torch.testing.assert_close(logits_of(again, processor), expected, atol=1e-4, rtol=1e-4)
     fresh, _ = vlm.build(vision, folders[1], projector=projector)
     vlm.tune(fresh, processor, [*samples(), *mixed()], config(align=3, adapt=4), directory=tmp_path / "run")
-    assert torch.equal(logits_of(fresh, processor), expected)
+    torch.testing.assert_close(logits_of(fresh, processor), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_dora_saves_merged_and_apart(model: Model, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_the_whole_language_model_is_trained_and_saved(
     assert same == {name for name in before if "vision_tower" in name}
     assert result.model is base_of(result.model)
     again = AutoModelForImageTextToText.from_pretrained(vlm.save(result.model, processor, tmp_path / "saved"))
-    assert torch.equal(logits_of(again.eval(), processor), logits_of(llava, processor))
+    torch.testing.assert_close(logits_of(again.eval(), processor), logits_of(llava, processor), atol=1e-5, rtol=1e-5)
     assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
 
     # called again it is done, and gives the very weights back
