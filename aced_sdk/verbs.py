@@ -16,7 +16,7 @@ from aced_sdk.data import Pool
 from aced_sdk.engine import Callback, pick_device, step_of
 from aced_sdk.engine.events import Evaluated, Event
 from aced_sdk.errors import ConfigError, EngineError
-from aced_sdk.evaluation import EvaluateEvery, evaluate, load_task
+from aced_sdk.evaluation import EvaluateEvery, evaluate, expand_names, load_task
 from aced_sdk.files import alone
 from aced_sdk.planning import Plan, plan
 from aced_sdk.reporting import JsonlWriter, read_events
@@ -103,7 +103,10 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
             held_out = config.evaluation
             if not held_out.tasks or held_out.data_root is None:
                 return listeners
-            tasks = [load_task(name, held_out.data_root, encoder) for name in held_out.tasks]
+            tasks = [
+                load_task(name, held_out.data_root, encoder, max_bad_fraction=held_out.max_bad_fraction)
+                for name in expand_names(held_out.tasks)
+            ]
             return [EvaluateEvery(encoder, tasks, held_out.every or config.schedule.steps, listeners), *listeners]
 
         run = start(config, listen, resume_from, bar.watch, {"plan": str(plan(config))})

@@ -23,7 +23,8 @@ class Evaluation(Config):
     data_root: Path | None = Field(
         None, description="folder with one folder per task, in CLIP_benchmark's WebDataset layout"
     )
-    every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end alone")
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    max_bad_fraction: float = Field(0.02, ge=0, le=1, description="largest share of a task's unusable samples")
 
     @model_validator(mode="after")
     def _root(self) -> Self:

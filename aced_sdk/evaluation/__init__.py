@@ -2,8 +2,9 @@
 """Zero-shot classification, retrieval and StableEval."""
 
 from aced_sdk.evaluation.evaluate import EvaluateEvery, EvaluationReport, evaluate, main_metric
-from aced_sdk.evaluation.metrics import class_embeddings, retrieval, run_task, zero_shot
-from aced_sdk.evaluation.tasks import STABLE_EVAL, Task, load_task
+from aced_sdk.evaluation.metrics import class_embeddings, merged_retrieval, multilabel, retrieval, run_task, zero_shot
+from aced_sdk.evaluation.stable_eval import STABLE_EVAL, expand_names
+from aced_sdk.evaluation.tasks import Task, load_task, open_task
 
 __all__ = [
     "STABLE_EVAL",
@@ -12,8 +13,12 @@ __all__ = [
     "Task",
     "class_embeddings",
     "evaluate",
+    "expand_names",
     "load_task",
     "main_metric",
+    "merged_retrieval",
+    "multilabel",
+    "open_task",
     "retrieval",
     "run_task",
     "zero_shot",

@@ -13,7 +13,8 @@ from typing import Any
 from aced_sdk.engine.events import Callback, Evaluated, Event, RunEnded, RunStarted, StepDone
 from aced_sdk.errors import EvaluationError
 from aced_sdk.evaluation.metrics import run_task
-from aced_sdk.evaluation.tasks import STABLE_EVAL, Task, expand_names, load_task
+from aced_sdk.evaluation.stable_eval import expand_names, group_of
+from aced_sdk.evaluation.tasks import Task, load_task
 from aced_sdk.towers import DualEncoder, load
 
 
@@ -23,7 +24,8 @@ class EvaluationReport:
 
     Attributes:
         tasks: task to metric to value.
-        main: the metric of each task that enters means: `acc1`, or the mean of both directions' recall at 1.
+        main: the metric of each task that enters means: top-1 accuracy, for retrieval the mean of both recalls at 1,
+            for several classes per picture the mean average precision.
         skipped: unusable samples by task and reason.
     """
 
@@ -35,12 +37,12 @@ class EvaluationReport:
         return {name: main_metric(metrics) for name, metrics in self.tasks.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Per task, grouped as in StableEval (tasks that belong to none stand under `other`), and the plain mean."""
+        """Metrics per task, means of StableEval's groups (`other`: tasks that are not in it), and the plain mean."""
         main = self.main
         grouped: dict[str, list[float]] = {}
         for name, value in main.items():
-            group = next((g for g, names in STABLE_EVAL.items() if name in names), "other")
-            grouped.setdefault(group, []).append(value)
+            if (group := group_of(name)) != "mean_only":
+                grouped.setdefault(group, []).append(value)
         return {
             "tasks": self.tasks,
             "main": main,
@@ -51,9 +53,10 @@ class EvaluationReport:
 
 
 def main_metric(metrics: dict[str, float]) -> float:
-    """Top-1 accuracy, or for retrieval the mean of both recalls at 1."""
-    if "acc1" in metrics:
-        return metrics["acc1"]
+    """Top-1 accuracy, mean average precision, or for retrieval the mean of both recalls at 1."""
+    for name in ("acc1", "mean_average_precision"):
+        if name in metrics:
+            return metrics[name]
     return (metrics["image_to_text_r1"] + metrics["text_to_image_r1"]) / 2
 
 
@@ -61,6 +64,8 @@ def evaluate(
     folder_or_model: str | PathLike[str] | DualEncoder,
     tasks: str | Sequence[str] = ("stable_eval",),
     data_root: str | Path = ".",
+    *,
+    max_bad_fraction: float = 0.02,
 ) -> EvaluationReport:
     """Zero-shot classification and retrieval on held-out tasks.
 
@@ -68,16 +73,18 @@ def evaluate(
         folder_or_model: a student's folder, a hub name, or an encoder.
         tasks: task names (folders under `data_root`) or one of them, or `stable_eval` for the 27 of ACED.
         data_root: tasks in CLIP_benchmark's WebDataset layout (`classnames.txt`, `test/*.tar` with KEY.png and KEY.cls;
-            `dataset_type.txt` = retrieval with KEY.txt).
+            `dataset_type.txt` = retrieval with KEY.txt, or multilabel with KEY.npy). Folders may have the names under
+            which CLIP_benchmark and DataComp publish them (`wds_vtab-pets`).
+        max_bad_fraction: largest share of a task's samples that may be unusable.
 
     Raises:
-        EvaluationError: if a task is missing or has no usable sample.
+        EvaluationError: if a task is missing or cannot be used, or too many of its samples are unusable.
     """
     names = expand_names([tasks] if isinstance(tasks, str) else list(tasks))
     if not names:
         raise EvaluationError("no task is named", remedy="name tasks, or 'stable_eval'", field="tasks")
     encoder = folder_or_model if isinstance(folder_or_model, DualEncoder) else load(folder_or_model)
-    loaded = [load_task(name, Path(data_root), encoder) for name in names]
+    loaded = [load_task(name, Path(data_root), encoder, max_bad_fraction=max_bad_fraction) for name in names]
     return EvaluationReport({t.name: run_task(encoder, t) for t in loaded}, {t.name: t.skipped for t in loaded})
 
 

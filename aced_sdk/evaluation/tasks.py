@@ -3,28 +3,25 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.errors import DataError, EvaluationError
+from aced_sdk.evaluation.stable_eval import folder_names
+from aced_sdk.files import ReadError, read_text
 from aced_sdk.towers import DualEncoder
 
-# The 27 tasks of ACED's StableEval (method: chosen of 34 for low variance over training seeds; list reconstructed).
-STABLE_EVAL: dict[str, tuple[str, ...]] = {
-    "imagenet": ("imagenet1k",),
-    "imagenet_shift": ("imagenetv2", "imagenet-a", "imagenet-r", "objectnet", "imagenet_sketch"),
-    "object": (
-        "cifar10", "cifar100", "caltech101", "voc2007", "stl10", "food101", "pets", "flowers", "cars", "fgvc_aircraft",
-    ),
-    "scene": ("sun397", "resisc45", "geode", "fmow", "dtd", "eurosat", "pcam", "dollar_street", "iwildcam"),
-    "retrieval": ("mscoco_captions", "flickr30k"),
-}  # fmt: skip
+Kind = Literal["zero_shot", "multilabel", "retrieval"]
+_FIELD = "evaluation.tasks"
+_RESTORE = "restore the task's folder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,85 +29,151 @@ class Task:
     """A held-out task, ready for one kind of preprocessing.
 
     Attributes:
-        name: its folder's name.
-        kind: zero-shot classification or retrieval.
+        name: as it was asked for.
+        kind: classification with one class or several classes per picture, or retrieval.
         images: uint8 [N, 3, H, W].
-        labels: int64 [N]; for retrieval bool [N, T], which texts are a picture's own.
+        labels: zero_shot: int64 [N], the class of each picture. multilabel: bool [N, C]. retrieval: int64 [T], the
+            picture that each caption belongs to.
         texts: class names, or the distinct captions.
+        captions: int64 [T], the number in `texts` of each caption; empty for classification.
         templates: prompts with `{c}` for the class; empty for retrieval.
         skipped: reason to count of unusable samples.
     """
 
     name: str
-    kind: Literal["zero_shot", "retrieval"]
+    kind: Kind
     images: Tensor
     labels: Tensor
     texts: list[str]
+    captions: Tensor
     templates: list[str]
     skipped: dict[str, int]
 
 
-def expand_names(names: list[str] | tuple[str, ...]) -> list[str]:
-    """Task names with `stable_eval` replaced by its 27 tasks."""
-    result: list[str] = []
-    for name in names:
-        result += [task for group in STABLE_EVAL.values() for task in group] if name == "stable_eval" else [name]
-    return result
+@dataclass(frozen=True, eq=False)
+class TaskFolder:
+    """A task's files before its pictures are read.
+
+    Attributes:
+        name: as it was asked for.
+        kind: as of `Task`.
+        classes: class names; empty for retrieval.
+        templates: prompts with `{c}`; empty for retrieval.
+        pool: the samples of its test split.
+    """
+
+    name: str
+    kind: Kind
+    classes: list[str]
+    templates: list[str]
+    pool: Pool
 
 
-def load_task(name: str, data_root: Path, encoder: DualEncoder, max_pixels: int = 100_000_000) -> Task:
-    """Read a task's test split and resize its pictures for `encoder`.
+def open_task(name: str, data_root: Path) -> TaskFolder:
+    """Find a task's folder and check everything but its samples.
+
+    Args:
+        name: a folder under `data_root`, or a task of StableEval whose folder has one of its published names.
+        data_root: folder with one folder per task.
 
     Raises:
-        EvaluationError: if the task's folder or a file in it is missing or broken.
+        EvaluationError: if the folder or a file in it is missing or cannot be used.
     """
-    folder = data_root / name
-    if not folder.is_dir():
+    folder = next((found for n in folder_names(name) if (found := data_root / n).is_dir()), None)
+    if folder is None:
         there = sorted(p.name for p in data_root.glob("*") if p.is_dir()) if data_root.is_dir() else []
         raise EvaluationError(
             f"there is no task '{name}' under {data_root}",
-            remedy=f"take one of: {', '.join(there)}"
+            remedy=f"use one of: {', '.join(there)}"
             if there
             else "put task folders in CLIP_benchmark's WebDataset layout there",
-            field="evaluation.tasks",
+            field=_FIELD,
         )
-    kind_file = folder / "dataset_type.txt"
-    retrieval = kind_file.is_file() and kind_file.read_text(encoding="utf-8").strip() == "retrieval"
+    kind = _kind(folder)
     try:
         pool = Pool([folder / "test"])
     except DataError as error:
         raise EvaluationError(
-            f"the task '{name}' cannot be read: {error.cause}", remedy="restore its folder", field="evaluation.tasks"
+            f"the task '{name}' cannot be read: {error.cause}", remedy=_RESTORE, field=_FIELD
         ) from error
-    classes = [] if retrieval else _lines(folder / "classnames.txt")
-    templates = [] if retrieval else _lines(folder / "zeroshot_classification_templates.txt")
+    if kind == "retrieval":
+        return TaskFolder(name, kind, [], [], pool)
+    return TaskFolder(name, kind, _classes(folder), _templates(folder), pool)
+
+
+def load_task(
+    name: str,
+    data_root: Path,
+    encoder: DualEncoder,
+    max_pixels: int = 100_000_000,
+    max_bad_fraction: float = 0.02,
+) -> Task:
+    """Read a task's test split and resize its pictures for `encoder`.
+
+    Args:
+        name: as in `open_task`.
+        data_root: as in `open_task`.
+        encoder: whose preprocessing is used.
+        max_pixels: larger pictures are skipped.
+        max_bad_fraction: largest share of unusable samples; above it there is no figure.
+
+    Raises:
+        EvaluationError: as `open_task`, or if too many samples are unusable.
+    """
+    opened = open_task(name, data_root)
+    pool, kind = opened.pool, opened.kind
     images: list[Tensor] = []
-    labels: list[list[int]] = []  # of each picture: its class, or its texts
-    numbers: dict[str, int] = {}
+    own: list[list[str] | int | Tensor] = []  # of each picture: its captions, its class, or its classes
     skipped = Counter[str]()
     for row in range(len(pool)):
         try:
-            own = pool.text(row).splitlines() if retrieval else [_label(pool.read(row, "cls"), len(classes))]
+            label = _label(pool, row, kind, len(opened.classes))
             images.append(encoder.resize(pool.image(row, max_pixels)))
         except UnusablePair as reason:
             skipped[str(reason)] += 1
             continue
-        labels.append([numbers.setdefault(x, len(numbers)) if isinstance(x, str) else x for x in own])
-    if not images:
-        raise EvaluationError(f"the task '{name}' has no usable sample ({dict(skipped)})", remedy="restore its folder")
-    if not retrieval:
-        return Task(
-            name, "zero_shot", torch.stack(images), torch.tensor(labels)[:, 0], classes, templates, dict(skipped)
+        own.append(label)
+    if not images or skipped.total() > max_bad_fraction * len(pool):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(4))
+        raise EvaluationError(
+            f"{skipped.total()} of {len(pool)} samples of the task '{name}' are unusable ({reasons})",
+            remedy=f"{_RESTORE}, or raise max_bad_fraction if that is expected",
+            field="evaluation.max_bad_fraction",
         )
-    own_texts = torch.zeros(len(images), len(numbers), dtype=torch.bool)
-    for picture, texts in enumerate(labels):
-        own_texts[picture, texts] = True
-    return Task(name, "retrieval", torch.stack(images), own_texts, list(numbers), [], dict(skipped))
+    texts, captions = opened.classes, torch.empty(0, dtype=torch.int64)
+    if kind == "retrieval":
+        lines = [(picture, line) for picture, mine in enumerate(own) for line in mine]  # type: ignore[union-attr]
+        numbers = {line: number for number, line in enumerate(dict.fromkeys(line for _, line in lines))}
+        texts, captions = list(numbers), torch.tensor([numbers[line] for _, line in lines])
+        labels = torch.tensor([picture for picture, _ in lines])
+    else:
+        labels = torch.stack([torch.as_tensor(label) for label in own])
+    return Task(name, kind, torch.stack(images), labels, texts, captions, opened.templates, dict(skipped))
 
 
-def _label(raw: bytes | None, classes: int) -> int:
+def _kind(folder: Path) -> Kind:
+    path = folder / "dataset_type.txt"
+    if not path.exists():
+        return "zero_shot"
+    kinds: dict[str, Kind] = {"classification": "zero_shot", "multilabel": "multilabel", "retrieval": "retrieval"}
+    text = _read(path).strip().lower()
+    if text not in kinds:
+        raise EvaluationError(
+            f"{path} names an unknown kind of task: '{text[:40]}'",
+            remedy=f"write one of: {', '.join(kinds)}",
+            field=_FIELD,
+        )
+    return kinds[text]
+
+
+def _label(pool: Pool, row: int, kind: Kind, classes: int) -> list[str] | int | Tensor:
+    if kind == "retrieval":
+        lines = [line.strip() for line in pool.text(row).splitlines()]
+        return [line for line in lines if line]
+    if kind == "multilabel":
+        return _labels(pool.read(row, "npy"), classes)
     try:
-        label = int((raw or b"").decode())
+        label = int((pool.read(row, "cls") or b"")[:20].decode())
     except ValueError as error:
         raise UnusablePair("no class") from error
     if not 0 <= label < classes:
@@ -118,12 +181,50 @@ def _label(raw: bytes | None, classes: int) -> int:
     return label
 
 
-def _lines(path: Path) -> list[str]:
+def _labels(raw: bytes | None, classes: int) -> Tensor:
+    """KEY.npy, one number per class: which classes a picture shows."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise EvaluationError(f"cannot read {path}: {error.strerror}", remedy="restore the task's folder") from None
-    filled = [line for line in lines if line.strip()]
-    if not filled:
-        raise EvaluationError(f"{path} is empty", remedy="restore the task's folder")
-    return filled
+        if raw is None or len(raw) > 16 * classes + 4096:
+            raise ValueError
+        values = np.load(io.BytesIO(raw), allow_pickle=False)
+        if values.shape != (classes,):
+            raise ValueError
+        return torch.from_numpy(values.astype(np.float64) > 0)
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError) as error:
+        raise UnusablePair("no classes") from error
+
+
+def _classes(folder: Path) -> list[str]:
+    path = folder / "classnames.txt"
+    names = [line.strip() for line in _read(path).rstrip().splitlines()]
+    if not names:
+        raise EvaluationError(f"{path} is empty", remedy=_RESTORE, field=_FIELD)
+    if "" in names:  # dropping it would shift the label of every class behind it
+        raise EvaluationError(
+            f"line {names.index('') + 1} of {path} is blank", remedy="write the class's name there", field=_FIELD
+        )
+    return names
+
+
+def _templates(folder: Path) -> list[str]:
+    """Prompts with `{c}`; `{}` is accepted too."""
+    path = folder / "zeroshot_classification_templates.txt"
+    lines = [line.strip() for line in _read(path).splitlines()]
+    templates = [line.replace("{}", "{c}") for line in lines if line]
+    if not templates:
+        raise EvaluationError(f"{path} is empty", remedy=_RESTORE, field=_FIELD)
+    for template in templates:
+        if "{c}" not in template:
+            raise EvaluationError(
+                f"a template in {path} has no place for the class: '{template[:80]}'",
+                remedy="write {c} or {} where the class's name belongs",
+                field=_FIELD,
+            )
+    return templates
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ReadError as error:
+        raise EvaluationError(error.cause, remedy=_RESTORE, field=_FIELD) from None

@@ -12,6 +12,7 @@ from aced_sdk.cache import stored_width
 from aced_sdk.config import DistillConfig, Frozen, Independent, Joint, Stored
 from aced_sdk.data import Pool
 from aced_sdk.engine import pick_device, thread_limit
+from aced_sdk.evaluation import expand_names, open_task
 from aced_sdk.towers import DualEncoder, build, check_size, load
 
 
@@ -54,8 +55,12 @@ def plan(config: DistillConfig) -> Plan:
     Raises:
         ModelError: if the student's architecture or a frozen model cannot be used.
         DataError: if the shards cannot be read.
+        EvaluationError: if an evaluation task is missing or lacks a file.
     """
     pool = Pool(config.data.shards)
+    if (root := config.evaluation.data_root) is not None:
+        for name in expand_names(config.evaluation.tasks):
+            open_task(name, root)
     encoder = build(config.student, config.seed)
     profile = encoder.profile()
     steps, curation = config.schedule.steps, config.curation

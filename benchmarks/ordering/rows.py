@@ -237,7 +237,7 @@ def figures(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     result = {
         "zero_shot": mean(metrics[task]["acc5"] for task in SEEN),
         "held_out_concepts": metrics["unseen_concept"]["acc5"],
-        "retrieval": (found["image_to_text_r5"] + found["text_to_image_r5"]) / 2,
+        "retrieval": (found["merged_image_to_text_r5"] + found["merged_text_to_image_r5"]) / 2,
     }
     stamps = [metrics[task]["acc5"] for task in STAMPS if task in metrics]
     if stamps:

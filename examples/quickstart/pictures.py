@@ -35,7 +35,8 @@ from examples.quickstart.stages import zero_shot_of
 _APT_SOURCES = {"openclipart-svg": "openclipart", "tuxpaint-stamps-default": "tuxpaint"}
 LIMITS = (
     "These are pictograms and clip-art with short captions: nothing here supports a claim about photographs.",
-    "Zero-shot is top-5 accuracy over three tasks, retrieval is recall at 5 in both directions on unseen concepts.",
+    "Zero-shot is top-5 accuracy over three tasks. Retrieval is recall at 5 in both directions on unseen concepts, "
+    "with equal captions merged.",
     "The static filter and the trusted pairs alone stand beside the methods because they are strong opponents on a "
     "pool this small; a run of minutes says little about the order among curated methods.",
     "One reference selects and teaches, and it was trained on emoji in other drawing styles only.",

@@ -96,7 +96,7 @@ def test_figures_are_means_of_their_tasks_and_do_without_stamps() -> None:
         "unseen_style_twemoji": {"acc1": 0.0, "acc5": 0.2},
         "unseen_style_openmoji": {"acc1": 0.0, "acc5": 0.1},
         "unseen_concept": {"acc1": 0.0, "acc5": 0.3},
-        "retrieval_unseen_concept": {"image_to_text_r5": 0.4, "text_to_image_r5": 0.2},
+        "retrieval_unseen_concept": {"merged_image_to_text_r5": 0.4, "merged_text_to_image_r5": 0.2},
     }
     told = figures(metrics)
     assert told["zero_shot"] == pytest.approx(0.15)
