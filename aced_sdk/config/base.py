@@ -7,14 +7,15 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import whole_file
+from aced_sdk.files import printable, whole_file
 
 
 class Config(BaseModel):
@@ -70,24 +71,47 @@ _NO_PLACES = re.compile(r"iid|static|independent|joint|Frozen|Stored|tuple\[.*|d
 
 
 def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
-    """The first mistake that pydantic found, as cause, remedy and dotted field."""
-    first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"] if not _NO_PLACES.fullmatch(str(part))]
-    inner = first.get("ctx", {}).get("error")
+    """All mistakes that pydantic found; the field is that of the first."""
+    mistakes = [_mistake(dict(one), kind) for one in error.errors(include_url=False)]
+    first = mistakes[0]
+    if len(mistakes) == 1:
+        return first
+    listed = "; ".join(f"{one.field or kind.__name__}: {one.cause} ({one.remedy})" for one in mistakes)
+    return ConfigError(f"{len(mistakes)} mistakes: {listed}", remedy="correct these fields", field=first.field)
+
+
+def _mistake(found: dict[str, Any], kind: type[BaseModel]) -> ConfigError:
+    """One mistake as cause, remedy and dotted field."""
+    place = [str(part) for part in found["loc"] if not _NO_PLACES.fullmatch(str(part))]
+    inner = found.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
         field = ".".join(place + ([inner.field] if inner.field else []))
         return ConfigError(inner.cause, remedy=inner.remedy, field=field or None)
     field = ".".join(place)
-    more = f" ({error.error_count() - 1} more mistakes follow)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = sorted(kind.model_fields)
-        near = difflib.get_close_matches(place[-1], known, n=1)
+    if found["type"] == "extra_forbidden":
+        known = sorted(_fields(kind, place[:-1]))
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.8)
         hint = f"did you mean '{near[0]}'?" if near else f"known fields here: {', '.join(known)}"
-        return ConfigError(f"unknown field '{place[-1]}'{more}", remedy=hint, field=field)
-    if first["type"] == "missing":
-        return ConfigError(f"'{field}' is missing{more}", remedy="give it a value", field=field)
-    return ConfigError(
-        f"{first['msg']} (got {first.get('input')!r}){more}",
-        remedy=f"correct '{field}' in {kind.__name__}",
-        field=field,
-    )
+        return ConfigError(f"unknown field '{place[-1]}'", remedy=hint, field=field)
+    if found["type"] == "missing":
+        return ConfigError(f"'{field}' is missing", remedy="give it a value", field=field)
+    value = found.get("input")
+    shown = f"{value:.6g}" if isinstance(value, float) else printable(repr(value), 80)
+    return ConfigError(f"{found['msg']} (got {shown})", remedy=f"correct '{field}' in {kind.__name__}", field=field)
+
+
+def _fields(kind: type[BaseModel], path: list[str]) -> set[str]:
+    """Names of the fields at a dotted path below a config: of every config that may be there."""
+    kinds = {kind}
+    for part in path:
+        annotations = [k.model_fields[part].annotation for k in kinds if part in k.model_fields]
+        kinds = {found for annotation in annotations for found in _configs(annotation)} or kinds
+    return {name for k in kinds for name in k.model_fields}
+
+
+def _configs(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configs inside an annotation such as `tuple[A | B, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _configs(part)

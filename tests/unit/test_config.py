@@ -130,3 +130,21 @@ def test_methods_say_what_they_read() -> None:
     assert config.teachers == (config.reference,)
     assert config.replace(teacher=aced.Frozen(model="t")).teachers == (aced.Frozen(model="t"),)
     assert config.replace(objective=aced.Objective()).teachers == ()
+
+
+def test_all_mistakes_are_listed_at_once_with_sensible_digits() -> None:
+    with pytest.raises(ConfigError, match="3 mistakes") as caught:
+        aced.Joint(gain=-0.123456789, super_batch=0, gian=2)
+    text = str(caught.value)
+    assert "gain: Input should be greater than 0 (got -0.123457)" in text
+    assert "super_batch: Input should be greater than 0 (got 0)" in text
+    assert "unknown field 'gian' (did you mean 'gain'?)" in text
+
+
+def test_only_near_names_are_suggested() -> None:
+    with pytest.raises(ConfigError) as caught:
+        aced.Student(architecture="ViT-B-32", freeze=True)
+    assert caught.value.remedy == "known fields here: architecture, init_bias, init_scale, mean, resize, std"
+    with pytest.raises(ConfigError) as caught:
+        aced.DistillConfig(**{**VALUES, "objective": {"distillation": [{"los": "softmax"}]}})
+    assert (caught.value.field, caught.value.remedy) == ("objective.distillation.0.los", "did you mean 'loss'?")
