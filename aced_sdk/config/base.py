@@ -90,7 +90,7 @@ def _mistake(found: dict[str, Any], kind: type[BaseModel]) -> ConfigError:
     field = ".".join(place)
     if found["type"] == "extra_forbidden":
         known = sorted(_fields(kind, place[:-1]))
-        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.72)
         hint = f"did you mean '{near[0]}'?" if near else f"known fields here: {', '.join(known)}"
         return ConfigError(f"unknown field '{place[-1]}'", remedy=hint, field=field)
     if found["type"] == "missing":
