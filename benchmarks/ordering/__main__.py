@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does ACED order as published, and against which simple opponents does it hold?
 
-    python -m benchmarks.ordering [--seeds 5] [--steps 600] [--stages main compute sweeps] [--output FILE]
+    python -m benchmarks.ordering [--seeds 5] [--steps 600] [--stages main compute forms sweeps] [--output FILE]
 
 Finished runs are kept in the cache home, so that a stopped call goes on. One JSON object is printed; figures are per
 cent, chance is about 0.3 on seen concepts, 3 on unseen ones and their retrieval, 1.5 on the stamps.
@@ -10,6 +10,7 @@ cent, chance is about 0.3 on seen concepts, 3 on unseen ones and their retrieval
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,15 +24,16 @@ from benchmarks.ordering.protocol import (
     Workers,
     claims,
     compute_jobs,
+    form_jobs,
     main_jobs,
     summary,
     sweep_jobs,
     tune,
 )
-from benchmarks.ordering.rows import SUB_BATCH, Job
+from benchmarks.ordering.rows import SUB_BATCH, Job, Knobs
 from benchmarks.ordering.world import STUDENT, WorldConfig, get_material
 
-STAGES = ("main", "compute", "sweeps")
+STAGES = ("main", "compute", "forms", "sweeps")
 
 
 def main() -> None:
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--sweep-seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="one compute thread each")
+    parser.add_argument("--tuned", type=Path, help="take the settings from this earlier output")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
@@ -59,7 +62,11 @@ def main() -> None:
 def _run(arguments: argparse.Namespace, workers: Workers) -> dict[str, Any]:
     worlds = [WorldConfig(seed=seed, pool=arguments.pool) for seed in range(arguments.seeds)]
     apart = WorldConfig(seed=TUNING_SEED, pool=arguments.pool)
-    chosen, tuning = tune(workers, arguments.steps, apart)
+    if arguments.tuned is None:
+        chosen, tuning = tune(workers, arguments.steps, apart)
+    else:
+        tuning = json.loads(arguments.tuned.read_text(encoding="utf-8"))["tuning"]
+        chosen = {row: Knobs.of(tried["chosen"]) for row, tried in tuning.items()}
     result: dict[str, Any] = {
         "benchmark": "ordering",
         "seeds": arguments.seeds,
@@ -93,6 +100,17 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> dict[str, Any]:
         done = workers.run("equal compute", [job for runs in jobs.values() for job in runs])
         result["equal_compute"] = {
             row: {"steps": jobs[row][0].steps} | values for row, values in table(jobs, done).items()
+        }
+        keep()
+    if "forms" in arguments.stages:
+        forms = form_jobs(chosen, arguments.steps, worlds)
+        jobs_of = [
+            job for by_form in forms.values() for rows in by_form.values() for runs in rows.values() for job in runs
+        ]
+        workers.deal(job.world for job in jobs_of)
+        done = workers.run("forms of the score", jobs_of)
+        result["forms"] = {
+            trained: {form: table(rows, done) for form, rows in by_form.items()} for trained, by_form in forms.items()
         }
         keep()
     if "sweeps" in arguments.stages:

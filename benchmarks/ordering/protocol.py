@@ -6,7 +6,8 @@
 3. *compute*: rows that score nothing, and ACED that scores at half the side (and trains half of each sub-batch at it),
    run on until they have cost what ACED costs (3 + 1/(1-f) forward passes a trained example, a backward pass counted
    as two).
-4. *sweeps*: length, trusted pairs, noise, f, reference, pool, gain, chunks; around the chosen settings, on fewer seeds.
+4. *forms*: curation scored by the sigmoid and by the softmax loss, with a reference trained with either.
+5. *sweeps*: length, trusted pairs, noise, f, reference, pool, gain, chunks; around the chosen settings, on fewer seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from multiprocessing import get_context
 from statistics import mean, stdev
 from typing import Any
 
+from aced_sdk.config import LossForm
 from benchmarks.ordering.rows import CHOICES, ROWS, Job, Knobs, run_job
 from benchmarks.ordering.world import Material, WorldConfig, get_material, make_world
 
@@ -112,6 +114,26 @@ def compute_jobs(chosen: Mapping[str, Knobs], steps: int, worlds: Sequence[World
     known = {**chosen, "aced_cheap": chosen["aced"]}
     longer = {row: round(steps * aced / Job(row, worlds[0], steps, knobs=known[row]).cost()) for row in rows}
     return {row: [Job(row, world, longer[row], knobs=known[row]) for world in worlds] for row in rows}
+
+
+def form_jobs(
+    chosen: Mapping[str, Knobs], steps: int, worlds: Sequence[WorldConfig]
+) -> dict[str, dict[str, dict[str, list[Job]]]]:
+    """Loss of the reference's training to form of the scores to row to jobs."""
+    losses: tuple[LossForm, ...] = ("sigmoid", "softmax")
+    return {
+        trained: {
+            form: {
+                row: [
+                    Job(row, replace(world, reference_loss=trained), steps, knobs=chosen[row], form=form)
+                    for world in worlds
+                ]
+                for row in ("i_acid", "h_acid", "aced")
+            }
+            for form in losses
+        }
+        for trained in losses
+    }
 
 
 def sweep_jobs(

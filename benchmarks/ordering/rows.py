@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import aced_sdk as aced
 from aced_sdk import towers
-from aced_sdk.config import Curation
+from aced_sdk.config import Curation, SelectionLoss
 from aced_sdk.engine.events import Evaluated, Event, RunEnded, Selected
 from aced_sdk.files import home, write_json
 from aced_sdk.training.scoring import scoring_size
@@ -96,11 +96,11 @@ _LOSS_OF: dict[str, str] = {
 }
 
 
-def method(row: str, knobs: Knobs) -> tuple[Curation, aced.Objective]:
+def method(row: str, knobs: Knobs, form: SelectionLoss = "auto") -> tuple[Curation, aced.Objective]:
     """Curation and objective of a row: all that the rows differ in, but for the trusted set's shards."""
     b = SUB_BATCH
     super_batch = round(b / (1 - knobs.f))
-    joint = aced.Joint(sub_batch=b, super_batch=super_batch, num_chunks=knobs.chunks, gain=knobs.gain)
+    joint = aced.Joint(sub_batch=b, super_batch=super_batch, num_chunks=knobs.chunks, gain=knobs.gain, loss=form)
     curations: dict[str, Curation] = {
         "i_acid": joint.replace(score="easy_reference"),
         "i_acid_kd": joint.replace(score="easy_reference"),
@@ -133,6 +133,7 @@ class Job:
         knobs: its settings.
         reference: `large` is the world's own (pretrained trunks); `equal` and `small` are towers of the student's size
             and of less than half of it, trained on the world's trusted pairs.
+        form: of the loss in the joint sampler's scores.
 
     Weights, order and draws have the world's seed.
     """
@@ -143,6 +144,7 @@ class Job:
     split: Split = "evaluation"
     knobs: Knobs = field(default_factory=Knobs)
     reference: Literal["large", "equal", "small"] = "large"
+    form: SelectionLoss = "auto"
 
     @property
     def result(self) -> Path:
@@ -152,7 +154,7 @@ class Job:
 
     def cost(self) -> float:
         """Forward passes of the student per trained example, a step's backward pass counted as two."""
-        curation, objective = method(self.row, self.knobs)
+        curation, objective = method(self.row, self.knobs, self.form)
         trained = 6.0 if objective.needs_iid_batch else 3.0
         scored = curation.candidates / curation.sub_batch if curation.needs_student else 0.0
         size = scoring_size(curation)
@@ -172,7 +174,7 @@ def _pass_at(size: int) -> float:
 
 def job_config(job: Job, world: World, directory: Path, reference: aced.Frozen | aced.Stored) -> aced.DistillConfig:
     """The config that a job stands for."""
-    curation, objective = method(job.row, job.knobs)
+    curation, objective = method(job.row, job.knobs, job.form)
     root = world.validation if job.split == "validation" else world.evaluation
     shards = world.trusted if job.row == "trusted" else world.pool
     every = max(1, job.steps // 4) if job.split == "evaluation" and job.row in CURVES else 0

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import aced_sdk as aced
 from aced_sdk import towers
+from aced_sdk.config import LossForm
 from aced_sdk.data import Pool, prepare
 from aced_sdk.errors import DataError
 from aced_sdk.files import home, save_tensors, whole_folder, write_json
@@ -60,6 +61,7 @@ class WorldConfig:
         trusted_pool: share of the box's pool that joins the trusted pairs with its true captions, so that the
             reference knows every domain; these pairs leave the pool.
         reference_steps: of the heads.
+        reference_loss: loss that the heads are trained with; a softmax-trained reference has no bias.
     """
 
     seed: int
@@ -68,6 +70,7 @@ class WorldConfig:
     trusted_emoji: float = 0.8
     trusted_pool: float = 0.15
     reference_steps: int = 400
+    reference_loss: LossForm = "sigmoid"
 
     def name(self) -> str:
         """A folder's name that changes with any value and with the recipe."""
@@ -282,13 +285,14 @@ def _embed(material: Material, trusted: Any, config: WorldConfig) -> tuple[Tenso
         512,
         config.seed,
         lambda _: None,
+        config.reference_loss,
     )
     model: Any = encoder.model.eval()
     normal = torch.nn.functional.normalize
     with torch.no_grad():
         image = normal(model.visual.head(material.image), dim=-1)
         text = normal(model.text.proj(material.text), dim=-1)
-    return image, text, encoder.scale, encoder.bias
+    return image, text, encoder.scale, encoder.bias if config.reference_loss == "sigmoid" else 0.0
 
 
 def _npz(image: Tensor, text: Tensor) -> bytes:

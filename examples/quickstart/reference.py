@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aced_sdk.config import Contrastive, Data, Objective
+from aced_sdk.config import Contrastive, Data, LossForm, Objective
 from aced_sdk.data import Decoding, Pool
 from aced_sdk.errors import DataError, ModelError
 from aced_sdk.objectives import build_objective
@@ -153,12 +153,13 @@ def train_heads(
     batch_size: int,
     seed: int,
     progress: Callable[[int], None],
+    loss: LossForm = "sigmoid",
 ) -> None:
     """Train the projection heads, scale and bias on features of the frozen trunks, in place."""
     model: Any = encoder.model
     parameters = [*model.visual.head.parameters(), *model.text.proj.parameters(), model.logit_scale, model.logit_bias]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-2, fused=True)
-    objective = build_objective(Objective(contrastive=Contrastive(loss="sigmoid")))
+    objective = build_objective(Objective(contrastive=Contrastive(loss=loss)))
     generator = torch.Generator().manual_seed(seed)
     normal = nn.functional.normalize
     # Noise on the features stands in for augmentation: the heads see few pictures many times.
