@@ -118,15 +118,15 @@ def _weights(
 ) -> Weights:
     if not (math.isfinite(gain) and gain > 0):
         raise CurationError(f"a gain of {gain}", remedy="make gain positive and finite", field="gain")
-    given = reference if score == "easy_reference" else student
-    if given is not None and size > len(given):
+    weights = weights_of(student, reference, score, loss)
+    candidates = len(weights.current())
+    if size > candidates:
         raise CurationError(
-            f"a sub-batch of {size} was asked of {len(given)} candidates",
+            f"a sub-batch of {size} was asked of {candidates} candidates",
             remedy="score a larger super-batch or draw fewer",
             field="size",
         )
-    weights = weights_of(student, reference, score, loss)
-    if given is not None and size < len(given) and (doubt := doubts(weights, gain)):
+    if size < candidates and (doubt := doubts(weights, gain)):
         warnings.warn(f"{doubt[0]}. Remedy: {doubt[1]}", CurationWarning, stacklevel=4)
     return weights
 

@@ -257,10 +257,17 @@ def check(name: str, embeddings: Embeddings, loss: LossForm) -> None:
     """Refuse embeddings that cannot be scored.
 
     Raises:
-        CurationError: if image and text are not both [N, D] with N > 0, a value is not finite, a row is not of unit
+        CurationError: if image and text are not both tensors [N, D] with N > 0, a value is not finite, a row is not of unit
             length, or the scale is no factor on cosine similarities.
     """
     image, text = embeddings.image, embeddings.text
+    for side, value in (("image", image), ("text", text)):
+        if not isinstance(value, Tensor):
+            raise CurationError(
+                f"the {name}'s {side} embeddings are {type(value).__name__}, not a tensor",
+                remedy="give image and text embeddings of the same pairs as tensors [N, D]",
+                field=name,
+            )
     if image.ndim != 2 or image.shape != text.shape or len(image) == 0:
         raise CurationError(
             f"the {name}'s image and text embeddings have shapes {list(image.shape)} and {list(text.shape)}",

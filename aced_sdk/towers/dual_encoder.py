@@ -105,7 +105,8 @@ class DualEncoder(nn.Module):
         tables: dict[str, Tensor] = {}
         pixels = None
         if images is not None:
-            pixels = self.normalise(images).contiguous()  # see _channels_last
+            weight = next(model.visual.parameters())  # type: ignore[union-attr]
+            pixels = self.normalise(images).to(weight.dtype).contiguous()  # see _channels_last
             positions = positions_for(model.visual, *pixels.shape[-2:])  # type: ignore[arg-type]
             tables |= {f"visual.{name}": value for name, value in positions.items()}
         if tokens is not None:

@@ -298,3 +298,10 @@ def test_draw_statistics_refuse() -> None:
         DrawStatistics(0)
     with pytest.raises(ValueError, match="read-only"):
         statistics.counts[0] = 1
+
+
+def test_a_missing_side_is_named() -> None:
+    for side in ("image", "text"):
+        broken = replace(REFERENCE, **{side: None})
+        with pytest.raises(CurationError, match=f"reference's {side} embeddings are NoneType"):
+            select_joint(None, broken, size=8, num_chunks=4, score="easy_reference")

@@ -389,3 +389,14 @@ def test_a_student_is_profiled_without_weights(saved: Path) -> None:
     assert by_shape.hash() == Student(architecture=ARCHITECTURE).hash()
     with pytest.raises(ModelError, match="knows no architecture"):
         towers.ProfiledStudent(architecture="ViT-B-33").profile()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_encoder_in_half_precision_embeds_like_itself(dtype: torch.dtype) -> None:
+    own, half = encoder(), encoder().to(dtype)
+    for found, expected in (
+        (half.encode_image(pictures()), own.encode_image(pictures())),
+        (half.encode_text(TEXTS), own.encode_text(TEXTS)),
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
