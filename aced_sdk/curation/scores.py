@@ -257,8 +257,8 @@ def check(name: str, embeddings: Embeddings, loss: LossForm) -> None:
     """Refuse embeddings that cannot be scored.
 
     Raises:
-        CurationError: if image and text are not both tensors [N, D] with N > 0, a value is not finite, a row is not of unit
-            length, or the scale is no factor on cosine similarities.
+        CurationError: if image and text are not both tensors [N, D] with N > 0, a value is not finite, a row is not of
+            unit length, or the scale is no factor on cosine similarities.
     """
     image, text = embeddings.image, embeddings.text
     for side, value in (("image", image), ("text", text)):

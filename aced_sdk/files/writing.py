@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,7 +133,11 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
     Raises:
         ConfigError: if another process holds it and is not waited for, or `.lock` is not a regular file.
         OSError: if the folder cannot be written.
+
+    Warns:
+        UserWarning: if the file system has no locks; then nothing is held.
     """
+    import errno
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -145,6 +150,13 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
                 remedy="wait for it or stop it, then start again: finished work is kept",
                 field="directory",
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(
+                f"the file system of {directory} has no locks: make sure that only one process works there",
+                stacklevel=3,
+            )
         yield
 
 

@@ -25,6 +25,7 @@ from aced_sdk import towers
 from aced_sdk.config import Engine, Student
 from aced_sdk.engine import Event
 from aced_sdk.engine.events import StepDone
+from aced_sdk.errors import DataError
 from aced_sdk.files import home
 from aced_sdk.towers.huggingface import clip_vision_model
 from vlm.adapters import base_of, table
@@ -181,6 +182,10 @@ def test_packed_and_shared_rows_have_transformers_own_loss(model: Model) -> None
     llava, processor = model
     data = samples(1)
     rows, pictures = make_rows(data, processor, 9, share=2, limit=128)
+    longest = max(len(encode(sample, processor, 9)[0]) for sample in data)
+    assert make_rows(data, processor, 9, share=2, limit=longest)[0] == rows  # exactly the limit fits
+    with pytest.raises(DataError, match=f"has {longest} tokens, the language model reads {longest - 1}"):
+        make_rows(data, processor, 9, share=2, limit=longest - 1)
     assert [row.samples for row in rows] == [2, 2, 2]
     batch = collate(rows, pad=0)
     features = Features(llava, processor, pictures, 1).of(batch.pictures)

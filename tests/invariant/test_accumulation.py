@@ -309,3 +309,13 @@ def test_the_second_batch_is_counted_apart(world: Path, tmp_path: Path) -> None:
     assert plain[-1].distilled == 0
     assert plain[0].parts["softmax"] != steps[0].parts["softmax"]
     assert plain[0].parts["contrastive"] == steps[0].parts["contrastive"]
+
+
+def test_noise_of_a_run_on_a_gpu_is_restored_on_a_cpu() -> None:
+    from aced_sdk.training.progress import noise_state, set_noise_state
+
+    states = noise_state(torch.device("cpu"))
+    assert set(states) == {"torch"}
+    first = torch.rand(3)
+    set_noise_state(states | {"cuda": torch.zeros(16, dtype=torch.uint8)}, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), first)

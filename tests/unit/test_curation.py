@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aced_sdk.config import Iid, Independent, Joint, StaticFilter
@@ -305,3 +306,28 @@ def test_a_missing_side_is_named() -> None:
         broken = replace(REFERENCE, **{side: None})
         with pytest.raises(CurationError, match=f"reference's {side} embeddings are NoneType"):
             select_joint(None, broken, size=8, num_chunks=4, score="easy_reference")
+
+
+def test_a_random_selection_without_a_generator_follows_torchs_seed() -> None:
+    torch.manual_seed(3)
+    first = select_random(5, 40)
+    torch.manual_seed(3)
+    assert torch.equal(first, torch.randperm(40)[:5])
+    assert not torch.equal(first, select_random(5, 40))
+
+
+def test_selection_builds_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    plain = scores_module.Term.diagonal
+
+    def diagonal(term: scores_module.Term) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return plain(term)
+
+    monkeypatch.setattr(scores_module.Term, "diagonal", diagonal)
+    learning = replace(STUDENT, image=STUDENT.image.clone().requires_grad_())
+    for select_one in (select_joint, select_independent):
+        assert not select_one(learning, REFERENCE, size=16).requires_grad
+    pair_scores(learning)
+    assert seen == [False] * 4
+    assert torch.is_grad_enabled()

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import exported
 
 import export
-from export.parity import TEXTS, pictures
+from export.parity import TEXTS, Parity, _allowed, pictures
 
 
 def loaded(base: Path, seed: int) -> export.OnnxEncoder:
@@ -50,7 +50,7 @@ def test_zero_shot_classes(encoder: export.OnnxEncoder) -> None:
         assert [guess.name for guess in row] == [classes[c] for c in np.argsort(-logit)]
         want = np.sort(np.exp(logit - np.logaddexp.reduce(logit)))[::-1]
         np.testing.assert_allclose([guess.probability for guess in row], want, rtol=1e-4)
-    assert [row[0] for row in guesses] == [row[0] for row in zero_shot.classify(pictures())]
+    assert [row[:1] for row in guesses] == zero_shot.classify(pictures())  # one guess unless more are asked for
     assert len(zero_shot.classify(pictures(), top=9)[0]) == 3
     assert zero_shot.classify([]) == []
 
@@ -174,3 +174,23 @@ def test_adding_and_asking_from_threads(encoder: export.OnnxEncoder) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(400)))
     assert len(search) == 400
+
+
+@pytest.mark.parametrize(
+    ("precision", "max_abs", "cosine", "good"),
+    [
+        ("fp32", 1e-4, 1.0, True),
+        ("fp32", 1.01e-4, 1.0, False),
+        ("fp32", float("nan"), 1.0, False),
+        ("fp16", 0.5, 0.99, True),
+        ("fp16", 0.0, 0.9899, False),
+        ("int8", 0.0, float("nan"), False),
+    ],
+)
+def test_parity_has_its_bound(precision: str, max_abs: float, cosine: float, good: bool, tmp_path: Path) -> None:
+    parity = Parity("vision", precision, max_abs, cosine, 0.0, 1.0)
+    if good:
+        _allowed(tmp_path, parity, 0.99)
+    else:
+        with pytest.raises(export.FolderError, match="does not agree with torch"):
+            _allowed(tmp_path, parity, 0.99)

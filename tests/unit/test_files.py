@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import subprocess
@@ -74,3 +75,19 @@ def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert home() == tmp_path / "aced-sdk"
     monkeypatch.setenv("ACED_HOME", str(tmp_path / "own"))
     assert home() == tmp_path / "own"
+
+
+@pytest.mark.parametrize(("number", "warns"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, warns: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    if warns:
+        with pytest.warns(UserWarning, match="has no locks"), alone(tmp_path, "it"):
+            pass
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)), alone(tmp_path, "it"):
+            pass

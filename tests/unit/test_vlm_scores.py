@@ -39,6 +39,8 @@ from vlm.vqa import vqa_normalised
         ("t-shirt", "t shirt"),  # a space for punctuation
         ("black/white", "black white"),
         ("wait!", "wait"),
+        ("a, b,c", "bc"),  # the comma stands beside a space somewhere: it goes everywhere ("a" is an article)
+        ("x, b,c", "x bc"),
         ("red, green", "red green"),  # none where one stands already
         ("girl's", "girl's"),  # apostrophes stay
         ("10:30", "10:30"),  # colons stay

@@ -7,6 +7,7 @@ import io
 import struct
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageFile
 
 from aced_sdk.files.reading import MIB, ReadError, read_bytes
@@ -58,17 +59,27 @@ def open_picture(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB; transparent parts become white.
+    """The picture as RGB of 8 bits; transparent parts become white.
+
+    16-bit grey keeps its upper 8 bits, as Pillow does for 16-bit colour. (Pillow's own conversion cuts off at 255.)
 
     Raises:
-        PictureError: if the mode has no RGB form.
+        PictureError: if the samples have 32 bits, or the mode has no RGB form.
     """
+    if image.mode in ("I", "F"):
+        raise PictureError("samples of 32 bits", "scale them to 8 bits by the range that matters")
     try:
-        if image.mode in ("P", "LA", "PA"):
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode == "La":
+            image = image.convert("LA")  # which alone it can be converted to
+        if image.mode in ("P", "LA", "PA", "RGBa"):
             image = image.convert("RGBA")  # resampling palette indices would be meaningless
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)  # a colour that PNG calls clear: it is drawn, here and by every client
+        return image
     except (ValueError, OSError, MemoryError) as error:
         raise PictureError("unreadable picture", f"mode {image.mode}: {error}") from error
 
