@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -186,15 +187,16 @@ def _alone(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise _unwritable(directory, error) from error
         for leftover in directory.glob(".*.tmp"):
-            leftover.unlink()
+            if leftover.is_symlink() or leftover.is_file():
+                leftover.unlink(missing_ok=True)
         yield
 
 
 def _bind(directory: Path, manifest: CacheManifest, dtype: Dtype | None) -> CacheManifest:
     path = directory / "cache.json"
-    if path.is_file():
+    if os.path.lexists(path):
         found = read_manifest(directory)
-        check_binding(found, manifest.model, manifest.shards, directory, dtype)
+        check_binding(found, manifest.model, manifest.shards, directory, dtype, manifest.dim)
         return found
     try:
         write_json(path, manifest.model_dump(mode="json"))
