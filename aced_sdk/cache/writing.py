@@ -32,7 +32,7 @@ from aced_sdk.config import Data
 from aced_sdk.data import Decoding, Pool, SuperBatch, check_bad
 from aced_sdk.data.source import Rows
 from aced_sdk.errors import CacheError, ModelError
-from aced_sdk.files import alone, write_json
+from aced_sdk.files import alone, one_line, write_json
 from aced_sdk.towers import DualEncoder
 
 _AHEAD = 2  # batches read while one is embedded
@@ -97,7 +97,7 @@ def write_cache(
         image, text = encoder.encode_image(batch.images).cpu(), encoder.encode_text(distinct).cpu()[inverse]
         finite = (image.isfinite() & text.isfinite()).all(dim=1)
         if not finite.all():
-            key = pool.samples[int(batch.rows[~finite][0])].key
+            key = one_line(pool.samples[int(batch.rows[~finite][0])].key)
             raise ModelError(
                 f"the frozen model's embeddings of {int((~finite).sum())} pairs are not finite, of {key} for one",
                 remedy="check the model's weights",
