@@ -15,7 +15,16 @@ from torch import Tensor
 from aced_sdk.config import Config
 from aced_sdk.data import Pool
 from aced_sdk.errors import CacheError, ConfigError
-from aced_sdk.files import ReadError, inside, open_regular, printable, read_json, save_tensors, tensor_digest, whole_file
+from aced_sdk.files import (
+    ReadError,
+    inside,
+    open_regular,
+    printable,
+    read_json,
+    save_tensors,
+    tensor_digest,
+    whole_file,
+)
 
 Dtype = Literal["fp16", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -103,7 +112,9 @@ def read_part(path: Path, rows: int, manifest: CacheManifest, verify: bool) -> P
             part = Part(*(stream.get_tensor(name) for name in ("image", "text", "usable")))
             whole, _, usable = (stream.metadata() or {}).get("sha256", "").partition(" ")
     except (OSError, ReadError, SafetensorError) as error:
-        raise CacheError(f"the embeddings {printable(path)} cannot be read: {printable(error)}", remedy=_AGAIN) from error
+        raise CacheError(
+            f"the embeddings {printable(path)} cannot be read: {printable(error)}", remedy=_AGAIN
+        ) from error
     shape, dtype = (rows, manifest.dim), DTYPES[manifest.dtype]
     if {part.image.shape, part.text.shape} != {shape} or part.usable.shape != shape[:1]:
         raise CacheError(f"{path} has other sizes than its shard: {list(part.image.shape)}", remedy=_AGAIN)

@@ -63,7 +63,9 @@ class Config(BaseModel):
         except ReadError as error:
             raise ConfigError(error.cause, remedy=error.remedy) from None
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise ConfigError(f"{printable(path)} does not hold a mapping of fields", remedy="write `field: value` lines")
+            raise ConfigError(
+                f"{printable(path)} does not hold a mapping of fields", remedy="write `field: value` lines"
+            )
         return cls(**values)
 
     def to_yaml(self, path: str | Path) -> None:

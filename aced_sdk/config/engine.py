@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from aced_sdk.config.base import Config
 from aced_sdk.errors import ConfigError
 
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -53,7 +52,9 @@ class Engine(Config):
         None, description="further DeepSpeed JSON, laid over what the fields above give"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, gt=0, le=1024, description="CPU threads of this process; None: torch's own choice")
+    threads: int | None = Field(
+        None, gt=0, le=1024, description="CPU threads of this process; None: torch's own choice"
+    )
     micro_batch: int | None = Field(
         None,
         gt=0,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from aced_sdk.errors import AcedError, EngineError
 from aced_sdk.files import printable, save_tensors
 
-
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 

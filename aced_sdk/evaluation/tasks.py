@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,18 @@ import torch
 from torch import Tensor
 
 from aced_sdk.data.pool import Pool, UnusablePair
+from aced_sdk.data.source import resized
 from aced_sdk.errors import DataError, EvaluationError
+from aced_sdk.files import ReadError, inside, one_line, printable, read_text
+from aced_sdk.files.reading import MIB
 from aced_sdk.towers import DualEncoder
+
+_MAX_FILE = 4 * MIB
+_MAX_LINE = 500  # letters of a class name or template
+_MAX_LABEL = 64  # bytes
+_MAX_CAPTION, _MAX_CAPTIONS = 4096, 100  # bytes of one, number of a picture
+_MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
+_MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
 
 # The 27 tasks of ACED's StableEval (method: chosen of 34 for low variance over training seeds; list reconstructed).
 STABLE_EVAL: dict[str, tuple[str, ...]] = {
@@ -64,40 +75,46 @@ def load_task(name: str, data_root: Path, encoder: DualEncoder, max_pixels: int 
     Raises:
         EvaluationError: if the task's folder or a file in it is missing or broken.
     """
-    folder = data_root / name
-    if not folder.is_dir():
-        there = sorted(p.name for p in data_root.glob("*") if p.is_dir()) if data_root.is_dir() else []
-        raise EvaluationError(
-            f"there is no task '{name}' under {data_root}",
-            remedy=f"take one of: {', '.join(there)}"
-            if there
-            else "put task folders in CLIP_benchmark's WebDataset layout there",
-            field="evaluation.tasks",
-        )
-    kind_file = folder / "dataset_type.txt"
-    retrieval = kind_file.is_file() and kind_file.read_text(encoding="utf-8").strip() == "retrieval"
+    folder = _folder(name, data_root)
     try:
+        kind_file = inside(folder, "dataset_type.txt")
+        retrieval = kind_file.exists() and read_text(kind_file, _MAX_FILE).strip() == "retrieval"
         pool = Pool([folder / "test"])
-    except DataError as error:
+    except (DataError, ReadError) as error:
         raise EvaluationError(
-            f"the task '{name}' cannot be read: {error.cause}", remedy="restore its folder", field="evaluation.tasks"
+            f"the task '{one_line(name)}' cannot be read: {error.cause}",
+            remedy="restore its folder",
+            field="evaluation.tasks",
         ) from error
-    classes = [] if retrieval else _lines(folder / "classnames.txt")
-    templates = [] if retrieval else _lines(folder / "zeroshot_classification_templates.txt")
+    classes = [] if retrieval else _lines(folder, "classnames.txt")
+    templates = [] if retrieval else _lines(folder, "zeroshot_classification_templates.txt")
+    if len(classes) * len(templates) > _MAX_PROMPTS:
+        raise EvaluationError(
+            f"the task '{one_line(name)}' has {len(classes):,} classes and {len(templates):,} templates, more than "
+            f"{_MAX_PROMPTS:,} prompts",
+            remedy="use fewer templates",
+        )
     images: list[Tensor] = []
     labels: list[list[int]] = []  # of each picture: its class, or its texts
     numbers: dict[str, int] = {}
     skipped = Counter[str]()
     for row in range(len(pool)):
         try:
-            own = pool.text(row).splitlines() if retrieval else [_label(pool.read(row, "cls"), len(classes))]
-            images.append(encoder.resize(pool.image(row, max_pixels)))
+            own = _captions(pool.text(row)) if retrieval else [_label(pool.read(row, "cls", _MAX_LABEL), len(classes))]
+            images.append(resized(pool, row, encoder, max_pixels))
         except UnusablePair as reason:
             skipped[str(reason)] += 1
             continue
         labels.append([numbers.setdefault(x, len(numbers)) if isinstance(x, str) else x for x in own])
     if not images:
-        raise EvaluationError(f"the task '{name}' has no usable sample ({dict(skipped)})", remedy="restore its folder")
+        raise EvaluationError(
+            f"the task '{one_line(name)}' has no usable sample ({dict(skipped)})", remedy="restore its folder"
+        )
+    if len(images) * len(numbers) > _MAX_MATCHES:
+        raise EvaluationError(
+            f"the task '{one_line(name)}' has {len(images):,} pictures and {len(numbers):,} captions, too many to rank",
+            remedy="split it",
+        )
     if not retrieval:
         return Task(
             name, "zero_shot", torch.stack(images), torch.tensor(labels)[:, 0], classes, templates, dict(skipped)
@@ -118,12 +135,39 @@ def _label(raw: bytes | None, classes: int) -> int:
     return label
 
 
-def _lines(path: Path) -> list[str]:
+def _captions(text: str) -> list[str]:
+    lines = text.splitlines()
+    if len(lines) > _MAX_CAPTIONS:
+        raise UnusablePair("too many captions")
+    if any(len(line.encode()) > _MAX_CAPTION for line in lines):
+        raise UnusablePair("caption has too many bytes")
+    return lines
+
+
+def _folder(name: str, data_root: Path) -> Path:
+    """The task's folder, which may be a link."""
+    wrong = not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts
+    if not wrong and os.path.isdir(data_root / name):
+        return data_root / name
+    there = sorted(p.name for p in data_root.glob("*") if os.path.isdir(p)) if os.path.isdir(data_root) else []
+    raise EvaluationError(
+        f"there is no task '{one_line(name)}' under {printable(data_root)}",
+        remedy=f"take one of: {printable(', '.join(there))}"
+        if there
+        else "put task folders in CLIP_benchmark's WebDataset layout there",
+        field="evaluation.tasks",
+    )
+
+
+def _lines(folder: Path, name: str) -> list[str]:
+    remedy = "restore the task's folder"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise EvaluationError(f"cannot read {path}: {error.strerror}", remedy="restore the task's folder") from None
+        lines = read_text(inside(folder, name), _MAX_FILE).splitlines()
+    except ReadError as error:
+        raise EvaluationError(error.cause, remedy=remedy) from None
     filled = [line for line in lines if line.strip()]
     if not filled:
-        raise EvaluationError(f"{path} is empty", remedy="restore the task's folder")
+        raise EvaluationError(f"{printable(folder / name)} is empty", remedy=remedy)
+    if any(len(line) > _MAX_LINE for line in filled):
+        raise EvaluationError(f"{printable(folder / name)} has a line of more than {_MAX_LINE} letters", remedy=remedy)
     return filled

@@ -99,7 +99,9 @@ def report(run_directory: str | Path) -> Path:
     kinds = {kind: rows for kind, rows in kinds.items() if rows}
     steps = kinds.get("step_done", [])
     if not steps:
-        raise DataError(f"{printable(folder)} tells of no step yet", remedy="wait until the run has taken its first step")
+        raise DataError(
+            f"{printable(folder)} tells of no step yet", remedy="wait until the run has taken its first step"
+        )
     config = _config(folder)
     groups: list[Group] = []
     left_out = ""
@@ -229,7 +231,7 @@ def _evaluation(rows: list[Row]) -> _Section | None:
 def _selection(kinds: dict[str, list[Row]], config: DistillConfig | None) -> _Section | None:
     rows = kinds.get("selected", [])
     names = {name for row in rows for name in row["statistics"]}
-    scored = [row for row in rows if row.get("scores") and None not in sum(row["scores"].values(), [])]
+    scored = [row for row in rows if row.get("scores") and all(None not in of for of in row["scores"].values())]
     charts = []
     if scored:
         charts.append((_scores(scored), _SCORES))
