@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from aced_sdk.errors import AcedError
+from aced_sdk.files import printable
 
 app = typer.Typer(
     name="aced",
@@ -91,15 +91,12 @@ def main() -> None:
         entry.load()(app)
     try:
         app()
-    except AcedError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(1)
     except Exception as error:
         # The ONNX runtime's errors are no AcedErrors, for it must not import this package; they read alike.
-        if hasattr(error, "remedy"):
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
-            sys.exit(1)
-        raise
+        if not hasattr(error, "remedy"):
+            raise
+        typer.echo(f"{type(error).__name__}: {printable(error, 4000)}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

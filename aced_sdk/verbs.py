@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from os import PathLike, fspath
@@ -17,13 +19,15 @@ from aced_sdk.engine import Callback, pick_device, step_of
 from aced_sdk.engine.events import Evaluated, Event
 from aced_sdk.errors import ConfigError, EngineError
 from aced_sdk.evaluation import EvaluateEvery, evaluate, expand_names, load_task
-from aced_sdk.files import alone
+from aced_sdk.files import alone, inside, printable
 from aced_sdk.planning import Plan, plan
 from aced_sdk.reporting import JsonlWriter, read_events
 from aced_sdk.reporting.run_bar import RunBar
 from aced_sdk.reporting.run_report import report
 from aced_sdk.towers import DualEncoder, load
 from aced_sdk.training.run import CONFIG, Run, last_step, start
+
+EVENTS = "events.jsonl"
 
 __all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "plan", "report", "resume"]
 
@@ -42,28 +46,35 @@ def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
         ConfigError: if the directory holds a run already.
         AcedError: whatever data, models or training may meet; each says its remedy.
     """
-    if _begun(config.directory):
-        raise ConfigError(
-            f"{config.directory} holds a run already",
-            remedy="go on with aced.resume(directory), or name another directory",
-            field="directory",
-        )
-    try:
+    with _writable(config.directory):
+        if _begun(config.directory):
+            raise ConfigError(
+                f"{printable(config.directory)} holds a run already",
+                remedy="go on with aced.resume(directory), or name another directory",
+                field="directory",
+            )
         config.to_yaml(config.directory / CONFIG)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {config.directory}: {error.strerror}",
-            remedy="check permissions and space",
-            field="directory",
-        ) from error
     return _run(config, callbacks, None)
 
 
 def _begun(directory: Path) -> bool:
     """Whether a step may have been taken there; a start that failed over its config or data may be made again."""
-    events = directory / "events.jsonl"
+    events = inside(directory, EVENTS)
     started = events.is_file() and any(row["event"] == "run_started" for row in read_events(events))
     return (directory / CONFIG).exists() and (started or last_step(directory) is not None)
+
+
+@contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    """Name the run's folder in the error of a file that cannot be written or read there."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {printable(directory)}: {error.strerror}",
+            remedy="check permissions and space",
+            field="directory",
+        ) from error
 
 
 def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
@@ -73,18 +84,20 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
         EngineError: if there is no run, or its checkpoint is torn or of another model.
     """
     directory = Path(directory)
-    if not (directory / CONFIG).is_file():
-        raise EngineError(f"{directory} holds no run", remedy="start one with aced.distill(config)", field="directory")
-    config = DistillConfig.from_yaml(directory / CONFIG)
-    if config.directory.resolve() != directory.resolve():
+    if not os.path.isfile(directory / CONFIG):
+        raise EngineError(
+            f"{printable(directory)} holds no run", remedy="start one with aced.distill(config)", field="directory"
+        )
+    config = DistillConfig.from_yaml(inside(directory, CONFIG))
+    if os.path.realpath(config.directory) != os.path.realpath(directory):
         config = config.replace(directory=directory)  # the folder was moved
     return _run(config, callbacks, last_step(directory))
 
 
 def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None) -> Run:
-    events = config.directory / "events.jsonl"
+    events = config.directory / EVENTS
     with (
-        alone(config.directory, "a run"),
+        _alone(config.directory),
         JsonlWriter(events) as writer,
         RunBar(f"distil {config.directory.name}") as bar,
     ):
@@ -111,6 +124,15 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
 
         run = start(config, listen, resume_from, bar.watch, {"plan": str(plan(config))})
     return replace(run, metrics=run.metrics | {"evaluation": evaluated})
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the run's folder for this process."""
+    with ExitStack() as held:
+        with _writable(directory):
+            held.enter_context(alone(directory, "a run"))
+        yield
 
 
 def cache_embeddings(

@@ -3,22 +3,32 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aced_sdk.config import Config
 from aced_sdk.data import Pool
 from aced_sdk.errors import CacheError, ConfigError
-from aced_sdk.files import save_tensors, tensor_digest, whole_file
+from aced_sdk.files import (
+    ReadError,
+    inside,
+    open_regular,
+    printable,
+    read_json,
+    save_tensors,
+    tensor_digest,
+    whole_file,
+)
 
 Dtype = Literal["fp16", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_SCALE = 1e6
 _SHORT = 19  # "stored:" and twelve digits, or enough of a model's
 _AGAIN = "delete that file and start again, or run aced.cache_embeddings again; complete parts are kept"
 
@@ -31,9 +41,9 @@ class CacheManifest(Config):
 
     format: Literal[1, 2] = 2
     model: str
-    dim: int
-    scale: float
-    bias: float
+    dim: int = Field(gt=0)
+    scale: float = Field(gt=0, le=MAX_SCALE)
+    bias: float = Field(ge=-MAX_SCALE, le=MAX_SCALE)
     shards: tuple[tuple[str, str], ...]
     dtype: Dtype = "fp16"
 
@@ -62,6 +72,10 @@ class Part:
         """Hex digest of all bytes."""
         return tensor_digest(vars(self))
 
+    def usable_digest(self) -> str:
+        """Hex digest of `usable`, which is read and checked when a cache is opened."""
+        return tensor_digest({"usable": self.usable})
+
 
 def part_path(directory: Path, number: int) -> Path:
     """Where the embeddings of a shard lie."""
@@ -75,11 +89,13 @@ def write_part(path: Path, part: Part) -> None:
         OSError: if the disk is full or the place cannot be written to.
     """
     with whole_file(path) as temporary:
-        save_tensors(temporary, vars(part), {"sha256": part.digest()})
+        save_tensors(temporary, vars(part), {"sha256": f"{part.digest()} {part.usable_digest()}"})
 
 
 def read_part(path: Path, rows: int, manifest: CacheManifest, verify: bool) -> Part:
-    """Map a part into memory; nothing but its header is read unless it is verified.
+    """Map a part into memory; its header and `usable` are read and checked, all of it where it is verified.
+
+    Parts of older versions have no digest of `usable`. They are verified as a whole.
 
     Args:
         path: its file.
@@ -88,20 +104,23 @@ def read_part(path: Path, rows: int, manifest: CacheManifest, verify: bool) -> P
         verify: read all of it and compare its checksum.
 
     Raises:
-        CacheError: if it is missing, torn, of other sizes, or (where verified) not what was written.
+        CacheError: if it is missing, torn, a link out of the cache, of other sizes or types, or not what was written.
     """
     try:
+        open_regular(inside(path.parent, path.name)).close()  # safetensors would wait for a pipe
         with safe_open(path, "pt") as stream:
             part = Part(*(stream.get_tensor(name) for name in ("image", "text", "usable")))
-            digest = (stream.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError) as error:
-        raise CacheError(f"the embeddings {path} cannot be read: {error}", remedy=_AGAIN) from error
-    shape = (rows, manifest.dim)
+            whole, _, usable = (stream.metadata() or {}).get("sha256", "").partition(" ")
+    except (OSError, ReadError, SafetensorError) as error:
+        raise CacheError(
+            f"the embeddings {printable(path)} cannot be read: {printable(error)}", remedy=_AGAIN
+        ) from error
+    shape, dtype = (rows, manifest.dim), DTYPES[manifest.dtype]
     if {part.image.shape, part.text.shape} != {shape} or part.usable.shape != shape[:1]:
         raise CacheError(f"{path} has other sizes than its shard: {list(part.image.shape)}", remedy=_AGAIN)
-    if part.image.dtype != DTYPES[manifest.dtype]:
+    if {part.image.dtype, part.text.dtype} != {dtype} or part.usable.dtype != torch.bool:
         raise CacheError(f"{path} holds {part.image.dtype}, and its cache {manifest.dtype}", remedy=_AGAIN)
-    if verify and digest != part.digest():
+    if usable not in ("", part.usable_digest()) or ((verify or not usable) and whole != part.digest()):
         raise CacheError(f"{path} is not what was written: its checksum is another", remedy=_AGAIN)
     return part
 
@@ -113,10 +132,11 @@ def read_manifest(directory: Path) -> CacheManifest:
         CacheError: if it is missing or not a manifest.
     """
     try:
-        return CacheManifest(**json.loads((directory / "cache.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+        return CacheManifest(**read_json(inside(directory, "cache.json")))
+    except (ReadError, TypeError, ConfigError) as error:
+        cause = error.cause if isinstance(error, ReadError | ConfigError) else error
         raise CacheError(
-            f"{directory} is no embedding cache: {error}", remedy="make it with aced.cache_embeddings"
+            f"{printable(directory)} is no embedding cache: {cause}", remedy="make it with aced.cache_embeddings"
         ) from None
 
 
@@ -126,12 +146,17 @@ def bound_shards(pool: Pool) -> tuple[tuple[str, str], ...]:
 
 
 def check_binding(
-    found: CacheManifest, model: str, shards: tuple[tuple[str, str], ...], directory: Path, dtype: Dtype | None = None
+    found: CacheManifest,
+    model: str,
+    shards: tuple[tuple[str, str], ...],
+    directory: Path,
+    dtype: Dtype | None = None,
+    dim: int | None = None,
 ) -> None:
     """Refuse a cache of something else.
 
     Raises:
-        CacheError: if model or shards differ, or the number format where one is asked for.
+        CacheError: if model or shards differ, or number format or width where they are asked for.
     """
     another = "name another cache directory, or delete this one"
     if found.model != model:
@@ -148,5 +173,7 @@ def check_binding(
             remedy=another,
             field="cache",
         )
+    if dim not in (None, found.dim):
+        raise CacheError(f"the cache {directory} has width {found.dim}, not {dim}", remedy=another, field="cache")
     if dtype not in (None, found.dtype):
         raise CacheError(f"the cache {directory} holds {found.dtype}, not {dtype}", remedy=another, field="dtype")

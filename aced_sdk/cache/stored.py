@@ -9,14 +9,13 @@ augmentations' mean stands for it, which is an approximation.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,22 +26,13 @@ from aced_sdk.cache.parts import CacheManifest, Dtype, bound_shards
 from aced_sdk.cache.writing import Embedded, check_usable, write_parts
 from aced_sdk.config import Data, Stored
 from aced_sdk.data import Pool, UnusablePair
-from aced_sdk.data.source import Rows
+from aced_sdk.data.source import BROKEN_ARRAY, Rows
 from aced_sdk.errors import DataError
+from aced_sdk.files.reading import MIB
 
 Vectors = NDArray[np.float32]
-# What numpy raises over damaged archives, and over pickles, which are never read.
-_BROKEN = (
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    MemoryError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
+_MAX_NPZ = _MAX_ARRAY = 16 * MIB  # DataCompDR's have about 0.2 MB
+_MAX_WIDTH = 65_536
 
 # numpy parses an array's header as a Python literal, and CPython 3.11 counts the depth of all threads' parsing in one
 # place: two at a time may end in a SystemError. Reading the bytes stays in threads.
@@ -148,19 +138,31 @@ def _unit(vectors: Vectors, parts: tuple[int, ...]) -> Vectors:
 
 def _arrays(stored: Stored, pool: Pool, row: int) -> tuple[Vectors, Vectors]:
     """The pair's arrays as float32 [augmentations, D] and [captions, D]."""
-    content = pool.read(row, "npz")
+    content = pool.read(row, "npz", _MAX_NPZ)
     if content is None:
         raise UnusablePair("no stored embeddings")
     try:
-        with _PARSING, np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as archive:
-            return _rows(archive[stored.image]), _rows(archive[stored.text])
-    except KeyError as error:
-        raise UnusablePair("no array of that name") from error
-    except _BROKEN as error:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return _rows(archive, stored.image), _rows(archive, stored.text)
+    except BROKEN_ARRAY as error:
         raise UnusablePair("unreadable npz") from error
 
 
-def _rows(array: NDArray[Any] | bytes) -> Vectors:
-    if isinstance(array, bytes) or array.dtype.kind != "f" or array.ndim not in (1, 2) or not array.size:
-        raise UnusablePair("stored embeddings of an odd shape or type")
-    return np.atleast_2d(array.astype(np.float32))
+def _rows(archive: zipfile.ZipFile, name: str) -> Vectors:
+    """An array as float32 [K, D]; nothing is unpacked before its size is known."""
+    member = next((f for f in (f"{name}.npy", name) if f in archive.NameToInfo), None)
+    if member is None:
+        raise UnusablePair("no array of that name")
+    if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UnusablePair("unreadable npz")
+    with archive.open(member) as stream:
+        if np.lib.format.read_magic(stream) != (1, 0):  # later versions have headers of up to 4 GB
+            raise UnusablePair("unreadable npz")
+        with _PARSING:
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        if dtype.kind != "f" or len(shape) not in (1, 2) or not all(shape):
+            raise UnusablePair("stored embeddings of an odd shape or type")
+        if shape[-1] > _MAX_WIDTH or math.prod(shape) * dtype.itemsize > _MAX_ARRAY:
+            raise UnusablePair("stored embeddings are too large")
+        array = np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype)
+    return np.atleast_2d(array.reshape(shape, order="F" if fortran else "C").astype(np.float32))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,7 @@ from aced_sdk.config import Data
 from aced_sdk.data import Decoding, Pool, SuperBatch, check_bad
 from aced_sdk.data.source import Rows
 from aced_sdk.errors import CacheError, ModelError
-from aced_sdk.files import alone, write_json
+from aced_sdk.files import alone, one_line, write_json
 from aced_sdk.towers import DualEncoder
 
 _AHEAD = 2  # batches read while one is embedded
@@ -96,7 +97,7 @@ def write_cache(
         image, text = encoder.encode_image(batch.images).cpu(), encoder.encode_text(distinct).cpu()[inverse]
         finite = (image.isfinite() & text.isfinite()).all(dim=1)
         if not finite.all():
-            key = pool.samples[int(batch.rows[~finite][0])].key
+            key = one_line(pool.samples[int(batch.rows[~finite][0])].key)
             raise ModelError(
                 f"the frozen model's embeddings of {int((~finite).sum())} pairs are not finite, of {key} for one",
                 remedy="check the model's weights",
@@ -186,15 +187,16 @@ def _alone(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise _unwritable(directory, error) from error
         for leftover in directory.glob(".*.tmp"):
-            leftover.unlink()
+            if leftover.is_symlink() or leftover.is_file():
+                leftover.unlink(missing_ok=True)
         yield
 
 
 def _bind(directory: Path, manifest: CacheManifest, dtype: Dtype | None) -> CacheManifest:
     path = directory / "cache.json"
-    if path.is_file():
+    if os.path.lexists(path):
         found = read_manifest(directory)
-        check_binding(found, manifest.model, manifest.shards, directory, dtype)
+        check_binding(found, manifest.model, manifest.shards, directory, dtype, manifest.dim)
         return found
     try:
         write_json(path, manifest.model_dump(mode="json"))

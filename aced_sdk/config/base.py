@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import printable, whole_file
+from aced_sdk.files import ReadError, one_line, printable, read_yaml, whole_file
+from aced_sdk.files.reading import MIB
+
+_MAX_YAML = 4 * MIB  # a run over many shards that are named one by one
+_MAX_INT = 2**63 - 1
 
 
 class Config(BaseModel):
@@ -28,6 +32,16 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise _readable(error, type(self)) from None
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        """No number that torch's integers cannot hold, no path that the system refuses."""
+        if isinstance(value, int) and not -_MAX_INT <= value <= _MAX_INT:
+            raise ConfigError("the number is too large", remedy="use one of at most 64 bits")
+        if isinstance(value, Path) and "\0" in str(value):
+            raise ConfigError("the path holds a NUL byte", remedy="correct the path")
+        return value
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked like a new one.
@@ -46,13 +60,13 @@ class Config(BaseModel):
             ConfigError: if the file is missing, is not YAML, or holds a mistake (the field is named).
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="check the path") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not YAML: {error}", remedy="correct the file") from None
+            values = read_yaml(path, _MAX_YAML)
+        except ReadError as error:
+            raise ConfigError(error.cause, remedy=error.remedy) from None
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise ConfigError(f"{path} does not hold a mapping of fields", remedy="write `field: value` lines")
+            raise ConfigError(
+                f"{printable(path)} does not hold a mapping of fields", remedy="write `field: value` lines"
+            )
         return cls(**values)
 
     def to_yaml(self, path: str | Path) -> None:
@@ -87,6 +101,7 @@ def _mistake(found: dict[str, Any], kind: type[BaseModel]) -> ConfigError:
     if isinstance(inner, ConfigError):
         field = ".".join(place + ([inner.field] if inner.field else []))
         return ConfigError(inner.cause, remedy=inner.remedy, field=field or None)
+    place = [one_line(part) for part in place]
     field = ".".join(place)
     if found["type"] == "extra_forbidden":
         known = sorted(_fields(kind, place[:-1]))
@@ -95,9 +110,15 @@ def _mistake(found: dict[str, Any], kind: type[BaseModel]) -> ConfigError:
         return ConfigError(f"unknown field '{place[-1]}'", remedy=hint, field=field)
     if found["type"] == "missing":
         return ConfigError(f"'{field}' is missing", remedy="give it a value", field=field)
-    value = found.get("input")
-    shown = f"{value:.6g}" if isinstance(value, float) else printable(repr(value), 80)
-    return ConfigError(f"{found['msg']} (got {shown})", remedy=f"correct '{field}' in {kind.__name__}", field=field)
+    cause = f"{printable(found['msg'])} (got {_shown(found.get('input'))})"
+    return ConfigError(cause, remedy=f"correct '{field}' in {kind.__name__}", field=field)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value:.6g}" if isinstance(value, float) else printable(repr(value), 80)
+    except ValueError:  # Python writes no integer of thousands of digits
+        return "a very large number"
 
 
 def _fields(kind: type[BaseModel], path: list[str]) -> set[str]:

@@ -14,10 +14,11 @@ Score = Literal["learnability", "easy_reference", "hard_learner"]
 LossForm = Literal["sigmoid", "softmax"]
 SelectionLoss = Literal["auto", "sigmoid", "softmax"]
 _AUTO = "auto: sigmoid if every model that is scored was trained with the sigmoid loss, else softmax"
+MAX_BATCH = 2**24
 
 
 class _Selection(Config):
-    sub_batch: int = Field(256, gt=0, description="b: examples trained on in a step")
+    sub_batch: int = Field(256, gt=0, le=MAX_BATCH, description="b: examples trained on in a step")
 
     @property
     def candidates(self) -> int:
@@ -54,10 +55,10 @@ class StaticFilter(_Selection):
 
 
 class _Scored(_Selection):
-    super_batch: int = Field(1280, gt=0, description="B: examples scored in a step")
+    super_batch: int = Field(1280, gt=0, le=MAX_BATCH, description="B: examples scored in a step")
     score: Score = Field("learnability", description="learnability (H-ACID), easy_reference (I-ACID) or hard_learner")
     loss: SelectionLoss = Field("auto", description=f"form of the loss in the scores; {_AUTO}")
-    gain: float = Field(1.0, gt=0, description="factor on the log-weights before a draw; larger is greedier")
+    gain: float = Field(1.0, gt=0, le=1e6, description="factor on the log-weights before a draw; larger is greedier")
     scoring_size: int | None = Field(
         None,
         gt=0,

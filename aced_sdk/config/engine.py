@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from aced_sdk.config.base import Config
 from aced_sdk.errors import ConfigError
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Config):
@@ -17,7 +19,7 @@ class Optimizer(Config):
 
     learning_rate: float = Field(1e-3, gt=0, description="peak rate")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled; matrices only")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
 
 
@@ -50,7 +52,9 @@ class Engine(Config):
         None, description="further DeepSpeed JSON, laid over what the fields above give"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, gt=0, description="CPU threads of this process; None: torch's own choice")
+    threads: int | None = Field(
+        None, gt=0, le=1024, description="CPU threads of this process; None: torch's own choice"
+    )
     micro_batch: int | None = Field(
         None,
         gt=0,

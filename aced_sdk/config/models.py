@@ -61,4 +61,7 @@ class Data(Config):
     )
     max_bad_fraction: float = Field(0.02, ge=0, le=1, description="share of unusable pairs above which the run stops")
     max_pixels: int = Field(100_000_000, gt=0, description="pictures with more pixels are skipped and counted")
-    workers: int = Field(2, ge=1, description="threads that read and decode ahead")
+    max_caption_bytes: int = Field(
+        4096, gt=0, description="pairs with longer captions are skipped and counted: a word of many letters takes long"
+    )
+    workers: int = Field(2, ge=1, le=1024, description="threads that read and decode ahead")

@@ -54,6 +54,9 @@ def score_quantiles(
     return {"candidates": tuple(candidates), "picked": tuple(chosen)}
 
 
+_MANY = 1e6  # draws of each pair, from which on chance makes no difference
+
+
 def even_pool_size(draws: int, pairs: int) -> float:
     """The effective pool size (see `DrawSummary`) to expect of draws that fall evenly on the pairs.
 
@@ -64,6 +67,8 @@ def even_pool_size(draws: int, pairs: int) -> float:
     if draws == 0:
         return 0.0
     mean = draws / pairs
+    if mean > _MANY:
+        return float(pairs)
     reach = 12 * math.sqrt(mean)  # deviations on either side
     counts = torch.arange(max(0, math.floor(mean - reach)), math.ceil(mean + reach) + 20, dtype=torch.float64)
     chance = torch.softmax(counts * math.log(mean) - torch.lgamma(counts + 1), dim=0)

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import struct
-import tarfile
+import math
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,27 +15,21 @@ from typing import Any
 
 from PIL import Image
 
+from aced_sdk.data.tars import Member, TarError, entries
 from aced_sdk.errors import DataError
-from aced_sdk.files import sha256
+from aced_sdk.files import ReadError, expand, open_regular, parse_json, printable, sha256
+from aced_sdk.files.reading import MIB
+from aced_sdk.processing.plain import PictureError, open_picture
+from aced_sdk.processing.plain.pictures import MAX_BYTES
 
 IMAGES = frozenset({"png", "jpg", "jpeg", "webp", "bmp"})
-
-
-# What Pillow's decoders raise over damaged files.
-_BROKEN = (OSError, EOFError, ValueError, IndexError, struct.error, SyntaxError, Image.DecompressionBombError)
-_LONGEST = 200  # times the short side
+MAX_SHARDS = 1_000_000
+MAX_CAPTION = 64 * 1024  # bytes; `Data.max_caption_bytes` is lower
+_MAX_METADATA = MIB
 
 
 class UnusablePair(Exception):
     """A pair that cannot be trained on; counted and skipped. Its argument is the reason in a few words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Where a file's bytes lie inside a tar."""
-
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +52,7 @@ class Pool:
     """
 
     def __init__(self, shards: Sequence[str | Path]) -> None:
-        self.shards = expand(shards)
+        self.shards = shard_paths(shards)
         self.samples: list[Sample] = [s for number, path in enumerate(self.shards) for s in _samples(path, number)]
         if not self.samples:
             raise DataError(
@@ -89,13 +82,20 @@ class Pool:
             yield shard, range(start, end)
             start = end
 
-    def read(self, row: int, extension: str) -> bytes | None:
-        """The bytes of one member; None if the sample has none of that extension."""
+    def read(self, row: int, extension: str, limit: int = MAX_BYTES) -> bytes | None:
+        """The bytes of one member; None if the sample has none of that extension.
+
+        Raises:
+            UnusablePair: if it has more than `limit` bytes.
+            ReadError: if the shard cannot be read any more.
+        """
         sample = self.samples[row]
         member = sample.members.get(extension)
         if member is None:
             return None
-        with self.shards[sample.shard].open("rb") as stream:
+        if member.size > limit:
+            raise UnusablePair(f"KEY.{extension} has too many bytes")
+        with open_regular(self.shards[sample.shard]) as stream:
             stream.seek(member.offset)
             return stream.read(member.size)
 
@@ -109,24 +109,18 @@ class Pool:
         if extension is None:
             raise UnusablePair("no picture")
         try:
-            image = Image.open(io.BytesIO(self.read(row, extension) or b""))
-            if image.width * image.height > max_pixels:
-                raise UnusablePair("too many pixels")
-            if max(image.size) > _LONGEST * min(image.size):
-                raise UnusablePair("too long and thin")  # resizing its short side would blow it up
-            image.load()
-        except _BROKEN as error:
-            raise UnusablePair("unreadable picture") from error
-        return image
+            return open_picture(self.read(row, extension) or b"", max_pixels=max_pixels)
+        except PictureError as error:
+            raise UnusablePair(error.reason) from error
 
-    def text(self, row: int) -> str:
+    def text(self, row: int, max_bytes: int = MAX_CAPTION) -> str:
         """The caption.
 
         Raises:
-            UnusablePair: if it is missing, empty or not UTF-8.
+            UnusablePair: if it is missing, empty, not UTF-8, or has more than `max_bytes` bytes.
         """
         try:
-            text = (self.read(row, "txt") or b"").decode().strip()
+            text = (self.read(row, "txt", max_bytes) or b"").decode().strip()
         except UnicodeDecodeError as error:
             raise UnusablePair("caption is not UTF-8") from error
         if not text:
@@ -136,48 +130,91 @@ class Pool:
     def metadata(self, row: int) -> dict[str, Any]:
         """KEY.json, or an empty mapping where there is none or it is broken: metadata never decides training."""
         try:
-            value = json.loads(self.read(row, "json") or b"{}")
-        except ValueError:
+            value = parse_json(self.read(row, "json", _MAX_METADATA) or b"{}", "KEY.json")
+        except (ReadError, UnusablePair):
             return {}
         return value if isinstance(value, dict) else {}
 
 
-def expand(shards: Sequence[str | Path]) -> list[Path]:
+def shard_paths(shards: Sequence[str | Path]) -> list[Path]:
     """Tar files behind names, folders and brace patterns, in order.
 
     Raises:
-        DataError: if one does not exist, or braces do not match.
+        DataError: if one does not exist, braces do not match, or there are more than `MAX_SHARDS`.
     """
-    from braceexpand import braceexpand
-
     paths: list[Path] = []
-    for shard in shards:
-        try:
-            names = list(braceexpand(str(shard)))
-        except ValueError as error:
-            raise DataError(
-                f"the braces of {shard} do not match: {error}", remedy="write {00000..00012}", field="data.shards"
-            ) from None
-        for name in names:
-            path = Path(name).expanduser()
-            if path.is_dir():
-                inside = sorted(path.glob("*.tar"))
-                if not inside:
-                    raise DataError(
-                        f"the folder {path} holds no tars", remedy="name a folder of .tar shards", field="data.shards"
-                    )
-                paths += inside
-            elif path.is_file():
+    for shard in map(str, shards):
+        for path in _names(shard, MAX_SHARDS - len(paths)):
+            if os.path.isdir(path):
+                found = sorted(path.glob("*.tar"))
+                if not found:
+                    raise _wrong(f"the folder {printable(path)} holds no tars", "name a folder of .tar shards")
+                paths += found
+            elif os.path.isfile(path):
                 paths.append(path)
             else:
-                raise DataError(
-                    f"there is no shard {path}", remedy="check the path or the brace pattern", field="data.shards"
-                )
+                raise _wrong(f"there is no shard {printable(path)}", "check the path or the brace pattern")
     return paths
 
 
+def _names(shard: str, room: int) -> Iterator[Path]:
+    """The names of a brace pattern, at most `room`."""
+    from braceexpand import braceexpand
+
+    try:
+        if _expansions(shard) > room:
+            cause = f"{printable(shard)} names more than {MAX_SHARDS:,} shards"
+            raise _wrong(cause, "correct the pattern, or join small shards")
+        for name in braceexpand(shard):
+            yield expand(name)
+    except ReadError as error:
+        raise _wrong(error.cause, error.remedy) from None
+    except ValueError as error:
+        cause = f"the braces of {printable(shard)} do not match: {printable(error)}"
+        raise _wrong(cause, "write {00000..00012}") from None
+
+
+_GROUP = re.compile(r"\{([^{}]*)\}")
+_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
+_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
+_COUNTED = re.compile("\0(\\d+)\0")
+_MAX_NESTED = 50
+
+
+def _expansions(pattern: str) -> int:
+    """How many names a brace pattern gives (of a range of letters: at most); nothing is expanded.
+
+    The innermost braces are replaced by their count between NULs, until none is left.
+    """
+
+    def counted(text: str) -> int:
+        return math.prod(int(number) for number in _COUNTED.findall(text))
+
+    def group(found: re.Match[str]) -> str:
+        if numbers := _NUMBERS.fullmatch(found[1]):
+            first, last, step = (int(number or 1) for number in numbers.groups())
+            count = abs(last - first) // max(step, 1) + 1
+        else:
+            count = 52 if _LETTERS.fullmatch(found[1]) else sum(counted(part) for part in found[1].split(","))
+        return f"\0{count}\0"
+
+    pattern = re.sub(r"\\.", "", str(expand(pattern)))
+    for _ in range(_MAX_NESTED):
+        pattern, groups = _GROUP.subn(group, pattern)
+        if not groups:
+            return counted(pattern)
+    raise ValueError(f"they are nested more than {_MAX_NESTED} deep")
+
+
+def _wrong(cause: str, remedy: str) -> DataError:
+    return DataError(cause, remedy=remedy, field="data.shards")
+
+
 def _samples(path: Path, number: int) -> tuple[Sample, ...]:
-    facts = path.stat()
+    try:
+        facts = path.stat()
+    except OSError as error:  # a broken link
+        raise _wrong(f"cannot read the shard {printable(path)}: {error.strerror}", "restore it") from None
     return _index(path, number, facts.st_size, facts.st_mtime_ns)
 
 
@@ -186,26 +223,13 @@ def _index(path: Path, number: int, size: int, mtime_ns: int) -> tuple[Sample, .
     """The samples of a tar; size and time of change are those of the file that was read."""
     samples: dict[str, Sample] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                key, _, extension = member.name.rpartition("/")[2].partition(".")
-                folder = member.name.rpartition("/")[0]
-                name = f"{folder}/{key}" if folder else key
-                sample = samples.setdefault(name, Sample(name, number, {}))
-                sample.members[extension.lower()] = Member(member.offset_data, member.size)
-            # A tar cut between two files, or with a header destroyed, ends like a whole one but for its zero block.
-            with path.open("rb") as stream:
-                stream.seek(tar.offset)
-                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("the end mark is missing")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(
-            f"the shard {path} is broken or cut off after {len(samples)} samples: {error}",
-            remedy="fetch or write it again, or leave it out",
-            field="data.shards",
-        ) from error
+        with open_regular(path) as stream:
+            for name, member in entries(stream, size):
+                folder, _, file = name.rpartition("/")
+                key, _, extension = file.partition(".")
+                key = f"{folder}/{key}" if folder else key
+                samples.setdefault(key, Sample(key, number, {})).members[extension.lower()] = member
+    except (TarError, ReadError, OSError) as error:
+        cause = f"the shard {printable(path)} is broken or cut off after {len(samples)} samples: {error}"
+        raise _wrong(cause, "fetch or write it again, or leave it out") from error
     return tuple(samples.values())

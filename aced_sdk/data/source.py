@@ -4,24 +4,55 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from aced_sdk.config import Data
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.errors import DataError
-from aced_sdk.files import whole_folder, write_json
+from aced_sdk.files import (
+    check_digests,
+    inside,
+    open_regular,
+    printable,
+    read_json,
+    sha256,
+    whole_folder,
+    write_json,
+)
+from aced_sdk.files.reading import MIB
+from aced_sdk.processing.plain import PictureError, to_rgb
 from aced_sdk.towers import DualEncoder
+
+_IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
+# What numpy raises over damaged arrays and archives, and over pickles, which are never read.
+BROKEN_ARRAY = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    SyntaxError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 Rows = NDArray[np.int64]
 
@@ -99,13 +130,25 @@ class Decoding:
 
     def _one(self, row: int) -> tuple[Tensor, str] | str:
         try:
-            text = self.pool.text(row)
-            return self.encoder.resize(self.pool.image(row, self.config.max_pixels)), text
+            text = self.pool.text(row, self.config.max_caption_bytes)
+            return resized(self.pool, row, self.encoder, self.config.max_pixels), text
         except UnusablePair as reason:
             return str(reason)
 
     def _check(self) -> None:
         check_bad(self.bad, self.seen, self.config.max_bad_fraction)
+
+
+def resized(pool: Pool, row: int, encoder: DualEncoder, max_pixels: int) -> Tensor:
+    """A pair's picture as the tower takes it, before normalisation: uint8 [3, H, W].
+
+    Raises:
+        UnusablePair: as `Pool.image`, and for a picture that has no RGB form.
+    """
+    try:
+        return encoder.resize(to_rgb(pool.image(row, max_pixels)))
+    except PictureError as error:
+        raise UnusablePair(error.reason) from error
 
 
 def check_bad(bad: Counter[str], seen: int, bound: float, least: int = 1000) -> None:
@@ -128,13 +171,32 @@ class Prepared:
     """Pictures resized and captions tokenised once, memory-mapped; for pools that fit on a local disk.
 
     The folder is bound to the shards' contents, the preprocessing and the tokenizer; another binding, another folder.
+
+    Args:
+        folder: as `prepare` writes it.
+        pairs: N, pairs of the pool.
+        size: height and width of its pictures.
+        length: tokens of a text.
+
+    Raises:
+        DataError: if a file is missing, of other sizes or types, or (tokens and marks) not what was written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pairs: int, size: tuple[int, int], length: int) -> None:
         self.folder = folder
-        self._images = np.load(folder / "images.npy", mmap_mode="r")
-        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        self._usable = np.load(folder / "usable.npy")
+        try:
+            manifest = read_json(inside(folder, _MANIFEST), MIB)
+            if "sha256" in manifest:  # older folders have no digests
+                check_digests(folder, {name: manifest["sha256"][name] for name in (_TOKENS, _USABLE)}, [_MANIFEST])
+            self._images = _mapped(folder, _IMAGES, np.uint8, (pairs, 3, *size))
+            self._tokens = _mapped(folder, _TOKENS, np.int32, (pairs, length))
+            self._usable = np.array(_mapped(folder, _USABLE, np.bool_, (pairs,)))
+        except BROKEN_ARRAY as error:
+            raise DataError(
+                f"the prepared pictures in {printable(folder)} cannot be used: {printable(error)}",
+                remedy="delete that folder and start again: it is made anew",
+                field="data.prepared",
+            ) from None
 
     def usable(self) -> Rows:
         return np.flatnonzero(self._usable).astype(np.int64)
@@ -143,6 +205,18 @@ class Prepared:
         images = torch.from_numpy(self._images[rows])
         tokens = torch.from_numpy(self._tokens[rows].astype(np.int64))
         return SuperBatch(images, tokens, torch.from_numpy(np.ascontiguousarray(rows)))
+
+
+def _mapped(folder: Path, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """An array of the prepared folder, memory-mapped."""
+    path = inside(folder, name)
+    with open_regular(path) as stream:  # numpy would wait for a pipe
+        if np.lib.format.read_magic(stream) != (1, 0):  # later versions have headers of up to 4 GB
+            raise ValueError(f"{name} is not an array")
+    array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    if (array.dtype, array.shape) != (np.dtype(dtype), shape):
+        raise ValueError(f"{name} holds {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}")
+    return array
 
 
 def _reserve(file: Path) -> None:
@@ -163,20 +237,20 @@ def prepare(
     import hashlib
 
     probe = encoder.tokenize(["A probe, of the tokenizer's ways: 0123 naïve"])
-    binding = "|".join(
-        [pool.fingerprint, encoder.preprocess_config.model_dump_json(), str(probe.tolist()), str(config.max_pixels)]
-    )
-    folder = root / hashlib.sha256(binding.encode()).hexdigest()[:16]
-    if (folder / "manifest.json").is_file():
-        return Prepared(folder)
+    preprocess = encoder.preprocess_config
+    binding = [pool.fingerprint, preprocess.model_dump_json(), str(probe.tolist()), str(config.max_pixels)]
+    if config.max_caption_bytes != Data.model_fields["max_caption_bytes"].default:  # older folders know the default
+        binding.append(str(config.max_caption_bytes))
+    folder = root / hashlib.sha256("|".join(binding).encode()).hexdigest()[:16]
+    count, length, (height, width) = len(pool), encoder.context_length, preprocess.size
+    if os.path.isfile(folder / _MANIFEST):
+        return Prepared(folder, count, (height, width), length)
     decoder = Decoding(pool, encoder, config)
-    count = len(pool)
-    height, width = encoder.preprocess_config.size
     try:
         with whole_folder(folder) as temporary:
-            images = np.lib.format.open_memmap(temporary / "images.npy", "w+", np.uint8, (count, 3, height, width))
-            _reserve(temporary / "images.npy")
-            tokens = np.zeros((count, encoder.context_length), dtype=np.int32)
+            images = np.lib.format.open_memmap(temporary / _IMAGES, "w+", np.uint8, (count, 3, height, width))
+            _reserve(temporary / _IMAGES)
+            tokens = np.zeros((count, length), dtype=np.int32)
             usable = np.zeros(count, dtype=np.bool_)
             for start in range(0, count, 512):
                 rows = np.arange(start, min(start + 512, count), dtype=np.int64)
@@ -188,15 +262,15 @@ def prepare(
                     progress(int(rows[-1]) + 1, count)
             check_bad(decoder.bad, count, config.max_bad_fraction, least=1)
             images.flush()
-            np.save(temporary / "tokens.npy", tokens)
-            np.save(temporary / "usable.npy", usable)
-            write_json(
-                temporary / "manifest.json", {"pairs": count, "unusable": dict(decoder.bad), "pool": pool.fingerprint}
-            )
+            np.save(temporary / _TOKENS, tokens)
+            np.save(temporary / _USABLE, usable)
+            facts = {"pairs": count, "unusable": dict(decoder.bad), "pool": pool.fingerprint}
+            digests = {name: sha256(temporary / name) for name in (_TOKENS, _USABLE)}
+            write_json(temporary / _MANIFEST, facts | {"sha256": digests})
     except OSError as error:
         raise DataError(
             f"cannot prepare the pool under {root}: {error.strerror or error}",
             remedy="free disk space, or set data.prepared to another disk or to null",
             field="data.prepared",
         ) from error
-    return Prepared(folder)
+    return Prepared(folder, count, (height, width), length)

@@ -75,12 +75,16 @@ class SuperBatches:
     def _read(self, position: int) -> tuple[SuperBatch, int]:
         parts: list[SuperBatch] = []
         missing = self.size
+        in_vain = 0
         while missing:
             rows = self._order.take(position, missing)
             position += len(rows)
             batch = self.source.fetch(rows)  # may drop unusable pairs; later rows of the order take their places
             parts.append(batch)
             missing -= len(batch)
+            in_vain = 0 if len(batch) else in_vain + len(rows)
+            if in_vain >= len(self._order.rows):
+                raise DataError("no pair of the pool is usable", remedy="check the shards", field="data.shards")
         if len(parts) == 1:
             return parts[0], position
         return (

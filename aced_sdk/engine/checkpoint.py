@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aced_sdk.engine.base import Engine
-from aced_sdk.engine.state import save_state
+from aced_sdk.engine.state import save_state, unreadable
 from aced_sdk.errors import EngineError
-from aced_sdk.files import save_tensors, whole_folder, write_json
+from aced_sdk.files import (
+    ReadError,
+    check_links,
+    inside,
+    printable,
+    read_json,
+    save_tensors,
+    whole_folder,
+    write_json,
+)
+from aced_sdk.files.reading import MIB
+
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 
 
 def save_checkpoint(
@@ -45,39 +57,53 @@ def save_checkpoint(
                 f"the checkpoint of step {step} cannot be written to {directory}: {error.strerror or error}",
                 remedy="free disk space or check permissions, then resume: older checkpoints are untouched",
             ) from error
-        for old in checkpoints(directory)[:-keep]:
+        for old in [each for each in checkpoints(directory) if step_of(each) <= step][:-keep]:
             shutil.rmtree(old)
 
+    inside(directory, target.relative_to(directory))
     engine.ranks.in_first(write)
     return target
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in (directory / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+    """Complete checkpoints, oldest first; links and folders of other names do not count.
+
+    Raises:
+        ReadError: if `checkpoints` is a link out of the run's folder.
+    """
+    found = inside(directory, "checkpoints").glob("step-*")
+    steps = [path for path in found if _NAME.fullmatch(path.name) and not path.is_symlink()]
+    return sorted((path for path in steps if (path / "state.json").is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps that a checkpoint folder's name tells."""
-    return int(checkpoint.name.removeprefix("step-"))
+    """The steps that a checkpoint folder's name gives.
+
+    Raises:
+        EngineError: if it is not the name of a checkpoint.
+    """
+    found = _NAME.fullmatch(checkpoint.name)
+    if not found:
+        raise EngineError(f"{printable(checkpoint)} is not a checkpoint", remedy="name a folder such as step-00000100")
+    return int(found[1])
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Restore the engine; returns the loop's JSON values (with `step`) and tensors.
 
     Raises:
-        EngineError: if the folder is torn or does not fit.
+        EngineError: if the folder is torn, holds links out of it, or does not fit.
     """
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            check_links(folder)
+            state = read_json(folder / "state.json", MIB)
+            if not isinstance(state, dict) or state.get("step") != step_of(folder):
+                raise ReadError(f"state.json is not that of step {step_of(folder)}", remedy="")
             return state, load_file(folder / "loop.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise EngineError(
-                f"the checkpoint {folder} cannot be read: {error}",
-                remedy="remove that folder and resume: the next older checkpoint serves",
-            ) from error
+        except (OSError, ReadError, SafetensorError) as error:
+            raise unreadable(folder, error) from error
 
     state, tensors = engine.ranks.together(read)
     engine.load(folder)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -22,6 +21,8 @@ from aced_sdk.engine.launch import Launch
 from aced_sdk.engine.ranks import Ranks, join
 from aced_sdk.engine.state import load_weights, optimizer_state, read_state, save_state, trainable_state
 from aced_sdk.errors import ConfigError, MissingPackageError
+from aced_sdk.files import ReadError, printable, read_json
+from aced_sdk.files.reading import MIB
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 500_000_000  # DeepSpeed's own choice, in parameters
@@ -133,7 +134,8 @@ class DeepSpeed:
         shapes = {name: tensor.shape for name, tensor in trainable_state(self.module).items()}
         parameters = {name: p for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
         shapes |= {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
-        weights, state = self.ranks.together(lambda: read_state(folder, shapes))
+        trained = [getattr(p, "ds_shape", p.shape) for p in self._trained]
+        weights, state = self.ranks.together(lambda: read_state(folder, shapes, trained))
         self.module.load_state_dict({n: t for n, t in weights.items() if n not in parameters}, strict=False)
         for name, parameter in parameters.items():
             value = weights[name].to(self.device)
@@ -268,11 +270,15 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig, trained: in
     given = config.deepspeed
     if isinstance(given, Path):
         try:
-            given = json.loads(given.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            given = read_json(given, MIB)
+        except ReadError as error:
             raise ConfigError(
-                f"cannot read {config.deepspeed}: {error}", remedy="name a JSON file", field="engine.deepspeed"
+                f"cannot read {printable(given)}: {error.cause}", remedy="name a JSON file", field="engine.deepspeed"
             ) from None
+    if not isinstance(given, dict | None):
+        raise ConfigError(
+            f"{printable(config.deepspeed)} holds no object", remedy="name a JSON file", field="engine.deepspeed"
+        )
     for key, value in (given or {}).items():
         if value == "auto":
             continue
@@ -283,6 +289,8 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig, trained: in
                 field="engine.deepspeed",
             )
         if isinstance(value, dict):
-            value = base.get(key, {}) | {name: inner for name, inner in value.items() if inner != "auto"}
+            before = base.get(key)
+            value = {name: inner for name, inner in value.items() if inner != "auto"}
+            value = before | value if isinstance(before, dict) else value
         base[key] = value
     return base

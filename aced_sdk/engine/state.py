@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aced_sdk.errors import EngineError
-from aced_sdk.files import save_tensors
+from aced_sdk.errors import AcedError, EngineError
+from aced_sdk.files import printable, save_tensors
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
@@ -36,12 +39,24 @@ def save_state(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tens
     save_tensors(folder / "optimizer.safetensors", {name: t.contiguous() for name, t in moments.items()})
 
 
-def read_state(folder: Path, shapes: dict[str, torch.Size]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+def unreadable(folder: Path, error: Exception) -> EngineError:
+    """The error for a checkpoint that cannot be read."""
+    cause = error.cause if isinstance(error, AcedError) else error
+    return EngineError(
+        f"the checkpoint {printable(folder)} cannot be read: {printable(cause)}",
+        remedy="remove that folder and resume: the next older checkpoint serves",
+    )
+
+
+def read_state(
+    folder: Path, shapes: Mapping[str, torch.Size], trained: Sequence[torch.Size]
+) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
     """Read what `save_state` wrote: weights by name, and by parameter the optimizer's tensors.
 
     Args:
         folder: a checkpoint.
         shapes: those of the weights that must be there.
+        trained: those of the optimizer's parameters, in their order.
 
     Raises:
         EngineError: if a file is missing, torn or of another model.
@@ -50,20 +65,27 @@ def read_state(folder: Path, shapes: dict[str, torch.Size]) -> tuple[dict[str, T
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise EngineError(
-            f"the checkpoint {folder} cannot be read: {error}",
-            remedy="remove that folder and resume: the next older checkpoint serves",
-        ) from error
-    if other := sorted({name for name, _ in shapes.items() ^ {name: t.shape for name, t in weights.items()}.items()}):
-        raise EngineError(
-            f"the checkpoint {folder} is of another model ({len(other)} tensors differ, {other[0]} first)",
-            remedy="resume with the config that the run was started with",
-        )
+        raise unreadable(folder, error) from error
+    _check(folder, weights, dict(shapes))
+    # A parameter that has taken part in no step has no moments.
+    indices = {name.split(".")[0] for name in moments}
+    expected = {f"{i}.{key}": shape for i, shape in enumerate(trained) if str(i) in indices for key in _MOMENTS}
+    _check(folder, moments, expected | {name: torch.Size() for name in expected if name.endswith(".step")})
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in moments.items():
-        index, key = name.split(".", 1)
+        index, key = name.split(".")
         state.setdefault(int(index), {})[key] = value
     return weights, state
+
+
+def _check(folder: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    sizes = {name: tensor.shape for name, tensor in found.items()}
+    if other := sorted({name for name, _ in shapes.items() ^ sizes.items()}):
+        raise EngineError(
+            f"the checkpoint {printable(folder)} is of another model "
+            f"({len(other)} tensors differ, {printable(other[0])} first)",
+            remedy="resume with the config that the run was started with",
+        )
 
 
 def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -72,6 +94,8 @@ def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         EngineError: if a file is missing, torn or of another model.
     """
-    weights, state = read_state(folder, {name: t.shape for name, t in trainable_state(module).items()})
+    own = trainable_state(module)
+    trained = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    weights, state = read_state(folder, {name: tensor.shape for name, tensor in own.items()}, trained)
     module.load_state_dict(weights, strict=False)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

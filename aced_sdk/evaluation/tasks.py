@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,22 @@ import torch
 from torch import Tensor
 
 from aced_sdk.data.pool import Pool, UnusablePair
+from aced_sdk.data.source import resized
 from aced_sdk.errors import DataError, EvaluationError
 from aced_sdk.evaluation.stable_eval import folder_names
-from aced_sdk.files import ReadError, read_text
+from aced_sdk.files import ReadError, inside, one_line, printable, read_text
+from aced_sdk.files.reading import MIB
 from aced_sdk.towers import DualEncoder
 
 Kind = Literal["zero_shot", "multilabel", "retrieval"]
 _FIELD = "evaluation.tasks"
 _RESTORE = "restore the task's folder"
+_MAX_FILE = 4 * MIB
+_MAX_LINE = 500  # letters of a class name or template
+_MAX_LABEL = 64  # bytes
+_MAX_CAPTION, _MAX_CAPTIONS = 4096, 100  # bytes of one, number of a picture
+_MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
+_MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,26 +88,24 @@ def open_task(name: str, data_root: Path) -> TaskFolder:
     Raises:
         EvaluationError: if the folder or a file in it is missing or cannot be used.
     """
-    folder = next((found for n in folder_names(name) if (found := data_root / n).is_dir()), None)
-    if folder is None:
-        there = sorted(p.name for p in data_root.glob("*") if p.is_dir()) if data_root.is_dir() else []
-        raise EvaluationError(
-            f"there is no task '{name}' under {data_root}",
-            remedy=f"use one of: {', '.join(there)}"
-            if there
-            else "put task folders in CLIP_benchmark's WebDataset layout there",
-            field=_FIELD,
-        )
+    folder = _folder(name, data_root)
     kind = _kind(folder)
     try:
         pool = Pool([folder / "test"])
     except DataError as error:
-        raise EvaluationError(
-            f"the task '{name}' cannot be read: {error.cause}", remedy=_RESTORE, field=_FIELD
-        ) from error
+        cause = f"the task '{one_line(name)}' cannot be read: {error.cause}"
+        raise EvaluationError(cause, remedy=_RESTORE, field=_FIELD) from error
     if kind == "retrieval":
         return TaskFolder(name, kind, [], [], pool)
-    return TaskFolder(name, kind, _classes(folder), _templates(folder), pool)
+    classes, templates = _classes(folder), _templates(folder)
+    if len(classes) * len(templates) > _MAX_PROMPTS:
+        raise EvaluationError(
+            f"the task '{one_line(name)}' has {len(classes):,} classes and {len(templates):,} templates, more than "
+            f"{_MAX_PROMPTS:,} prompts",
+            remedy="use fewer templates",
+            field=_FIELD,
+        )
+    return TaskFolder(name, kind, classes, templates, pool)
 
 
 def load_task(
@@ -128,7 +135,7 @@ def load_task(
     for row in range(len(pool)):
         try:
             label = _label(pool, row, kind, len(opened.classes))
-            images.append(encoder.resize(pool.image(row, max_pixels)))
+            images.append(resized(pool, row, encoder, max_pixels))
         except UnusablePair as reason:
             skipped[str(reason)] += 1
             continue
@@ -136,13 +143,16 @@ def load_task(
     if not images or skipped.total() > max_bad_fraction * len(pool):
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(4))
         raise EvaluationError(
-            f"{skipped.total()} of {len(pool)} samples of the task '{name}' are unusable ({reasons})",
+            f"{skipped.total()} of {len(pool)} samples of the task '{one_line(name)}' are unusable ({reasons})",
             remedy=f"{_RESTORE}, or raise max_bad_fraction if that is expected",
             field="evaluation.max_bad_fraction",
         )
     texts, captions = opened.classes, torch.empty(0, dtype=torch.int64)
     if kind == "retrieval":
         lines = [(picture, line) for picture, mine in enumerate(own) for line in mine]  # type: ignore[union-attr]
+        if len(images) * len(lines) > _MAX_MATCHES:
+            cause = f"the task '{one_line(name)}' has {len(images):,} pictures and {len(lines):,} captions"
+            raise EvaluationError(f"{cause}, too many to rank", remedy="split it", field=_FIELD)
         numbers = {line: number for number, line in enumerate(dict.fromkeys(line for _, line in lines))}
         texts, captions = list(numbers), torch.tensor([numbers[line] for _, line in lines])
         labels = torch.tensor([picture for picture, _ in lines])
@@ -151,15 +161,30 @@ def load_task(
     return Task(name, kind, torch.stack(images), labels, texts, captions, opened.templates, dict(skipped))
 
 
+def _folder(name: str, data_root: Path) -> Path:
+    """The task's folder, which may be a link."""
+    wrong = not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts
+    for folder in () if wrong else folder_names(name):
+        if os.path.isdir(data_root / folder):
+            return data_root / folder
+    there = sorted(p.name for p in data_root.glob("*") if os.path.isdir(p)) if os.path.isdir(data_root) else []
+    raise EvaluationError(
+        f"there is no task '{one_line(name)}' under {printable(data_root)}",
+        remedy=f"use one of: {printable(', '.join(there))}"
+        if there
+        else "put task folders in CLIP_benchmark's WebDataset layout there",
+        field=_FIELD,
+    )
+
+
 def _kind(folder: Path) -> Kind:
-    path = folder / "dataset_type.txt"
-    if not path.exists():
+    if not os.path.lexists(folder / "dataset_type.txt"):
         return "zero_shot"
     kinds: dict[str, Kind] = {"classification": "zero_shot", "multilabel": "multilabel", "retrieval": "retrieval"}
-    text = _read(path).strip().lower()
+    text = _read(folder, "dataset_type.txt").strip().lower()
     if text not in kinds:
         raise EvaluationError(
-            f"{path} names an unknown kind of task: '{text[:40]}'",
+            f"{printable(folder)} is an unknown kind of task: '{one_line(text[:40])}'",
             remedy=f"write one of: {', '.join(kinds)}",
             field=_FIELD,
         )
@@ -168,12 +193,11 @@ def _kind(folder: Path) -> Kind:
 
 def _label(pool: Pool, row: int, kind: Kind, classes: int) -> list[str] | int | Tensor:
     if kind == "retrieval":
-        lines = [line.strip() for line in pool.text(row).splitlines()]
-        return [line for line in lines if line]
+        return _captions(pool.text(row))
     if kind == "multilabel":
-        return _labels(pool.read(row, "npy"), classes)
+        return _labels(pool.read(row, "npy", 16 * classes + 4096), classes)
     try:
-        label = int((pool.read(row, "cls") or b"")[:20].decode())
+        label = int((pool.read(row, "cls", _MAX_LABEL) or b"").decode())
     except ValueError as error:
         raise UnusablePair("no class") from error
     if not 0 <= label < classes:
@@ -181,10 +205,19 @@ def _label(pool: Pool, row: int, kind: Kind, classes: int) -> list[str] | int | 
     return label
 
 
+def _captions(text: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > _MAX_CAPTIONS:
+        raise UnusablePair("too many captions")
+    if any(len(line.encode()) > _MAX_CAPTION for line in lines):
+        raise UnusablePair("caption has too many bytes")
+    return lines
+
+
 def _labels(raw: bytes | None, classes: int) -> Tensor:
     """KEY.npy, one number per class: which classes a picture shows."""
     try:
-        if raw is None or len(raw) > 16 * classes + 4096:
+        if raw is None:
             raise ValueError
         values = np.load(io.BytesIO(raw), allow_pickle=False)
         if values.shape != (classes,):
@@ -195,36 +228,43 @@ def _labels(raw: bytes | None, classes: int) -> Tensor:
 
 
 def _classes(folder: Path) -> list[str]:
-    path = folder / "classnames.txt"
-    names = [line.strip() for line in _read(path).rstrip().splitlines()]
-    if not names:
-        raise EvaluationError(f"{path} is empty", remedy=_RESTORE, field=_FIELD)
+    names = _lines(folder, "classnames.txt")
     if "" in names:  # dropping it would shift the label of every class behind it
         raise EvaluationError(
-            f"line {names.index('') + 1} of {path} is blank", remedy="write the class's name there", field=_FIELD
+            f"line {names.index('') + 1} of {printable(folder / 'classnames.txt')} is blank",
+            remedy="write the class's name there",
+            field=_FIELD,
         )
     return names
 
 
 def _templates(folder: Path) -> list[str]:
     """Prompts with `{c}`; `{}` is accepted too."""
-    path = folder / "zeroshot_classification_templates.txt"
-    lines = [line.strip() for line in _read(path).splitlines()]
+    lines = _lines(folder, "zeroshot_classification_templates.txt")
     templates = [line.replace("{}", "{c}") for line in lines if line]
-    if not templates:
-        raise EvaluationError(f"{path} is empty", remedy=_RESTORE, field=_FIELD)
     for template in templates:
         if "{c}" not in template:
             raise EvaluationError(
-                f"a template in {path} has no place for the class: '{template[:80]}'",
+                f"a template of {printable(folder)} has no place for the class: '{one_line(template[:80])}'",
                 remedy="write {c} or {} where the class's name belongs",
                 field=_FIELD,
             )
     return templates
 
 
-def _read(path: Path) -> str:
+def _lines(folder: Path, name: str) -> list[str]:
+    """The file's lines without blank ones at its end."""
+    lines = [line.strip() for line in _read(folder, name).rstrip().splitlines()]
+    if not lines:
+        raise EvaluationError(f"{printable(folder / name)} is empty", remedy=_RESTORE, field=_FIELD)
+    if any(len(line) > _MAX_LINE for line in lines):
+        cause = f"{printable(folder / name)} has a line of more than {_MAX_LINE} letters"
+        raise EvaluationError(cause, remedy=_RESTORE, field=_FIELD)
+    return lines
+
+
+def _read(folder: Path, name: str) -> str:
     try:
-        return read_text(path)
+        return read_text(inside(folder, name), _MAX_FILE)
     except ReadError as error:
         raise EvaluationError(error.cause, remedy=_RESTORE, field=_FIELD) from None

@@ -23,6 +23,7 @@ MAX_TEXT = 16 * MIB
 MAX_YAML = MIB
 MAX_LINE = 64 * MIB  # an event of a step with a large super-batch has several MB
 MAX_DEPTH = 64  # of nested lists and mappings
+_MAX_NODES = 500_000  # of a YAML file
 _MAX_DIGITS = 40  # of an integer in YAML
 
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
@@ -50,7 +51,7 @@ def expand(path: str | Path) -> Path:
 def inside(folder: str | Path, name: str | Path) -> Path:
     """The resolved path of `name` in `folder`; it must stay in the folder, through links too.
 
-    A snapshot folder of the Hugging Face cache may link to the `blobs` folder of the same repository.
+    A folder in a snapshot of the Hugging Face cache may link to the `blobs` folder of the same repository.
 
     Raises:
         ReadError: if the name is absolute, has `..`, or a link leads outside.
@@ -66,9 +67,7 @@ def inside(folder: str | Path, name: str | Path) -> Path:
         raise ReadError(
             f"{printable(name)} in {printable(folder)} cannot be resolved: {error}", remedy=remedy
         ) from None
-    allowed = [root]
-    if root.parent.name == _SNAPSHOTS:
-        allowed.append(root.parent.parent / _BLOBS)
+    allowed = [root, *(place.parent / _BLOBS for place in root.parents if place.name == _SNAPSHOTS)]
     if not any(target.is_relative_to(place) for place in allowed):
         raise ReadError(
             f"{printable(name)} in {printable(folder)} is a link that leads out of the folder", remedy=remedy
@@ -162,11 +161,12 @@ def parse_json(content: str | bytes, what: str, *, depth: int = MAX_DEPTH) -> An
     remedy = "restore or correct the file"
     try:
         value = json.loads(content)
-    except RecursionError:
-        raise ReadError(f"{printable(what)} is nested too deeply", remedy=remedy) from None
+    except (RecursionError, MemoryError):
+        raise ReadError(f"{printable(what)} is nested too deeply or too large", remedy=remedy) from None
     except ValueError as error:
         raise ReadError(f"{printable(what)} is not JSON: {printable(error)}", remedy=remedy) from None
-    if _deeper(value, depth):
+    lists, mappings = ("[", "{") if isinstance(content, str) else (b"[", b"{")
+    if content.count(lists) + content.count(mappings) > depth and _deeper(value, depth):  # type: ignore[arg-type]
         raise ReadError(f"{printable(what)} is nested more than {depth} levels deep", remedy=remedy)
     return value
 
@@ -201,7 +201,9 @@ def parse_yaml(content: str, what: str) -> Any:
     try:
         depth = 0
         loader = _plain_loader()
-        for event in yaml.parse(content, Loader=loader):
+        for number, event in enumerate(yaml.parse(content, Loader=loader)):
+            if number > _MAX_NODES:
+                raise ReadError(f"{printable(what)} has more than {_MAX_NODES:,} values", remedy=remedy)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise ReadError(f"{printable(what)} uses YAML anchors, aliases or tags", remedy=remedy)
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -259,6 +261,11 @@ def printable(value: object, length: int = 500) -> str:
     text = str(value)
     text = text if len(text) <= length else text[: length - 1] + "…"
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(value: object, length: int = 100) -> str:
+    """As `printable`, for a name: line breaks are escaped too."""
+    return printable(value, length).replace("\n", "\\n")
 
 
 def _deeper(value: Any, depth: int) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files.reading import expand, open_regular
+from aced_sdk.files.reading import expand, open_regular, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,7 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(_open_lock(directory / ".lock"), "r+b") as lock:
+    with os.fdopen(open_own(directory / ".lock"), "r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -160,18 +161,29 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def _open_lock(path: Path) -> int:
-    import errno
+def open_own(path: Path, flags: int = 0) -> int:
+    """Open a regular file for reading and writing, and make it if it is missing; a link is never followed.
 
+    Args:
+        path: the file.
+        flags: further flags of `os.open`.
+
+    Raises:
+        ConfigError: if something else than a regular file has that name.
+        OSError: if the file cannot be opened.
+    """
+    wrong = ConfigError(f"{printable(path)} is not a regular file", remedy="remove it", field="directory")
+    own = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        if stat.S_ISREG(os.fstat(handle).st_mode):
-            return handle
-        os.close(handle)
+        handle = os.open(path, own | flags, 0o666)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-    raise ConfigError(f"{path} is not a regular file", remedy="remove it", field="directory")
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise wrong from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise wrong
+    return handle
 
 
 def write_json(target: Path, value: Any) -> None:

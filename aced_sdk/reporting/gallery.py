@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors import SafetensorError, safe_open
 
-from aced_sdk.config import DistillConfig
+from aced_sdk.config import Data, DistillConfig
 from aced_sdk.data import Pool
 from aced_sdk.data.pool import UnusablePair
 from aced_sdk.engine import checkpoints
 from aced_sdk.errors import AcedError, DataError
+from aced_sdk.files import check_links, printable
 from aced_sdk.reporting.page import count, thumbnail_uri
 
 _SHOWN = 12
@@ -62,13 +64,13 @@ def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) ->
     try:
         pool = Pool(config.data.shards)
         counts = _counts(folder, len(pool))
-        shown = _Reader(pool, config.data.max_pixels)
+        shown = _Reader(pool, config.data)
         if counts is not None:
             groups += _by_draws(shown, counts)
         if last is not None:
             groups += _of_step(shown, last)
     except (AcedError, OSError, SafetensorError) as error:
-        return [], f"The gallery is left out: {error.cause if isinstance(error, AcedError) else error}."
+        return [], f"The gallery is left out: {printable(error.cause if isinstance(error, AcedError) else error)}."
     missing = []
     if counts is None:
         missing.append("how often pairs were drawn, before the first checkpoint")
@@ -78,9 +80,9 @@ def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) ->
 
 
 class _Reader:
-    def __init__(self, pool: Pool, max_pixels: int) -> None:
+    def __init__(self, pool: Pool, data: Data) -> None:
         self.pool = pool
-        self.max_pixels = max_pixels
+        self.data = data
 
     def thumbs(self, rows: Iterable[int], counts: npt.NDArray[np.int32] | None = None) -> list[Thumb]:
         """The first usable pairs among these rows; with counts, how often each was drawn."""
@@ -89,13 +91,14 @@ class _Reader:
             if len(found) == _SHOWN:
                 break
             try:
-                picture, text = self.pool.image(row, self.max_pixels), self.pool.text(row)
-            except UnusablePair:
+                text = self.pool.text(row, self.data.max_caption_bytes)
+                picture = thumbnail_uri(self.pool.image(row, self.data.max_pixels))
+            except (UnusablePair, ValueError, OSError):  # the latter: a mode without an RGB form
                 continue
             caption = text if len(text) <= _CAPTION else text[: _CAPTION - 1] + "…"
             note = "" if counts is None else f"drawn {count(int(counts[row]))} ×"
             noisy = self.pool.metadata(row).get("noisy") is True
-            found.append(Thumb(thumbnail_uri(picture), caption, note, noisy))
+            found.append(Thumb(picture, caption, note, noisy))
         return found
 
 
@@ -104,13 +107,17 @@ def _counts(folder: Path, pairs: int) -> npt.NDArray[np.int32] | None:
     found = checkpoints(folder)
     if not found:
         return None
-    with safe_open(found[-1] / "loop.safetensors", "np") as tensors:
-        counts: npt.NDArray[np.int32] = tensors.get_tensor("counts")
+    check_links(found[-1])
+    with safe_open(found[-1] / "loop.safetensors", "pt") as tensors:
+        counts = tensors.get_tensor("counts")
+    if counts.dtype != torch.int32 or counts.ndim != 1 or bool((counts < 0).any()):
+        raise DataError(f"{printable(found[-1])} holds no draw counts", remedy="restore the checkpoint")
     if len(counts) != pairs:
         # Rows would name other pairs than those that were drawn.
         cause = f"the shards hold {pairs:,} pairs now, and the run drew from {len(counts):,}"
         raise DataError(cause, remedy="restore the shards")
-    return counts
+    array: npt.NDArray[np.int32] = counts.numpy()
+    return array
 
 
 def _by_draws(shown: _Reader, counts: npt.NDArray[np.int32]) -> list[Group]:
@@ -128,7 +135,7 @@ def _by_draws(shown: _Reader, counts: npt.NDArray[np.int32]) -> list[Group]:
 def _of_step(shown: _Reader, last: dict[str, Any]) -> list[Group]:
     picked = last["picked"]
     rejected = np.setdiff1d(last["candidates"], picked)
-    if max(last["candidates"]) >= len(shown.pool):
+    if max(max(last["candidates"]), max(picked)) >= len(shown.pool):
         raise DataError("the log names rows that the shards do not hold", remedy="restore the shards")
     step = count(last["step"])
     first = f"The first of {count(len(picked))}, in the order drawn."

@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
-from aced_sdk.errors import DataError
-from aced_sdk.files import whole_file
+from aced_sdk.errors import ConfigError, DataError
+from aced_sdk.files import ReadError, open_own, parse_json, printable, read_lines, whole_file
+from aced_sdk.files.reading import MIB
+from aced_sdk.reporting.rows import mistake
 
 if TYPE_CHECKING:
     from aced_sdk.engine.events import Event
 
 
 _BLOCK = 1 << 16
+_LONGEST = 16 * MIB  # an event with 4096 candidates has about 50 kB
 
 
 class JsonlWriter:
@@ -27,30 +31,38 @@ class JsonlWriter:
 
     Args:
         path: the file, by convention `events.jsonl` in the run's folder.
+
+    Raises:
+        ConfigError: if it cannot be written, or is a link or another thing than a regular file.
+        DataError: if its last line is longer than any event.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
 
     def _open(self) -> None:
-        self._stream = self.path.open("ab+")
-        self._stream.truncate(_whole_length(self.path))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = os.fdopen(open_own(self.path, os.O_APPEND), "ab+")
+            self._stream.truncate(_whole_length(self._stream))
+        except OSError as error:
+            cause = f"cannot write the event log {printable(self.path)}: {error.strerror}"
+            raise ConfigError(cause, remedy="check permissions and space", field="directory") from error
 
     def __call__(self, event: Event) -> None:
         """Append one event; it is handed to the operating system before this returns."""
         line = json.dumps(_finite(event.to_dict()), ensure_ascii=False, allow_nan=False)
-        self._stream.write(line.encode() + b"\n")
+        self._stream.write(line.encode(errors="backslashreplace") + b"\n")  # a lone surrogate as JSON writes it
         self._stream.flush()
 
     def truncate_after(self, step: int) -> None:
         """Drop events beyond `step`: a resumed run tells them again."""
         self._stream.close()
-        with whole_file(self.path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            for row in read_events(self.path):
+        with whole_file(self.path) as temporary, temporary.open("wb") as stream:
+            for line, row in _rows(self.path):
                 if row["step"] <= step:
-                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    stream.write(line + b"\n")
         self._open()
 
     def close(self) -> None:
@@ -70,35 +82,36 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
     """Every whole line of an event log, in order, read as they are asked for; a torn last line is left out.
 
     Raises:
-        DataError: if the file is missing, or a whole line is no event.
+        DataError: if the file cannot be read, or a whole line is not an event with the fields of its kind.
     """
-    path = Path(path)
+    for _, row in _rows(Path(path)):
+        yield row
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line with the event that it holds."""
     try:
-        stream = path.open("rb")
-    except OSError as error:
-        cause = f"cannot read the event log {path}: {error.strerror}"
-        raise DataError(cause, remedy="name the folder of a run") from None
-    with stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not (isinstance(row, dict) and isinstance(row.get("step"), int) and "event" in row):
-                raise DataError(f"line {number} of {path} is no event", remedy="restore the file or remove the line")
-            yield row
+        for number, line in enumerate(read_lines(path, _LONGEST), start=1):
+            row = parse_json(line, f"line {number} of {path}")
+            if wrong := mistake(row):
+                raise DataError(
+                    f"line {number} of {printable(path)} is not an event: {wrong}",
+                    remedy="restore the file or remove the line",
+                )
+            yield line, row
+    except ReadError as error:
+        raise DataError(f"cannot read the event log: {error.cause}", remedy=error.remedy) from None
 
 
-def _whole_length(path: Path) -> int:
+def _whole_length(stream: BinaryIO) -> int:
     # Only the last line can be torn; a line is far shorter than the log, so look from the end.
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        for start in range(max(0, size - _BLOCK), -_BLOCK, -_BLOCK):
-            stream.seek(max(0, start))
-            if (found := stream.read(_BLOCK).rfind(b"\n")) >= 0:
-                return max(0, start) + found + 1
+    size = stream.seek(0, os.SEEK_END)
+    for start in range(max(0, size - _BLOCK), max(-_BLOCK, size - _LONGEST - _BLOCK), -_BLOCK):
+        stream.seek(max(0, start))
+        if (found := stream.read(_BLOCK).rfind(b"\n")) >= 0:
+            return max(0, start) + found + 1
+    if size > _LONGEST:
+        raise DataError("the last line of the event log is too long", remedy="restore the file or remove the line")
     return 0
 
 

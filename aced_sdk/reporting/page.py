@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from aced_sdk.files import whole_file
+from aced_sdk.errors import DataError
+from aced_sdk.files import one_line, printable, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def write_page(target: Path, template: str, *, folders: Sequence[Path] = (), **v
     environment.filters |= {"percent": percent, "count": count, "duration": duration}
     text = environment.get_template(template).render(values)
     with whole_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
     return target
 
 
@@ -76,17 +77,26 @@ def duration(seconds: float | None) -> str:
 
 
 def image_uri(picture: Image.Image | str | Path) -> str:
-    """A picture (or the file of one) as a `data:` address holding a PNG."""
-    from PIL import Image
+    """A picture (or the file of one) as a `data:` address holding a PNG.
 
-    if isinstance(picture, Image.Image):
-        return _data_uri(picture, "png", optimize=True)
-    with Image.open(picture) as opened:
-        return _data_uri(opened, "png", optimize=True)
+    Raises:
+        DataError: if it cannot be read, or PNG has no form for it.
+    """
+    from aced_sdk.processing.plain import PictureError, open_picture
+
+    try:
+        return _data_uri(open_picture(picture), "png", optimize=True)
+    except (PictureError, OSError) as error:
+        name = printable(picture) if isinstance(picture, str | Path) else "the picture"
+        raise DataError(f"{name} cannot be shown: {printable(error)}", remedy="leave it out") from error
 
 
 def thumbnail_uri(picture: Image.Image, side: int = 144) -> str:
-    """A picture as a `data:` address holding a WebP whose longer side is at most `side` pixels: a few kilobytes."""
+    """A picture as a `data:` address holding a WebP whose longer side is at most `side` pixels: a few kilobytes.
+
+    Raises:
+        ValueError: if the picture has no RGB form.
+    """
     small = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     small.thumbnail((side, side))
     return _data_uri(small, "webp", quality=75)
@@ -156,15 +166,15 @@ def line_chart(
         axes.plot(
             xs,
             ys,
-            label=name,
+            label=_label(name),
             color=colour,
             linestyle="--" if name in dashed else "-",
             linewidth=1.8,
             marker=_MARKS[number % len(_MARKS)] if few and name not in dashed else None,
             markersize=4,
         )
-    axes.set_xlabel(x, fontsize=9.5, color="#495057")
-    axes.set_ylabel(y, fontsize=9.5, color="#495057")
+    axes.set_xlabel(_label(x), fontsize=9.5, color="#495057")
+    axes.set_ylabel(_label(y), fontsize=9.5, color="#495057")
     axes.tick_params(labelsize=9, colors="#495057", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
@@ -174,7 +184,7 @@ def line_chart(
     for place, word in (marks or {}).items():
         axes.axvline(place, color=_ALARM, linewidth=1.2, linestyle=":")
         axes.annotate(
-            word, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points",
+            _label(word), (place, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points",
             fontsize=8.5, color=_ALARM,
         )  # fmt: skip
     axes.grid(axis="y", color="#e9ecef", linewidth=0.9)
@@ -185,6 +195,11 @@ def line_chart(
     if len(lines) > 1:
         figure.legend(loc="outside upper left", ncols=min(len(lines), 4), fontsize=9, frameon=False, handlelength=1.6)
     return figure_svg(figure, label)
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib draws it: no formula, no control characters."""
+    return one_line(name).replace("$", r"\$")
 
 
 def _short_number(value: float, _position: int | None = None) -> str:

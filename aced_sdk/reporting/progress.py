@@ -14,6 +14,8 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
+from aced_sdk.files import one_line
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -50,7 +52,7 @@ class Progress:
         plain: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        self.title = title
+        self.title = one_line(title)
         self.total = total
         self.unit = unit
         self.done = done
@@ -179,7 +181,7 @@ class _Stage(Progress):
 
 
 def _short(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+    return one_line(value) if isinstance(value, str) else f"{value:.4g}"
 
 
 def _new_display(stream: TextIO) -> RichProgress:
@@ -199,13 +201,13 @@ def _new_display(stream: TextIO) -> RichProgress:
             return Text(f"{int(task.completed):,}/{total} {task.fields['unit']}")
 
     return RichProgress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a title may hold the name of a folder
         BarColumn(bar_width=28),
         Count(),
         Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}", style="green"),
+        TextColumn("{task.fields[shown]}", style="green", markup=False),
         console=Console(file=stream),
     )

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from aced_sdk.engine.events import Event, RunStarted, StepDone
+from aced_sdk.files import one_line
 from aced_sdk.reporting.progress import Progress, first_rank
 
 
@@ -39,7 +40,7 @@ class RunBar:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             if "plan" in event.facts and first_rank():
-                sys.stderr.write(f"{self.title}: {event.facts['plan']}\n")
+                sys.stderr.write(f"{one_line(self.title)}: {event.facts['plan']}\n")
             self._open(self.title, event.steps, "steps", event.step)
         elif isinstance(event, StepDone) and self._bar is not None:
             self._bar.advance(event.step - self._bar.done, loss=event.loss)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from markupsafe import Markup
 from aced_sdk.config import DistillConfig, Independent, Joint
 from aced_sdk.curation import COLLAPSE_REMEDY, even_pool_size
 from aced_sdk.errors import ConfigError, DataError
+from aced_sdk.files import ReadError, inside, one_line, printable, read_text
 from aced_sdk.reporting.gallery import Group, gallery
 from aced_sdk.reporting.jsonl import read_events
 from aced_sdk.reporting.page import count, duration, line_chart, percent, write_page
@@ -22,6 +24,17 @@ _POINTS = 300
 
 _WARNINGS = 8
 """Warnings shown at the top; the rest is folded."""
+
+_EVENTS = 5_000_000
+"""Events that a log may have; those shown are in memory together."""
+
+_NAMES = 40
+"""Terms, tasks, metrics and statistics that are shown of each kind."""
+
+_LISTED = 1000
+"""Warnings, and rows of a table, that a page has at most."""
+
+_SHOWN = ("run_started", "step_done", "selected", "evaluated", "step_skipped", "warned", "run_ended")
 
 _SCORES = (
     "Scores of pairs by themselves, before anything is picked: the median, the middle half, and 5 to 95 % of all "
@@ -70,15 +83,25 @@ def report(run_directory: str | Path) -> Path:
         DataError: if there is no event log, or nothing in it yet.
     """
     folder = Path(run_directory)
-    kinds: dict[str, list[Row]] = {}
+    try:
+        log = inside(folder, "events.jsonl")
+    except ReadError as error:
+        raise DataError(error.cause, remedy=error.remedy) from None
+    kinds: dict[str, list[Row]] = {kind: [] for kind in _SHOWN}
     last: Row | None = None
-    for row in read_events(folder / "events.jsonl"):
-        if "picked" in row:
+    for number, row in enumerate(read_events(log)):
+        if number == _EVENTS:
+            raise DataError(f"{printable(log)} has more than {_EVENTS:,} events", remedy="report a shorter log")
+        if row["event"] == "selected" and row.get("picked") and row.get("candidates"):
             last = row
-        kinds.setdefault(row["event"], []).append(_slim(row))
+        if row["event"] in kinds:
+            kinds[row["event"]].append(_slim(row))
+    kinds = {kind: rows for kind, rows in kinds.items() if rows}
     steps = kinds.get("step_done", [])
     if not steps:
-        raise DataError(f"{folder} tells of no step yet", remedy="wait until the run has taken its first step")
+        raise DataError(
+            f"{printable(folder)} tells of no step yet", remedy="wait until the run has taken its first step"
+        )
     config = _config(folder)
     groups: list[Group] = []
     left_out = ""
@@ -91,11 +114,10 @@ def report(run_directory: str | Path) -> Path:
         _evaluation(kinds.get("evaluated", [])),
         _selection(kinds, config if isinstance(config, DistillConfig) else None),
     ]
-    text = folder / "config.yaml"
     return write_page(
         folder / "report.html",
         "run.html.j2",
-        title=f"Run {folder.resolve().name}",
+        title=f"Run {one_line(Path(os.path.realpath(folder)).name)}",
         state=_state(kinds),
         tiles=_tiles(kinds),
         sections=[section for section in sections if section is not None],
@@ -103,16 +125,24 @@ def report(run_directory: str | Path) -> Path:
         left_out=left_out,
         warnings=_warnings(kinds),
         warnings_shown=_WARNINGS,
-        config=text.read_text(encoding="utf-8") if text.exists() else "",
+        config=_text(folder),
     )
 
 
 def _config(folder: Path) -> DistillConfig | str:
     """The run's config, or why it cannot be read."""
     try:
-        return DistillConfig.from_yaml(folder / "config.yaml")
-    except ConfigError as error:
-        return error.cause
+        return DistillConfig.from_yaml(inside(folder, "config.yaml"))
+    except (ConfigError, ReadError) as error:
+        return printable(error.cause)
+
+
+def _text(folder: Path) -> str:
+    """The text of the run's config; nothing if it cannot be read."""
+    try:
+        return read_text(inside(folder, "config.yaml"))
+    except ReadError:
+        return ""
 
 
 def _slim(row: Row) -> Row:
@@ -145,7 +175,7 @@ def _tiles(kinds: dict[str, list[Row]]) -> list[tuple[str, str, str]]:
         size, pairs = row["statistics"].get("effective_pool_size"), _pairs(kinds)
         note = f"effective size {count(size)}" + (f" of {count(pairs)} pairs" if pairs else " pairs")
         tiles.append(("Pool drawn so far", percent(row["statistics"].get("unique_coverage")), note))
-    for task, metrics in (kinds["evaluated"][-1]["metrics"] if "evaluated" in kinds else {}).items():
+    for task, metrics in list((kinds["evaluated"][-1]["metrics"] if "evaluated" in kinds else {}).items())[:_NAMES]:
         name, value = next(iter(metrics.items()), ("", None))
         if value is not None:
             tiles.append((task, percent(value), name))
@@ -154,7 +184,7 @@ def _tiles(kinds: dict[str, list[Row]]) -> list[tuple[str, str, str]]:
 
 def _training(steps: list[Row]) -> _Section:
     losses = {"loss": _points(steps, "loss")}
-    parts = sorted({name for row in steps for name in row["parts"]})
+    parts = sorted({name for row in steps for name in row["parts"]})[:_NAMES]
     if len(parts) > 1:
         losses |= {name: _points(steps, "parts", name) for name in parts}
     examples = {"trained": _points(steps, "trained"), "scored": _points(steps, "scored")}
@@ -185,23 +215,23 @@ def _evaluation(rows: list[Row]) -> _Section | None:
     for row in rows:
         for task, metrics in row["metrics"].items():
             for metric, value in metrics.items():
-                lines.setdefault(metric, {}).setdefault(task, []).append((row["trained"], value))
-    charts = [
-        (
-            line_chart(tasks, label=f"{metric} over examples trained", x="examples trained", y="%", as_percent=True),
-            f"{metric} on held-out data.",
-        )
-        for metric, tasks in sorted(lines.items())
-    ]
+                if value is not None:
+                    lines.setdefault(metric, {}).setdefault(task, []).append((row["trained"], value))
+    charts = []
+    for metric, tasks in sorted(lines.items())[:_NAMES]:
+        shown = dict(list(tasks.items())[:_NAMES])
+        label = f"{metric} over examples trained"
+        chart = line_chart(shown, label=label, x="examples trained", y="%", as_percent=True)
+        charts.append((chart, f"{metric} on held-out data."))
     last = rows[-1]["metrics"]
     table = [(task, metric, percent(value)) for task in last for metric, value in last[task].items()]
-    return _Section("evaluation", "Held-out figures", charts, ["Task", "Metric", "Last"], table)
+    return _Section("evaluation", "Held-out figures", charts, ["Task", "Metric", "Last"], table[:_LISTED])
 
 
 def _selection(kinds: dict[str, list[Row]], config: DistillConfig | None) -> _Section | None:
     rows = kinds.get("selected", [])
     names = {name for row in rows for name in row["statistics"]}
-    scored = [row for row in rows if row.get("scores")]
+    scored = [row for row in rows if row.get("scores") and all(None not in of for of in row["scores"].values())]
     charts = []
     if scored:
         charts.append((_scores(scored), _SCORES))
@@ -215,7 +245,7 @@ def _selection(kinds: dict[str, list[Row]], config: DistillConfig | None) -> _Se
     if "effective_pool_size" in names:
         shown.add("effective_pool_size")
         charts.append(_effective_pool(kinds, config))
-    for name in sorted(names - shown):
+    for name in sorted(names - shown)[:_NAMES]:
         words = name.replace("_", " ")
         line = {words: _points(rows, "statistics", name)}
         charts.append((line_chart(line, label=f"{words} over steps", x="steps", y=words), words.capitalize() + "."))
@@ -242,13 +272,13 @@ def _effective_pool(kinds: dict[str, list[Row]], config: DistillConfig | None) -
         draws = [(step, trained[step]) for step, _ in lines["effective pool size"] if step in trained]
         lines["even draws"] = [(step, even_pool_size(drawn, pairs)) for step, drawn in draws]
         words += " Dashed: what even draws would reach, and where the run warns."
-        if config is not None and isinstance(config.curation, Independent | Joint) and draws[-1][1] >= pairs:
+        if config is not None and isinstance(config.curation, Independent | Joint) and draws and draws[-1][1] >= pairs:
             below = config.curation.collapse_level
             lines["warns below"] = [
                 (step, below * even_pool_size(drawn, pairs)) for step, drawn in draws if drawn >= pairs
             ]
     # The loop gives this remedy with no other warning.
-    collapses = [row["step"] for row in kinds.get("warned", []) if row["remedy"] == COLLAPSE_REMEDY]
+    collapses = [row["step"] for row in kinds.get("warned", []) if row["remedy"] == COLLAPSE_REMEDY][:_NAMES]
     marks = dict.fromkeys(collapses, "") | dict.fromkeys(collapses[:1], "warned of collapse")
     label = "Effective pool size over steps"
     dashed = ["even draws", "warns below"]
@@ -267,7 +297,7 @@ def _warnings(kinds: dict[str, list[Row]]) -> list[tuple[str, str, str]]:
     for row in kinds.get("step_skipped", []):
         pairs = f" (pairs {', '.join(row['keys'])})" if row.get("keys") else ""
         skipped.append((row["step"], f"step skipped: {row['reason']}{pairs}", ""))
-    return [(count(step), cause, remedy) for step, cause, remedy in sorted(told + skipped)]
+    return [(count(step), cause, remedy) for step, cause, remedy in sorted(told + skipped)[:_LISTED]]
 
 
 def _points(rows: Sequence[Row], *path: str | int) -> Points:

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 from torch import Tensor
 
 from aced_sdk.config import DistillConfig
 from aced_sdk.engine import load_checkpoint, save_checkpoint
+from aced_sdk.engine.state import unreadable
 from aced_sdk.training.parts import Parts
+
+Total = Annotated[int, Field(strict=True, ge=0, le=2**62)]
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,12 @@ class Progress:
         collapsed: whether it was told that the draws have collapsed.
     """
 
-    step: int = 0
-    position: int = 0
-    trained: int = 0
-    scored: int = 0
-    distilled: int = 0
-    collapsed: bool = False
+    step: Total = 0
+    position: Total = 0
+    trained: Total = 0
+    scored: Total = 0
+    distilled: Total = 0
+    collapsed: StrictBool = False
 
 
 def keep(config: DistillConfig, parts: Parts, done: Progress) -> Path:
@@ -59,10 +64,18 @@ def restore(folder: Path, parts: Parts) -> Progress:
         CurationError: if it is of another pool.
     """
     state, tensors = load_checkpoint(folder, parts.engine)
-    parts.generator.set_state(tensors["generator"])
-    set_noise_state(tensors, parts.engine.device)
+    try:
+        done = TypeAdapter(Progress).validate_python(state)
+        counts = tensors["counts"]
+        # A super-batch that crosses the end of the pool's order may hold a pair twice.
+        if counts.dtype != torch.int32 or bool(((counts < 0) | (counts > 2 * done.step)).any()):
+            raise ValueError("the draw counts are not those of its steps")
+        parts.generator.set_state(tensors["generator"])
+        set_noise_state(tensors, parts.engine.device)
+    except (ValidationError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise unreadable(folder, error) from error
     parts.statistics.load_state_dict(tensors)
-    return Progress(**state)
+    return done
 
 
 def noise_state(device: torch.device) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from aced_sdk.data.source import Rows
 from aced_sdk.engine import Callback, build_engine, checkpoints, pick_device, read_launch, step_of, thread_limit
 from aced_sdk.engine.events import RunEnded, RunStarted, Warned
 from aced_sdk.errors import CacheError, ConfigError, DataError, UnsupportedError
+from aced_sdk.files import one_line
 from aced_sdk.objectives import build_objective
 from aced_sdk.towers import DualEncoder, build, check_size, load, save
 from aced_sdk.training.loop import train
@@ -136,7 +137,7 @@ def _start(
         objective=objective,
         statistics=DrawStatistics(len(pool)),
         bad=None if bad is None else torch.from_numpy(bad),
-        keys=lambda rows: [pool.samples[int(row)].key for row in rows],
+        keys=lambda rows: [one_line(pool.samples[int(row)].key) for row in rows],
         generator=generator,
         callbacks=callbacks,
     )

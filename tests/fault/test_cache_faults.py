@@ -171,10 +171,10 @@ def test_an_error_while_reading_ahead_ends_the_call(
 ) -> None:
     read = pool.text
 
-    def gone(row: int) -> str:
+    def gone(row: int, max_bytes: int) -> str:
         if row > 30:
             raise DataError("the disk is gone", remedy="mount it")
-        return read(row)
+        return read(row, max_bytes)
 
     monkeypatch.setattr(pool, "text", gone)
     with pytest.raises(DataError, match="the disk is gone"):

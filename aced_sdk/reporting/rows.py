@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a row of an event log may hold, by kind of event. Logs are files that somebody else may have written."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from aced_sdk.files import printable
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Number = Annotated[float, Field(ge=-1e39, le=1e39)] | None  # null: it was not finite; losses and norms are float32
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Name = Annotated[str, Field(max_length=1000)]
+Words = Annotated[str, Field(max_length=100_000)]
+Numbers = Annotated[dict[Name, Number], Field(max_length=100)]
+Quantiles = Annotated[list[Number], Field(min_length=5, max_length=5)]
+
+
+class _Row(BaseModel):
+    """Any event. Fields that are not named here may hold anything: they are not read."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+    event: Name
+    step: Count
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    pairs: Annotated[int, Field(gt=0, le=2**53)] | None = None
+
+
+class _RunStarted(_Row):
+    steps: Count
+    facts: _Facts = _Facts()
+
+
+class _StepDone(_Row):
+    loss: Number
+    parts: Numbers
+    learning_rate: Number
+    gradient_norm: Number
+    trained: Count
+    scored: Count
+    seconds: Seconds
+    data_seconds: Seconds
+    distilled: Count = 0
+
+
+class _Scores(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    candidates: Quantiles
+    picked: Quantiles
+
+
+class _Selected(_Row):
+    statistics: Numbers
+    picked: list[Count] | None = None
+    candidates: Annotated[list[Count], Field(min_length=1)] | None = None
+    scores: _Scores | Annotated[dict[Name, Any], Field(max_length=0)] = {}
+
+
+class _Evaluated(_Row):
+    metrics: Annotated[dict[Name, Numbers], Field(max_length=1000)]
+    trained: Count
+    scored: Count
+
+
+class _StepSkipped(_Row):
+    reason: Words
+    keys: Annotated[list[Name], Field(max_length=100)] = []
+
+
+class _Warned(_Row):
+    cause: Words
+    remedy: Words
+
+
+_KINDS: dict[str, type[_Row]] = {
+    "run_started": _RunStarted,
+    "step_done": _StepDone,
+    "selected": _Selected,
+    "evaluated": _Evaluated,
+    "step_skipped": _StepSkipped,
+    "warned": _Warned,
+}
+
+
+def mistake(row: Any) -> str | None:
+    """What is wrong with a row; None if it is as its kind of event must be."""
+    event = row.get("event") if isinstance(row, dict) else None
+    try:
+        _KINDS.get(event if isinstance(event, str) else "", _Row).model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return printable(f"{place}: {first['msg']}" if place else first["msg"], 200)
+    return None
