@@ -15,7 +15,7 @@ from typing import Literal
 from aced_sdk.cache import EmbeddingCache, default_directory, stored_fingerprint, write_cache, write_stored
 from aced_sdk.config import Data, DistillConfig, Engine, Stored
 from aced_sdk.data import Pool
-from aced_sdk.engine import Callback, pick_device, step_of
+from aced_sdk.engine import Callback, checkpoints, newest_intact, pick_device, step_of
 from aced_sdk.engine.events import Evaluated, Event
 from aced_sdk.errors import ConfigError, EngineError
 from aced_sdk.evaluation import EvaluateEvery, evaluate, expand_names, load_task
@@ -25,7 +25,7 @@ from aced_sdk.reporting import JsonlWriter, read_events
 from aced_sdk.reporting.run_bar import RunBar
 from aced_sdk.reporting.run_report import report
 from aced_sdk.towers import DualEncoder, load
-from aced_sdk.training.run import CONFIG, Run, last_step, start
+from aced_sdk.training.run import CONFIG, Run, start
 
 EVENTS = "events.jsonl"
 
@@ -61,7 +61,7 @@ def _begun(directory: Path) -> bool:
     """Whether a step may have been taken there; a start that failed over its config or data may be made again."""
     events = inside(directory, EVENTS)
     started = events.is_file() and any(row["event"] == "run_started" for row in read_events(events))
-    return (directory / CONFIG).exists() and (started or last_step(directory) is not None)
+    return (directory / CONFIG).exists() and (started or bool(checkpoints(directory)))
 
 
 @contextmanager
@@ -78,10 +78,14 @@ def _writable(directory: Path) -> Iterator[None]:
 
 
 def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
-    """Go on with a run from its newest complete checkpoint, at the very step: the result is that of an unbroken run.
+    """Resume a run from its newest intact checkpoint. The result is that of an uninterrupted run, bit for bit.
 
     Raises:
-        EngineError: if there is no run, or its checkpoint is torn or of another model.
+        EngineError: if there is no run, all its checkpoints are damaged, or they are of another model.
+        DataError: if the shards have changed since the run was started.
+
+    Warns:
+        UserWarning: if a newer checkpoint is damaged and an older one is used.
     """
     directory = Path(directory)
     if not os.path.isfile(directory / CONFIG):
@@ -91,7 +95,7 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
     config = DistillConfig.from_yaml(inside(directory, CONFIG))
     if os.path.realpath(config.directory) != os.path.realpath(directory):
         config = config.replace(directory=directory)  # the folder was moved
-    return _run(config, callbacks, last_step(directory))
+    return _run(config, callbacks, newest_intact(directory))
 
 
 def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None) -> Run:

@@ -26,9 +26,9 @@ from aced_sdk.engine import (
     Launch,
     Ranks,
     build_engine,
-    checkpoints,
     factor,
     load_checkpoint,
+    newest_intact,
     pick_device,
     read_launch,
     save_checkpoint,
@@ -317,11 +317,11 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
 
 
 def _restore(folder: Path, engine: Engine) -> int:
-    """Steps that the newest checkpoint of a stage has done; 0 without one."""
-    found = engine.ranks.first(checkpoints(folder)[-1:])
-    if not found:
+    """Steps that the newest intact checkpoint of a stage has done; 0 without one."""
+    found = engine.ranks.together(lambda: newest_intact(folder))
+    if found is None:
         return 0
-    state, _ = load_checkpoint(found[0], engine)
+    state, _ = load_checkpoint(found, engine)
     return int(state["step"])
 
 

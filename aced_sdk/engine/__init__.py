@@ -8,7 +8,14 @@ from torch import nn
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
 from aced_sdk.engine.base import Engine, pick_device, thread_limit
-from aced_sdk.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_of
+from aced_sdk.engine.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_intact,
+    read_checkpoint_state,
+    save_checkpoint,
+    step_of,
+)
 from aced_sdk.engine.events import Callback, Event
 from aced_sdk.engine.launch import Launch, read_launch
 from aced_sdk.engine.ranks import Ranks
@@ -57,7 +64,9 @@ __all__ = [
     "checkpoints",
     "factor",
     "load_checkpoint",
+    "newest_intact",
     "pick_device",
+    "read_checkpoint_state",
     "read_launch",
     "save_checkpoint",
     "step_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ from aced_sdk.engine.state import save_state, unreadable
 from aced_sdk.errors import EngineError
 from aced_sdk.files import (
     ReadError,
+    check_digests,
     check_links,
+    file_digests,
     inside,
     printable,
     read_json,
     save_tensors,
+    sync,
     whole_folder,
     write_json,
 )
 from aced_sdk.files.reading import MIB
 
+_STATE = "state.json"
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 
 
@@ -34,6 +39,8 @@ def save_checkpoint(
     directory: Path, step: int, engine: Engine, state: dict[str, Any], tensors: dict[str, Tensor], keep: int
 ) -> Path:
     """Write `checkpoints/step-00000100` and drop all but the newest `keep`. All processes call it, rank 0 writes.
+
+    `state.json` holds the digests of the other files.
 
     Args:
         directory: the run's folder.
@@ -51,7 +58,9 @@ def save_checkpoint(
             with whole_folder(target) as folder:
                 save_state(folder, weights, moments)
                 save_tensors(folder / "loop.safetensors", {name: t.contiguous() for name, t in tensors.items()})
-                write_json(folder / "state.json", {"step": step} | state)
+                write_json(folder / _STATE, {"step": step} | state | {"files": file_digests(folder)})
+                sync(folder)  # a checkpoint counts once it is on the disk
+            sync(target.parent)
         except OSError as error:
             raise EngineError(
                 f"the checkpoint of step {step} cannot be written to {directory}: {error.strerror or error}",
@@ -73,7 +82,51 @@ def checkpoints(directory: Path) -> list[Path]:
     """
     found = inside(directory, "checkpoints").glob("step-*")
     steps = [path for path in found if _NAME.fullmatch(path.name) and not path.is_symlink()]
-    return sorted((path for path in steps if (path / "state.json").is_file()), key=step_of)
+    return sorted((path for path in steps if (path / _STATE).is_file()), key=step_of)
+
+
+def newest_intact(directory: Path) -> Path | None:
+    """The newest checkpoint whose files have their digests; None if there is no checkpoint.
+
+    Raises:
+        EngineError: if there are checkpoints, and all of them are damaged.
+
+    Warns:
+        UserWarning: for each damaged checkpoint that is newer.
+    """
+    damaged: list[EngineError] = []
+    for folder in reversed(checkpoints(directory)):
+        try:
+            read_checkpoint_state(folder)
+        except EngineError as error:
+            damaged.append(error)
+            continue
+        for newer in damaged:
+            warnings.warn(f"{newer.cause}; resuming from {folder.name}", stacklevel=2)
+        return folder
+    if damaged:
+        raise damaged[0]
+    return None
+
+
+def read_checkpoint_state(folder: Path) -> dict[str, Any]:
+    """The loop's JSON values of a checkpoint, after all its files were compared with their digests.
+
+    Raises:
+        EngineError: if the folder is damaged or holds links out of it.
+    """
+    try:
+        check_links(folder)
+        state = read_json(folder / _STATE, MIB)
+        if not isinstance(state, dict) or state.get("step") != step_of(folder):
+            raise ReadError(f"{_STATE} is not that of step {step_of(folder)}", remedy="")
+        files = state.pop("files", None)
+        if not isinstance(files, dict):
+            raise ReadError(f"{_STATE} holds no digests of the other files", remedy="")
+        check_digests(folder, files, [_STATE])
+    except ReadError as error:
+        raise unreadable(folder, error) from error
+    return state
 
 
 def step_of(checkpoint: Path) -> int:
@@ -92,17 +145,14 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[
     """Restore the engine; returns the loop's JSON values (with `step`) and tensors.
 
     Raises:
-        EngineError: if the folder is torn, holds links out of it, or does not fit.
+        EngineError: if the folder is damaged, holds links out of it, or does not fit.
     """
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        state = read_checkpoint_state(folder)
         try:
-            check_links(folder)
-            state = read_json(folder / "state.json", MIB)
-            if not isinstance(state, dict) or state.get("step") != step_of(folder):
-                raise ReadError(f"state.json is not that of step {step_of(folder)}", remedy="")
             return state, load_file(folder / "loop.safetensors")
-        except (OSError, ReadError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise unreadable(folder, error) from error
 
     state, tensors = engine.ranks.together(read)

@@ -44,7 +44,7 @@ def unreadable(folder: Path, error: Exception) -> EngineError:
     cause = error.cause if isinstance(error, AcedError) else error
     return EngineError(
         f"the checkpoint {printable(folder)} cannot be read: {printable(cause)}",
-        remedy="remove that folder and resume: the next older checkpoint serves",
+        remedy="remove that folder and resume from the next older checkpoint",
     )
 
 

@@ -87,6 +87,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync(folder: Path) -> None:
+    """Wait until every file below a folder is on the disk.
+
+    Raises:
+        OSError: if the disk reports an error.
+    """
+    for directory, _, files in os.walk(folder):
+        for path in (*(Path(directory, name) for name in files), Path(directory)):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
 def _plain_modes(folder: Path) -> None:
     """Give every file the permissions of the umask: some libraries write 0600 or 0644 whatever it says."""
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666

@@ -3,6 +3,6 @@
 
 from aced_sdk.training.loop import train
 from aced_sdk.training.parts import Parts
-from aced_sdk.training.run import Run, last_step, start
+from aced_sdk.training.run import Run, start
 
-__all__ = ["Parts", "Run", "last_step", "start", "train"]
+__all__ = ["Parts", "Run", "start", "train"]

@@ -42,6 +42,7 @@ class Parts:
         teachers: embeddings to distil from, in the numbering of the objective's terms.
         objective: embeddings of a sub-batch to its loss.
         statistics: draw counts of the pool.
+        pool: fingerprint of the pool, which checkpoints are bound to.
         bad: per row of the pool whether its caption is known to be wrong; None where nobody knows.
         keys: from rows of the pool (int64 [K]) to the names of their samples.
         generator: noise of the selection.
@@ -55,6 +56,7 @@ class Parts:
     teachers: tuple[EmbeddingCache, ...]
     objective: Objective
     statistics: DrawStatistics
+    pool: str
     bad: Tensor | None
     keys: Callable[[Tensor], list[str]]
     generator: torch.Generator

@@ -12,8 +12,9 @@ from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 from torch import Tensor
 
 from aced_sdk.config import DistillConfig
-from aced_sdk.engine import load_checkpoint, save_checkpoint
+from aced_sdk.engine import load_checkpoint, read_checkpoint_state, save_checkpoint
 from aced_sdk.engine.state import unreadable
+from aced_sdk.errors import DataError
 from aced_sdk.training.parts import Parts
 
 Total = Annotated[int, Field(strict=True, ge=0, le=2**62)]
@@ -51,9 +52,27 @@ def keep(config: DistillConfig, parts: Parts, done: Progress) -> Path:
         **parts.statistics.state_dict(),
         **noise_state(parts.engine.device),
     }
-    return save_checkpoint(
-        config.directory, done.step, parts.engine, asdict(done), tensors, config.engine.keep_checkpoints
-    )
+    state = asdict(done) | {"pool": parts.pool}
+    return save_checkpoint(config.directory, done.step, parts.engine, state, tensors, config.engine.keep_checkpoints)
+
+
+def check_pool(checkpoint: Path, pool: str) -> None:
+    """Refuse to resume on other data.
+
+    Args:
+        checkpoint: a checkpoint's folder.
+        pool: the fingerprint of the pool.
+
+    Raises:
+        EngineError: if the checkpoint is damaged.
+        DataError: if the run has trained on another pool.
+    """
+    if read_checkpoint_state(checkpoint).get("pool") != pool:
+        raise DataError(
+            "the shards have changed since the run was started: a resumed run would mix two pools",
+            remedy="restore the shards, or start a new run",
+            field="data.shards",
+        )
 
 
 def restore(folder: Path, parts: Parts) -> Progress:

@@ -26,7 +26,7 @@ from aced_sdk.config import DistillConfig, Frozen, Independent, Joint, StaticFil
 from aced_sdk.curation import DrawStatistics, static_filter
 from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
 from aced_sdk.data.source import Rows
-from aced_sdk.engine import Callback, build_engine, checkpoints, pick_device, read_launch, step_of, thread_limit
+from aced_sdk.engine import Callback, build_engine, pick_device, read_launch, step_of, thread_limit
 from aced_sdk.engine.events import RunEnded, RunStarted, Warned
 from aced_sdk.errors import CacheError, ConfigError, DataError, UnsupportedError
 from aced_sdk.files import one_line
@@ -34,6 +34,7 @@ from aced_sdk.objectives import build_objective
 from aced_sdk.towers import DualEncoder, build, check_size, load, save
 from aced_sdk.training.loop import train
 from aced_sdk.training.parts import Parts, Trainee
+from aced_sdk.training.progress import check_pool
 from aced_sdk.training.step import can_accumulate
 
 CONFIG = "config.yaml"
@@ -101,6 +102,8 @@ def _start(
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     pool = Pool(config.data.shards)
+    if resume_from is not None:
+        check_pool(resume_from, pool.fingerprint)
     encoder = build(config.student, config.seed)
     # What a config can get wrong is told before hours of caching.
     objective = build_objective(config.objective)
@@ -136,6 +139,7 @@ def _start(
         teachers=teachers,
         objective=objective,
         statistics=DrawStatistics(len(pool)),
+        pool=pool.fingerprint,
         bad=None if bad is None else torch.from_numpy(bad),
         keys=lambda rows: [one_line(pool.samples[int(row)].key) for row in rows],
         generator=generator,
@@ -229,9 +233,3 @@ def _drawable(config: DistillConfig, rows: Rows, reference: EmbeddingCache | Non
             else "curation.sub_batch",
         )
     return rows
-
-
-def last_step(directory: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None before the first."""
-    found = checkpoints(directory)
-    return found[-1] if found else None

@@ -274,15 +274,65 @@ def test_resume_after_a_break_before_the_first_checkpoint_starts_anew(world: Pat
     assert aced.resume(tmp_path / "run").step == 6
 
 
-def test_a_torn_checkpoint_is_told_and_an_older_one_serves(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "loop.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flipped bit", "cut off", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(
+    world: Path, tmp_path: Path, whole: dict[str, Tensor], file: str, damage: str
+) -> None:
     aced.distill(config(world, tmp_path / "run"))
-    newest = checkpoints(tmp_path / "run")[-1]
-    (newest / "weights.safetensors").write_bytes(b"torn")
-    with pytest.raises(EngineError, match="cannot be read") as caught:
+    path = checkpoints(tmp_path / "run")[-1] / file
+    content = bytearray(path.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    if (file, damage) == ("state.json", "missing"):  # an incomplete one does not count
+        run = aced.resume(tmp_path / "run")
+    else:
+        with pytest.warns(UserWarning, match=r"step-00000006 cannot be read: .*; resuming from step-00000004"):
+            run = aced.resume(tmp_path / "run")
+    assert run.step == 6
+    for name, tensor in run.student.model.state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights of an uninterrupted run."""
+    run = aced.distill(config(world, tmp_path_factory.mktemp("whole") / "run"))
+    return run.student.model.state_dict()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_resumed(world: Path, tmp_path: Path) -> None:
+    aced.distill(config(world, tmp_path / "run"))
+    for checkpoint in checkpoints(tmp_path / "run"):
+        (checkpoint / "loop.safetensors").write_bytes(b"torn")
+    with pytest.raises(EngineError, match="step-00000006 cannot be read"):
         aced.resume(tmp_path / "run")
-    assert "older checkpoint" in caught.value.remedy
-    (newest / "state.json").unlink()  # an incomplete one does not count
-    assert aced.resume(tmp_path / "run").step == 6
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("change", ["captions", "shards swapped", "shard missing"])
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path, change: str, prepared: bool) -> None:
+    pool = write_pool(tmp_path / "pool", pairs=64)
+    aced.distill(iid(tmp_path / "run", pool, prepared=tmp_path / "prepared" if prepared else None))
+    first, second, *_ = sorted(pool.glob("*.tar"))
+    if change == "captions":
+        text = first.read_bytes()
+        assert b"red" in text
+        first.write_bytes(text.replace(b"red", b"rad"))
+    elif change == "shards swapped":
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    else:
+        second.unlink()
+    with pytest.raises(DataError, match="the shards have changed") as caught:
+        aced.resume(tmp_path / "run")
+    assert caught.value.field == "data.shards"
 
 
 def test_a_cache_of_another_model_is_refused(world: Path, tmp_path: Path) -> None:
