@@ -19,6 +19,8 @@ from vlm.towers import VisionTower, open_tower
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+_MAX_NEW_ROWS = 4096  # of embeddings, between those of the language model and the image token's
+
 
 def build(
     vision: str | Path | DualEncoder,
@@ -100,7 +102,7 @@ def _add_image_token(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Make `<image>` one token, with a row in the embedding that no prediction can prefer.
 
     Raises:
-        ModelError: if the tokenizer cannot hold such a token.
+        ModelError: if the tokenizer cannot hold such a token, or numbers it far beyond the language model's tokens.
     """
     new = tokenizer.add_tokens([IMAGE], special_tokens=True)
     index = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -114,8 +116,14 @@ def _add_image_token(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             remedy=f"add '{IMAGE}' to its vocabulary as a special token, or take a tokenizer of the tokenizers library",
             field="language",
         )
-    index = int(index)
-    if added := index >= lm.get_input_embeddings().weight.shape[0]:
+    index, rows = int(index), lm.get_input_embeddings().weight.shape[0]
+    if index > rows + _MAX_NEW_ROWS:
+        raise ModelError(
+            f"the tokenizer numbers '{IMAGE}' {index}, and the language model has embeddings of {rows} tokens",
+            remedy="take the tokenizer that belongs to the language model",
+            field="language",
+        )
+    if added := index >= rows:
         lm.resize_token_embeddings(index + 1, mean_resizing=False)
     if new or added:
         with torch.no_grad():
