@@ -82,10 +82,8 @@ def card(base: Any, name: str, merged: bool, scores: Scores | None, license: str
         language=_cell(text.model_type),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        license=_cell(
-            license or "not stated; those of the vision tower and of the language model hold in any case"
-        ),
-        opening=(_MERGED if merged else _APART).format(name=json.dumps(name)),
+        license=_cell(license or "not stated; those of the vision tower and of the language model hold in any case"),
+        opening=(_MERGED if merged else _APART).format(name=json.dumps(name).replace("`", "\\u0060")),
         scores=_table(scores) if scores else "None were given.",
     )
 

@@ -32,7 +32,7 @@ def check_gguf(path: Path) -> None:
     with open_regular(path) as stream:
         try:
             _walk(_Header(stream))
-        except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
+        except (struct.error, KeyError, ValueError) as error:
             cause = error.cause if isinstance(error, ReadError) else f"its header is broken: {printable(error)}"
             raise ReadError(f"{printable(path.name)}: {cause}", remedy="fetch the file again") from None
 
@@ -54,7 +54,11 @@ class _Header:
         return found
 
     def text(self, most: int) -> str:
-        return self.stream.read(self.count(most, "bytes in a text")).decode("utf-8", "replace")
+        length = self.count(most, "bytes in a text")
+        content = self.stream.read(length)
+        if len(content) < length:
+            raise ReadError("a text in its header is cut off", remedy="")
+        return content.decode("utf-8", "replace")
 
     def value(self, kind: int, name: str) -> None:
         """Pass a value, and check whole numbers."""

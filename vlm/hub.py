@@ -49,7 +49,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
         The repository's address.
 
     Raises:
-        ModelError: if the folder holds no model, or a link that leads out of it; if the hub cannot be reached or refuses.
+        ModelError: if the folder holds no model, or a link that leads out of it; if the hub cannot be reached or
+            refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError

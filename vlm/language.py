@@ -29,9 +29,8 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
         MissingPackageError: if a GGUF file is given and `gguf` or `accelerate` is not installed.
         UnsupportedError: if it is a model of pictures and text.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = expand(language)
     with library_errors(
@@ -110,15 +109,19 @@ def converted(gguf: Path) -> Path:
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+        "local_files_only": True,
+    }
     with library_errors(
         f"transformers cannot read {gguf.name}", remedy="take a GGUF of an architecture it knows", field="language"
     ):
         check_gguf(gguf)
         try:
             with bounded(gguf.stat().st_size):
-                quantised = AutoModelForCausalLM.from_pretrained(**where, local_files_only=True, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True, trust_remote_code=False)
+                quantised = AutoModelForCausalLM.from_pretrained(**where, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         except ImportError as error:
             raise MissingPackageError(
                 f"a GGUF file needs packages that are not installed: {error}",

@@ -79,7 +79,7 @@ def check_shapes(image_processor: Any, images: Sequence[Image.Image]) -> None:
     for image in images:
         if edge**2 * max(image.size) // min(image.size) > _MAX_RESIZED:
             raise DataError(
-                f"a picture of {image.width} x {image.height} is too long and thin: its short side is resized to {edge}",
+                f"a picture of {image.width} x {image.height} is too long and thin to be resized to {edge}",
                 remedy="crop or remove it",
             )
 

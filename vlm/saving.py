@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from aced_sdk.errors import ModelError
-from aced_sdk.files import check_digests, check_links, expand, file_digests, read_json, whole_folder, write_json
+from aced_sdk.files import (
+    check_digests,
+    check_links,
+    expand,
+    file_digests,
+    printable,
+    read_json,
+    whole_folder,
+    write_json,
+)
 from vlm.adapters import base_of, has_adapter, load_adapter
 from vlm.card import card
 from vlm.pictures import check_fit
@@ -122,13 +131,16 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = expand(directory)
-    apart = (folder / _ADAPTER).is_dir()
-    held = folder / _BASE if apart else folder
+    folder = Path(directory)
     with library_errors(
-        f"{folder} holds no model that is whole", remedy="name a folder that vlm.save wrote", field="directory"
+        f"{printable(folder)} holds no model that is whole",
+        remedy="name a folder that vlm.save wrote",
+        field="directory",
     ):
+        folder = expand(directory)
         _check_saved(folder)
+        apart = (folder / _ADAPTER).is_dir()
+        held = folder / _BASE if apart else folder
         check_vision_language(check_folder(held, pictures=True, tokens=True), held)
         with bounded(weight_bytes(held)):
             model, found = AutoModelForImageTextToText.from_pretrained(

@@ -25,6 +25,7 @@ from vlm.chat import OWN_TEMPLATES
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
+_SECONDS = 3.0  # of processor time for one conversation
 _LONGEST = 2**24  # bytes of a rendered conversation
 # Gives transformers a conversation that is rendered already, in pieces with and without {% generation %} around them.
 _PIECES = (
@@ -86,6 +87,10 @@ class _Worker:
     """The process, started by the first conversation, and again after one that it did not survive."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the process; a fork of this one starts its own."""
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -109,8 +114,9 @@ class _Worker:
     def _start(self) -> Connection:
         self._pipe, theirs = Pipe()
         with theirs:
+            script = str(Path(__file__).with_name("template_worker.py"))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py")), str(theirs.fileno())],
+                [sys.executable, "-P", script, str(theirs.fileno()), str(_SECONDS)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -131,4 +137,4 @@ class _Worker:
 
 _worker = _Worker()
 atexit.register(_worker.stop)
-os.register_at_fork(after_in_child=_worker.__init__)  # type: ignore[misc]  a forked process starts its own
+os.register_at_fork(after_in_child=_worker.reset)

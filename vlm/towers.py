@@ -13,7 +13,7 @@ from PIL import Image
 
 from aced_sdk import towers
 from aced_sdk.errors import ModelError, UnsupportedError
-from aced_sdk.files import expand
+from aced_sdk.files import expand, printable
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.huggingface import (
     clip_image_processor,
@@ -22,7 +22,6 @@ from aced_sdk.towers.huggingface import (
     is_siglip_vit,
     siglip_vision_model,
 )
-
 from vlm.hub import downloaded
 from vlm.trust import bounded, check_folder, library_errors, weight_bytes
 
@@ -101,15 +100,23 @@ def open_tower(vision: str | Path | DualEncoder) -> VisionTower:
     if isinstance(vision, DualEncoder):
         tower = _from_student(vision)
     else:
-        name = str(vision)
-        folder = expand(name)
-        ours = ":" in name or (folder / "open_clip_config.json").is_file()
-        if not ours and ((folder / "config.json").is_file() or _is_hub_name(name)):
-            tower = _from_transformers(str(folder) if folder.is_dir() else name)
-        else:
-            tower = _from_student(towers.load(name if ":" in name else folder))
+        with library_errors(
+            f"the encoder '{printable(vision)}' cannot be loaded",
+            remedy="name a folder with config.json, safetensors and preprocessor_config.json, a student's folder, "
+            "or a hub name that can be reached",
+            field="vision",
+        ):
+            tower = _named(str(vision))
     _check_tokens(tower)
     return tower
+
+
+def _named(name: str) -> VisionTower:
+    folder = expand(name)
+    ours = ":" in name or (folder / "open_clip_config.json").is_file()
+    if not ours and ((folder / "config.json").is_file() or _is_hub_name(name)):
+        return _from_transformers(folder if folder.is_dir() else downloaded(name))
+    return _from_student(towers.load(name if ":" in name else folder))
 
 
 def _is_hub_name(name: str) -> bool:
@@ -182,41 +189,34 @@ def _refused(what: str) -> UnsupportedError:
 # -- transformers' own towers -----------------------------------------------------------------------------------------
 
 
-def _from_transformers(name: str) -> VisionTower:
+def _from_transformers(folder: Path) -> VisionTower:
     from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor
 
-    with library_errors(
-        f"the encoder '{name}' cannot be loaded",
-        remedy="name a folder with config.json, safetensors and preprocessor_config.json, a student's folder, "
-        "or a hub name that can be reached",
-        field="vision",
-    ):
-        folder = Path(name) if Path(name).is_dir() else downloaded(name)
-        check_folder(folder, pictures=True)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config = getattr(config, "vision_config", config)
-        if config.model_type not in _PREFIX:
-            raise _naflex() if config.model_type == "siglip2_vision_model" else _refused(f"a '{config.model_type}'")
-        with bounded(weight_bytes(folder)):
-            model, found = MODEL_MAPPING[type(config)].from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        stride, size = int(model.config.patch_size), _size(image_processor)
+    check_folder(folder, pictures=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in _PREFIX:
+        raise _naflex() if config.model_type == "siglip2_vision_model" else _refused(f"a '{config.model_type}'")
+    with bounded(weight_bytes(folder)):
+        model, found = MODEL_MAPPING[type(config)].from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # the pooling heads are no part of what a projector reads
     lost = sorted(key for key in found["missing_keys"] if not key.startswith(("head.", "pooler.")))
     if lost:
         raise ModelError(
-            f"'{name}' lacks {len(lost)} of the tower's tensors, {lost[0]} first",
+            f"'{folder}' lacks {len(lost)} of the tower's tensors, {lost[0]} first",
             remedy="save the encoder again with save_pretrained",
             field="vision",
         )
     model.config._name_or_path = ""  # a path of this machine has no place in what is saved
+    stride, size = int(model.config.patch_size), _size(image_processor)
     return VisionTower(model.eval(), image_processor, stride, size, _PREFIX[config.model_type])
 
 

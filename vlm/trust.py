@@ -261,7 +261,7 @@ def _check(value: Any, key: str, folder: Path, where: str = "") -> None:
             _check_growth(value, where)
             value = {name: part for name, part in value.items() if name not in ("model", "added_tokens")}
         for name, part in value.items():
-            _check(part, name, folder, where)
+            _check(part, key if key.endswith("implementation") else name, folder, where)
     elif isinstance(value, list):
         for part in value:
             _check(part, key, folder, where)

@@ -240,7 +240,9 @@ def _claim(folder: Path, mine: dict[str, object]) -> None:
         other = dict(read_json(target))
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"{target} cannot be read: {printable(error)}", remedy="restore it, or name another directory", field="directory"
+            f"{target} cannot be read: {printable(error)}",
+            remedy="restore it, or name another directory",
+            field="directory",
         ) from None
     if different := [key for key in mine if other.get(key) != mine[key]]:
         raise ConfigError(

@@ -16,6 +16,7 @@ from vlm.generating import CAPTION_PROMPT
 _MAX_WORDS = 2**24  # bytes of a KEY.json or KEY.txt
 _MAX_PICTURE = 2**28
 
+
 def load_webdataset(
     shards: Sequence[str | Path],
     folder: str | Path,
