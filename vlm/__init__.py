@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from vlm.generating import caption as caption
     from vlm.generating import stream_answer as stream_answer
     from vlm.gguf import save_gguf as save_gguf
+    from vlm.hub import push_to_hub as push_to_hub
     from vlm.metrics import caption_scores as caption_scores
     from vlm.probing import LitDecoder as LitDecoder
     from vlm.probing import lit_decoder as lit_decoder
     from vlm.ranking import Ranking as Ranking
     from vlm.ranking import rank_encoders as rank_encoders
     from vlm.saving import load as load
-    from vlm.saving import push_to_hub as push_to_hub
     from vlm.saving import save as save
     from vlm.scoring import Scores as Scores
     from vlm.scoring import evaluate as evaluate
@@ -60,7 +60,7 @@ _HOME = {
     "load_messages": "data",
     "load_vqav2": "coco",
     "load_webdataset": "webdataset",
-    "push_to_hub": "saving",
+    "push_to_hub": "hub",
     "rank_encoders": "ranking",
     "save": "saving",
     "save_gguf": "gguf",

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aced_sdk.errors import EngineError, MissingPackageError, UnsupportedError
-from aced_sdk.files import tensor_digest
+from aced_sdk.files import ReadError, printable, read_json, tensor_digest
 from vlm.config import Adapt, Align, Lora
 from vlm.projectors import model_kinds
 
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 PROJECTOR = "multi_modal_projector"
 _PARTS = {"projector": f"{PROJECTOR}.", "adapter": "lora_", "vision tower": "vision_tower.", "language model": ""}
+
+_WEIGHTS = "adapter_model.safetensors"
+# What an adapter of `save` may choose; peft's other options import modules, load files or repeat layers by name.
+_CHOICES = {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "inference_mode"}
+_TARGETS = re.compile(r"\.\*language_model\.\*\\\.\([a-z|]+\)_proj")  # of `Lora.target_modules`
+_UNUSED = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -46,6 +53,43 @@ def base_of(model: Any) -> PreTrainedModel:
 def has_adapter(model: nn.Module) -> bool:
     """Whether LoRA layers have been put into the model."""
     return any(".lora_A." in name for name, _ in model.named_parameters())
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, set[str]]:
+    """The model with the adapter of a folder, and the names of the tensors that its file lacks.
+
+    Raises:
+        ReadError: if it is not a LoRA adapter of the form that `vlm.save` writes.
+        Exception: of peft, if config or weights are broken.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    held = _check_adapter(folder)
+    adapted: Any = PeftModel.from_pretrained(model, str(folder), trust_remote_code=False, use_safetensors=True)
+    return adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - held
+
+
+def _check_adapter(folder: Path) -> set[str]:
+    """The names of an adapter's tensors, after a check of its config."""
+    from peft import LoraConfig
+
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise ReadError(f"{printable(folder / 'adapter_config.json')} holds no JSON object", remedy="save it again")
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        held = set(file.keys())
+        ranks = {file.get_slice(name).get_shape()[0] for name in held if ".lora_A." in name}
+    targets = config.pop("target_modules", None)
+    if not isinstance(targets, str) or not _TARGETS.fullmatch(targets):
+        raise ReadError(f"the adapter's target_modules are {printable(repr(targets))}", remedy="save it again")
+    plain = LoraConfig().to_dict() | {"peft_type": "LORA", "modules_to_save": [PROJECTOR], "r": config.get("r")}
+    for key, value in config.items():
+        chosen = key in _UNUSED or (key in _CHOICES and isinstance(value, int | float))
+        if not chosen and value not in (plain.get(key), None, False, {}, []):
+            raise ReadError(f"the adapter's {printable(key)} is {printable(repr(value))}", remedy="save it again")
+    if ranks != {config.get("r")}:
+        raise ReadError(f"the adapter's weights have the ranks {sorted(ranks)}, not r", remedy="save it again")
+    return held
 
 
 def prepare(model: PreTrainedModel, stage: Align | Adapt, seed: int) -> PreTrainedModel | PeftModel:

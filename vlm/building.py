@@ -15,9 +15,12 @@ from vlm.config import Projector
 from vlm.language import load_language
 from vlm.projectors import empty_model, new_projector
 from vlm.towers import VisionTower, open_tower
+from vlm.trust import library_errors
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+_MAX_NEW_ROWS = 4096  # of embeddings, between those of the language model and the image token's
 
 
 def build(
@@ -44,26 +47,31 @@ def build(
         The model, in evaluation mode, and the processor: one token a patch, the class token left out.
 
     Raises:
-        ModelError: if a folder cannot be loaded, or the tower has no such layer.
+        ModelError: if a folder cannot be loaded, its parts do not fit together, or the tower has no such layer.
         UnsupportedError: if no model of transformers holds the tower, the language model or both with this projector.
     """
     connector = projector or Projector()
     tower = open_tower(vision)
     _check_layer(tower, feature_layer)
     lm, tokenizer = load_language(language)
-    template, end = chat_template(tokenizer)
-    image_token = _add_image_token(lm, tokenizer)
-    lm.config._name_or_path = ""  # a path of this machine has no place in what is saved
-    model: Any = empty_model(tower, lm, connector, image_token, feature_layer)
-    if type(model.model.language_model) is not type(lm.base_model) or lm.get_output_embeddings().bias is not None:
-        raise _refused(lm, "its body or its head")
-    model.model.vision_tower = tower.model
-    model.model.language_model = lm.base_model
-    model.lm_head = lm.get_output_embeddings()
-    model.model.multi_modal_projector = new_projector(model, lm, connector, seed)
-    _check_logits(model.eval(), lm)
-    _end_answers_with(model, lm, tokenizer, end)
-    return model, _processor(tower, tokenizer, template, connector)
+    with library_errors(
+        f"no model can be built of the vision tower and the language model '{language}'",
+        remedy="take a Llama-, Qwen-, Gemma-, Mistral- or SmolLM-like model for text alone, as its authors saved it",
+        field="language",
+    ):
+        template, end = chat_template(tokenizer)
+        image_token = _add_image_token(lm, tokenizer)
+        lm.config._name_or_path = ""  # a path of this machine has no place in what is saved
+        model: Any = empty_model(tower, lm, connector, image_token, feature_layer)
+        if type(model.model.language_model) is not type(lm.base_model) or lm.get_output_embeddings().bias is not None:
+            raise _refused(lm, "its body or its head")
+        model.model.vision_tower = tower.model
+        model.model.language_model = lm.base_model
+        model.lm_head = lm.get_output_embeddings()
+        model.model.multi_modal_projector = new_projector(model, lm, connector, seed)
+        _check_logits(model.eval(), lm)
+        _end_answers_with(model, lm, tokenizer, end)
+        return model, _processor(tower, tokenizer, template, connector)
 
 
 def _check_layer(tower: VisionTower, feature_layer: int) -> None:
@@ -100,7 +108,7 @@ def _add_image_token(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Make `<image>` one token, with a row in the embedding that no prediction can prefer.
 
     Raises:
-        ModelError: if the tokenizer cannot hold such a token.
+        ModelError: if the tokenizer cannot hold such a token, or numbers it far beyond the language model's tokens.
     """
     new = tokenizer.add_tokens([IMAGE], special_tokens=True)
     index = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -114,8 +122,14 @@ def _add_image_token(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             remedy=f"add '{IMAGE}' to its vocabulary as a special token, or take a tokenizer of the tokenizers library",
             field="language",
         )
-    index = int(index)
-    if added := index >= lm.get_input_embeddings().weight.shape[0]:
+    index, rows = int(index), lm.get_input_embeddings().weight.shape[0]
+    if index > rows + _MAX_NEW_ROWS:
+        raise ModelError(
+            f"the tokenizer numbers '{IMAGE}' {index}, and the language model has embeddings of {rows} tokens",
+            remedy="take the tokenizer that belongs to the language model",
+            field="language",
+        )
+    if added := index >= rows:
         lm.resize_token_embeddings(index + 1, mean_resizing=False)
     if new or added:
         with torch.no_grad():

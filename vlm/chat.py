@@ -75,3 +75,6 @@ def _template(opening: str, end: str, after: str, assistant: str) -> str:
         "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- '{before}{assistant}{behind}' -}}}}{{%- endif -%}}"
     )
+
+
+OWN_TEMPLATES = frozenset({_PLAIN, *(_template(*turn) for turn in _TURNS.values())})

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from aced_sdk.files import printable
+
 _Model = Annotated[Path, typer.Argument(help="folder that vlm.save wrote, or any LLaVA folder of transformers")]
 _Images = Annotated[list[Path], typer.Argument(help="picture files")]
 _Length = Annotated[int, typer.Option(min=1, help="longest text, tokens")]
@@ -34,7 +36,7 @@ def caption(
     for path, text in zip(
         images, vlm.caption(loaded, processor, images, prompt or CAPTION_PROMPT, max_new_tokens), strict=True
     ):
-        typer.echo(json.dumps({"image": str(path), "caption": text}, ensure_ascii=False))
+        typer.echo(_line({"image": str(path), "caption": text}))
 
 
 def answer(
@@ -51,10 +53,16 @@ def answer(
     if stream:
         for path in images:
             for piece in vlm.stream_answer(loaded, processor, path, question, max_new_tokens):
-                typer.echo(piece, nl=False)
+                typer.echo(printable(piece, len(piece)), nl=False)
             typer.echo()
         return
     for path, text in zip(
         images, vlm.answer(loaded, processor, images, [question] * len(images), max_new_tokens), strict=True
     ):
-        typer.echo(json.dumps({"image": str(path), "question": question, "answer": text}, ensure_ascii=False))
+        typer.echo(_line({"image": str(path), "question": question, "answer": text}))
+
+
+def _line(value: dict[str, str]) -> str:
+    """JSON without control characters, which a terminal would obey."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aced_sdk.errors import DataError
+from aced_sdk.files import printable
 from vlm.data import Sample, Samples, read_json, readable
 from vlm.generating import CAPTION_PROMPT
 
@@ -23,7 +25,8 @@ def load_coco_captions(
 ) -> Samples:
     """Read `captions_*.json`: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
 
-    A picture without a caption is left out and told in `Samples.skipped`.
+    A picture without a caption is left out and named in `Samples.skipped`. A picture outside of `image_root`, through a
+    link too, counts as unreadable.
 
     Args:
         annotations: the file.
@@ -57,7 +60,7 @@ def load_coco_captions(
         for number, group in enumerate(groups):
             key = f"{identity}-{number}" if each_caption else str(identity)
             samples.append(Sample(key, ((prompt, group[0]),), (images[identity],), "caption", tuple(group)))
-    read = readable(samples, max_bad_fraction)
+    read = readable(samples, max_bad_fraction, Path(image_root))
     bare = tuple(f"picture {identity} has no caption" for identity in images if identity not in captions)
     return Samples(read.samples, read.skipped + bare)
 
@@ -86,9 +89,14 @@ def load_vqav2(
             for one question, or too many bad pictures.
     """
     asked, answered = read_json(questions, "questions"), read_json(annotations, "annotations")
-    name = (
-        image_name or f"COCO_{asked.get('data_subtype', '') if isinstance(asked, dict) else ''}_{{image_id:012d}}.jpg"
-    )
+    subtype = str(asked.get("data_subtype", "") if isinstance(asked, dict) else "")
+    if not image_name and not re.fullmatch(r"[\w-]*", subtype):  # it becomes part of a format string
+        raise DataError(
+            f"the data_subtype of {questions} is {printable(repr(subtype))}",
+            remedy="correct the file, or give image_name",
+            field="questions",
+        )
+    name = image_name or f"COCO_{subtype}_{{image_id:012d}}.jpg"
     fields = ("question_id", "image_id", "answer_type", "multiple_choice_answer", "answers")
     answering = _records(answered, "annotations", fields, annotations)
     replies = {entry["question_id"]: entry for entry in answering}
@@ -126,7 +134,7 @@ def load_vqav2(
             ) from error
         turn = (str(entry["question"]), str(reply["multiple_choice_answer"]))
         samples.append(Sample(str(key), (turn,), (path,), str(reply["answer_type"]), people))
-    return readable(samples, max_bad_fraction)
+    return readable(samples, max_bad_fraction, Path(image_root))
 
 
 def _records(content: Any, part: str, fields: tuple[str, ...], path: str | Path) -> list[Mapping[str, Any]]:
@@ -145,7 +153,8 @@ def _records(content: Any, part: str, fields: tuple[str, ...], path: str | Path)
             )
         for name in fields:
             kinds = str | int if name.endswith("_id") or name == "id" else str
-            if name != "answers" and not isinstance(entry[name], kinds):
+            odd = name.endswith("id") and not str(entry[name]).isprintable()  # it is part of messages
+            if name != "answers" and (odd or not isinstance(entry[name], kinds)):
                 raise DataError(
                     f"number {index} of '{part}' in {path} has {entry[name]!r:.60} for its {name}",
                     remedy="correct the entry",

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aced_sdk import files
 from aced_sdk.errors import DataError, UnsupportedError
+from aced_sdk.files import ReadError, inside, printable
 from vlm.chat import IMAGE
 from vlm.pictures import Picture, open_picture
 
+_MAX_JSON = 4 * 2**30  # LLaVA's JSON of pre-training has several hundred MB
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -102,10 +104,11 @@ class Samples(Sequence[Sample]):
 def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: float = 0.02) -> Samples:
     """Read LLaVA's JSON: `[{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}]`.
 
-    `image` may be a list; `kind` and `answers` (a list of right answers) are read where they stand beside it.
+    `image` may be a list; `kind` and `answers` (a list of right answers) are read where they stand beside it. A picture
+    outside of `image_root`, through a link too, counts as unreadable.
 
     Args:
-        json_path: the file.
+        json_path: a file of at most 4 GiB.
         image_root: folder that `image` is relative to.
         max_bad_fraction: share of conversations with an unreadable picture above which nothing is returned.
 
@@ -117,7 +120,7 @@ def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: 
         raise DataError(f"{json_path} holds no list of conversations", remedy="write LLaVA's JSON", field="json_path")
     root = Path(image_root)
     samples = [from_llava(entry, index, root) for index, entry in enumerate(entries)]
-    return readable(samples, max_bad_fraction)
+    return readable(samples, max_bad_fraction, root)
 
 
 def load_messages(rows: Iterable[Mapping[str, Any]], max_bad_fraction: float = 0.02) -> Samples:
@@ -166,7 +169,7 @@ def from_llava(entry: Any, index: int | str, root: Path) -> Sample:
 
 def _key(entry: Any, index: int | str) -> str:
     found = entry.get("id") if isinstance(entry, Mapping) else None
-    return str(index if found is None else found)
+    return printable(index if found is None else found)
 
 
 def _words(value: Any) -> str:
@@ -223,13 +226,18 @@ def read_json(path: str | Path, field: str) -> Any:
         DataError: if it cannot be read; `field` is the argument that named it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}", remedy="name a JSON file", field=field) from error
+        return files.read_json(path, _MAX_JSON)
+    except ReadError as error:
+        raise DataError(f"{path} cannot be read: {error.cause}", remedy="name a JSON file", field=field) from error
 
 
-def readable(samples: Sequence[Sample], max_bad_fraction: float) -> Samples:
+def readable(samples: Sequence[Sample], max_bad_fraction: float, root: Path | None = None) -> Samples:
     """The samples whose pictures can be read; the others are counted.
+
+    Args:
+        samples: conversations.
+        max_bad_fraction: share of them above which nothing is returned.
+        root: pictures that are files must be in this folder; None: anywhere.
 
     Raises:
         DataError: if more than `max_bad_fraction` of them cannot be read, or nothing is left.
@@ -240,7 +248,7 @@ def readable(samples: Sequence[Sample], max_bad_fraction: float) -> Samples:
         paths = [image for image in sample.images if isinstance(image, str | Path)]
         for path in paths:
             if str(path) not in verdicts:
-                verdicts[str(path)] = _complaint(path)
+                verdicts[str(path)] = _complaint(path, root)
         complaints = [verdicts[str(path)] for path in paths if verdicts[str(path)]]
         if complaints:
             skipped.append(f"conversation '{sample.key}': {complaints[0]}")
@@ -256,9 +264,11 @@ def readable(samples: Sequence[Sample], max_bad_fraction: float) -> Samples:
     return Samples(tuple(kept), tuple(skipped))
 
 
-def _complaint(path: str | Path) -> str:
+def _complaint(path: str | Path, root: Path | None) -> str:
     try:
+        if root is not None:
+            inside(root, Path(path).relative_to(root) if Path(path).is_relative_to(root) else path)
         open_picture(path)
-    except DataError as error:
+    except (DataError, ReadError) as error:
         return error.cause
     return ""

@@ -11,13 +11,13 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from aced_sdk.errors import ConfigError, DataError
 from vlm.adapters import base_of
 from vlm.chat import IMAGE
-from vlm.pictures import Picture, check_fit, open_picture, unfit
+from vlm.pictures import Picture, check_fit, check_shapes, fitting, open_picture
+from vlm.templates import prompt_text
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, LlavaProcessor
@@ -143,12 +143,10 @@ def _prompt(processor: LlavaProcessor, question: str, images: int) -> str:
         )
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     turn = [{"role": "user", "content": content}]
-    try:
-        prompt = str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise unfit(error) from error
-    if prompt.count(processor.image_token) != images:
-        raise unfit(ValueError(f"its chat template does not write {images} pictures"))
+    with fitting():
+        prompt = prompt_text(processor, turn)
+        if prompt.count(processor.image_token) != images:
+            raise ValueError(f"its chat template does not write {images} pictures")
     return prompt
 
 
@@ -184,8 +182,8 @@ def stream_answer(
     return _stream(base, processor, inputs, max_new_tokens)
 
 
-class _Stopped(Exception):
-    """Nobody reads the answer any more."""
+class _Stopped(BaseException):
+    """Nobody reads the answer any more. It is no error of the model."""
 
 
 class _Words:
@@ -252,17 +250,19 @@ def _inputs(processor: LlavaProcessor, prompts: list[str], pictures: list[tuple[
     """Token ids [N, L], padded on the left, and pixels [P, 3, H, W]; the same tokens that tuning reads."""
     images = [open_picture(source) for one in pictures for source in one]
     tokenizer = processor.tokenizer
-    # some chat templates write the beginning-of-text token themselves, and a second one would be new to the model
-    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    written = begins and prompts[0].startswith(tokenizer.bos_token)
-    return processor(
-        images=images or None,
-        text=prompts,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=begins and not written,
-        return_tensors="pt",
-    )
+    check_shapes(processor.image_processor, images)
+    with fitting():
+        # some chat templates write the beginning-of-text token themselves, and a second one would be new to the model
+        begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        written = begins and prompts[0].startswith(tokenizer.bos_token)
+        return processor(
+            images=images or None,
+            text=prompts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=begins and not written,
+            return_tensors="pt",
+        )
 
 
 def _check_room(model: Any, inputs: BatchFeature, prompts: list[str], max_new_tokens: int) -> None:
@@ -286,14 +286,13 @@ def _check_room(model: Any, inputs: BatchFeature, prompts: list[str], max_new_to
 @torch.inference_mode()
 def _generate(model: Any, inputs: BatchFeature, max_new_tokens: int, words: _Words | None = None) -> Tensor:
     """Token ids [N, L], the prompts' first."""
-    try:
+    with fitting(leave=RuntimeError):
         ids: Tensor = model.generate(
             **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=words
         )
-    except ValueError as error:
-        raise unfit(error) from error
     return ids
 
 
 def _text(processor: LlavaProcessor, ids: list[int]) -> str:
-    return str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    with fitting():
+        return str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from aced_sdk.errors import MissingPackageError, ModelError, UnsupportedError
-from aced_sdk.files import home, sha256, whole_folder, write_json
+from aced_sdk.files import ReadError, expand, home, inside, read_json, sha256, whole_folder, write_json
+from vlm.gguf_header import check_gguf
+from vlm.hub import downloaded
+from vlm.trust import bounded, check_folder, library_errors, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +19,7 @@ _FACTS = "aced_language.json"
 
 
 def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32 and its tokenizer.
+    """A causal language model in float32 and its tokenizer; no code of the folder runs.
 
     Args:
         language: a transformers folder, a hub name, a GGUF file, or a folder with one GGUF file somewhere inside.
@@ -30,25 +29,30 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
         MissingPackageError: if a GGUF file is given and `gguf` or `accelerate` is not installed.
         UnsupportedError: if it is a model of pictures and text.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(language).expanduser()
-    source = str(language)
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        source = str(converted(_gguf_file(path)))
-    elif path.is_dir():
-        source = str(path)
-    try:
-        import torch
-
-        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"the language model '{language}' cannot be loaded: {error}",
-            remedy="name a folder that save_pretrained wrote, a GGUF file, or a hub name that can be reached",
-            field="language",
-        ) from error
+    path = expand(language)
+    with library_errors(
+        f"the language model '{language}' cannot be loaded",
+        remedy="name a folder that save_pretrained wrote, with safetensors; a GGUF file; or a hub name that can be "
+        "reached",
+        field="language",
+    ):
+        if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+            path = converted(_gguf_file(path))
+        folder = path if path.is_dir() else downloaded(str(language))
+        check_folder(folder, tokens=True)
+        with bounded(weight_bytes(folder)):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if lost := sorted(found["missing_keys"]):
         raise ModelError(
             f"the language model '{language}' lacks {len(lost)} of its tensors, {lost[0]} first",
@@ -86,6 +90,8 @@ def _gguf_file(path: Path) -> Path:
             remedy="name a folder with config.json, or one GGUF file",
             field="language",
         )
+    if path.is_dir():
+        inside(path, found[0].relative_to(path))
     return found[0]
 
 
@@ -99,26 +105,29 @@ def converted(gguf: Path) -> Path:
     digest = sha256(gguf)
     target = home() / "models" / f"{gguf.stem}-{digest[:12]}"
     facts = {"format": 1, "gguf": gguf.name, "sha256": digest}
-    if (target / _FACTS).is_file() and json.loads((target / _FACTS).read_text(encoding="utf-8")) == facts:
+    if _kept(target) == facts:
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    try:
-        quantised = AutoModelForCausalLM.from_pretrained(**where)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"a GGUF file needs packages that are not installed: {error}",
-            remedy="pip install 'aced-sdk[vlm]'",
-            field="language",
-        ) from error
-    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        raise ModelError(
-            f"transformers cannot read {gguf.name}: {error}",
-            remedy="take a GGUF of an architecture it knows",
-            field="language",
-        ) from error
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+        "local_files_only": True,
+    }
+    with library_errors(
+        f"transformers cannot read {gguf.name}", remedy="take a GGUF of an architecture it knows", field="language"
+    ):
+        check_gguf(gguf)
+        try:
+            with bounded(gguf.stat().st_size):
+                quantised = AutoModelForCausalLM.from_pretrained(**where, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        except ImportError as error:
+            raise MissingPackageError(
+                f"a GGUF file needs packages that are not installed: {error}",
+                remedy="pip install 'aced-sdk[vlm]'",
+                field="language",
+            ) from error
     # save_pretrained refuses weights that were dequantised, so they move to a model that never was quantised
     del quantised.config.quantization_config
     fresh = type(quantised)(quantised.config)
@@ -128,3 +137,11 @@ def converted(gguf: Path) -> Path:
         tokenizer.save_pretrained(folder)
         write_json(folder / _FACTS, facts)
     return target
+
+
+def _kept(folder: Path) -> Any:
+    """What was noted of an earlier conversion; None if there is none, or it cannot be read."""
+    try:
+        return read_json(folder / _FACTS)
+    except ReadError:
+        return None

@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from aced_sdk.errors import DataError, ModelError
+from aced_sdk.files import printable
+from aced_sdk.processing import plain
+from vlm.trust import library_errors
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel
 
 Picture = str | Path | Image.Image
+_MAX_ASPECT = 10_000  # long side over short side
+_MAX_RESIZED = 100_000_000  # pixels
 
 
 def open_picture(source: Picture) -> Image.Image:
@@ -25,30 +31,57 @@ def open_picture(source: Picture) -> Image.Image:
     Of an animation it is the first frame. EXIF orientation is not applied, as in distillation.
 
     Raises:
-        DataError: if the file is missing, torn or no picture, or its samples have more than 8 bits.
+        DataError: if the file is missing, torn, no picture or in a format that is not read, has too many pixels, or its
+            samples have more than 8 bits.
     """
     if not isinstance(source, Picture):
         raise DataError(
             f"a picture is given as {type(source).__name__}", remedy="give the path of a file, or a PIL picture"
         )
     try:
-        image = Image.open(source) if isinstance(source, str | Path) else source
-        image.load()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"the picture {source} cannot be read: {error}", remedy="replace or remove the file") from error
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = plain.open_picture(source, max_aspect=_MAX_ASPECT)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            raise DataError(
+                f"the picture {printable(source)} has samples of more than 8 bits (PIL's mode {image.mode}), and as "
+                "RGB they would be cut off at 255",
+                remedy="scale it to 8 bits first, by the range that matters in it",
+            )
+        image = plain.to_rgb(image)
+    except plain.PictureError as error:
         raise DataError(
-            f"the picture {source} has samples of more than 8 bits (PIL's mode {image.mode}), and as RGB they would "
-            "be cut off at 255",
-            remedy="scale it to 8 bits first, by the range that matters in it",
-        )
-    if image.mode in ("P", "LA", "PA"):
-        image = image.convert("RGBA")
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    image = image.convert("RGB")
+            f"the picture {printable(source)} cannot be read: {printable(error)}", remedy="replace or remove the file"
+        ) from error
     image.info.pop("transparency", None)  # a colour that PNG calls clear: the student sees it, transformers' would not
     return image
+
+
+def pixels_of(image_processor: Any, pictures: Sequence[Picture]) -> Tensor:
+    """Pictures as an image processor prepares them, [P, 3, H, W].
+
+    Raises:
+        DataError: if a picture cannot be read, or is so long and thin that resizing would take gigabytes.
+        ModelError: if the image processor fails.
+    """
+    images = [open_picture(picture) for picture in pictures]
+    check_shapes(image_processor, images)
+    with fitting():
+        pixels: Tensor = image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return pixels
+
+
+def check_shapes(image_processor: Any, images: Sequence[Image.Image]) -> None:
+    """Refuse pictures that an image processor, which resizes by the short side, would blow up.
+
+    Raises:
+        DataError: naming the shape.
+    """
+    edge = dict(image_processor.size or {}).get("shortest_edge") or 0
+    for image in images:
+        if edge**2 * max(image.size) // min(image.size) > _MAX_RESIZED:
+            raise DataError(
+                f"a picture of {image.width} x {image.height} is too long and thin to be resized to {edge}",
+                remedy="crop or remove it",
+            )
 
 
 def check_fit(model: PreTrainedModel, processor: Any) -> None:
@@ -65,12 +98,17 @@ def check_fit(model: PreTrainedModel, processor: Any) -> None:
         )
 
 
-def unfit(error: Exception) -> ModelError:
-    """The error for pixels or tokens that the model cannot take, made of its own."""
-    return ModelError(
-        f"what the processor prepares does not fit the model: {error}",
+def fitting(leave: type[Exception] | tuple[()] = ()) -> AbstractContextManager[None]:
+    """A block in which any error is over pixels or tokens that the model cannot take, but for those that are left.
+
+    Raises:
+        ModelError: made of the error.
+    """
+    return library_errors(
+        "what the processor prepares does not fit the model",
         remedy="pass the processor that vlm.build or vlm.load gave with this model",
         field="processor",
+        leave=leave,
     )
 
 
@@ -142,12 +180,9 @@ class Features:
 
     def _compute(self, numbers: Sequence[int]) -> list[Tensor]:
         weight = next(self._model.model.vision_tower.parameters())
-        images = [open_picture(self._pictures[number]) for number in numbers]
-        pixels = self._processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        try:
+        pixels = pixels_of(self._processor.image_processor, [self._pictures[number] for number in numbers])
+        with fitting(leave=RuntimeError):
             features = tower_features(self._model, pixels.to(weight.device, weight.dtype))
-        except ValueError as error:
-            raise unfit(error) from error
         if features.shape[1:] != feature_shape(self._model):
             raise ModelError(
                 f"the vision tower makes {features.shape[1]} tokens of a picture, and the model's config counts "

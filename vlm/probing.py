@@ -27,7 +27,7 @@ from aced_sdk.reporting import Progress
 from aced_sdk.towers import DualEncoder
 from vlm.data import Sample, check_samples
 from vlm.generating import check_numbers, check_positive
-from vlm.pictures import Picture, open_picture, same_picture
+from vlm.pictures import Picture, pixels_of, same_picture
 from vlm.towers import VisionTower, open_tower
 
 if TYPE_CHECKING:
@@ -250,11 +250,10 @@ def features(tower: VisionTower, pictures: Sequence[Picture]) -> Tensor:
     parts = []
     with Progress("frozen features", len(pictures), "pictures") as bar:
         for start in range(0, len(pictures), _AT_ONCE):
-            images = [open_picture(picture) for picture in pictures[start : start + _AT_ONCE]]
-            pixels = tower.image_processor(images=images, return_tensors="pt")["pixel_values"]
+            pixels = pixels_of(tower.image_processor, pictures[start : start + _AT_ONCE])
             hidden = tower.model(pixels).last_hidden_state
             parts.append((hidden.flatten(2).transpose(1, 2) if tower.convolutional else hidden).half())
-            bar.advance(len(images))
+            bar.advance(len(pixels))
     return torch.cat(parts)
 
 

@@ -18,18 +18,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from aced_sdk.errors import DataError
 from vlm.chat import IMAGE
 from vlm.data import Sample, check_samples
 from vlm.pictures import Picture, same_picture
+from vlm.templates import encoded
+from vlm.trust import library_errors
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
 IGNORED = -100
+_MAX_TEXT = 2**20  # characters of a conversation
 _TEMPLATE = (
     "put vlm.chat.chat_template(processor.tokenizer)[0] into processor.chat_template, or a template of your own that "
     "writes pictures and has {% generation %} marks around the assistant's words"
@@ -106,26 +108,13 @@ def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tupl
         DataError: if nothing can be learned from it, or the chat template does not write its pictures.
     """
     _check_words(sample)
-    try:
-        out = processor.tokenizer.apply_chat_template(
-            messages(sample),
-            chat_template=processor.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"conversation '{sample.key}' cannot be written by the processor's chat template: {error}",
-            remedy=_TEMPLATE,
-            field="processor",
-        ) from error
-    ids = _lead(processor, out["input_ids"])
-    learned = [0] * len(ids)
-    for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True):
-        count = image_tokens if token == processor.image_token_id else 1
-        ids += [token] * count
-        learned += [mark] * count
+    with library_errors(
+        f"conversation '{sample.key}' cannot be written by the processor's chat template",
+        remedy=_TEMPLATE,
+        field="processor",
+        kind=DataError,
+    ):
+        out = encoded(processor, messages(sample))
     if out["input_ids"].count(processor.image_token_id) != len(sample.images):
         raise DataError(
             f"conversation '{sample.key}' has {len(sample.images)} pictures, and the processor's chat template writes "
@@ -133,6 +122,12 @@ def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tupl
             remedy=_TEMPLATE,
             field="processor",
         )
+    ids = _lead(processor, out["input_ids"])
+    learned = [0] * len(ids)
+    for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True):
+        count = image_tokens if token == processor.image_token_id else 1
+        ids += [token] * count
+        learned += [mark] * count
     if not any(learned):
         raise DataError(
             f"nothing can be learned from conversation '{sample.key}': the processor's chat template marks none of the "
@@ -158,6 +153,10 @@ def _check_words(sample: Sample) -> None:
         raise DataError(
             f"conversation '{sample.key}' has an {IMAGE} marker in its words",
             remedy="leave it out: Sample.images stand before the first question by themselves",
+        )
+    if sum(map(len, texts)) > _MAX_TEXT:
+        raise DataError(
+            f"conversation '{sample.key}' has more than {_MAX_TEXT:,} characters", remedy="shorten or remove it"
         )
     if not sample.turns or not all(answer.strip() for _, answer in sample.turns):
         raise DataError(
@@ -192,13 +191,13 @@ def make_rows(
             if same_picture(image) not in numbers:
                 numbers[same_picture(image)] = len(pictures)
                 pictures.append(image)
-        encoded = encode(sample, processor, image_tokens)
-        if len(encoded[0]) > limit:
+        row = encode(sample, processor, image_tokens)
+        if len(row[0]) > limit:
             raise DataError(
-                f"conversation '{sample.key}' has {len(encoded[0])} tokens, the language model reads {limit}",
+                f"conversation '{sample.key}' has {len(row[0])} tokens, the language model reads {limit}",
                 remedy="shorten or remove it; it is never cut, since that could cut a picture",
             )
-        groups[tuple(numbers[same_picture(image)] for image in sample.images)].append(encoded)
+        groups[tuple(numbers[same_picture(image)] for image in sample.images)].append(row)
     rows = []
     for key, group in groups.items():
         size = share if key else 1

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 from aced_sdk import towers
 from aced_sdk.errors import ModelError, UnsupportedError
+from aced_sdk.files import expand, printable
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.huggingface import (
     clip_image_processor,
@@ -21,6 +22,8 @@ from aced_sdk.towers.huggingface import (
     is_siglip_vit,
     siglip_vision_model,
 )
+from vlm.hub import downloaded
+from vlm.trust import bounded, check_folder, library_errors, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
@@ -32,6 +35,8 @@ _ROADS = (
 )
 # Tokens that stand before the patches, by the vision config's model_type: what LLaVA was seen to hold.
 _PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "vit": 1}
+
+_MAX_TOKENS = 2**14  # attention over more takes gigabytes
 
 
 @dataclass(frozen=True)
@@ -95,15 +100,23 @@ def open_tower(vision: str | Path | DualEncoder) -> VisionTower:
     if isinstance(vision, DualEncoder):
         tower = _from_student(vision)
     else:
-        name = str(vision)
-        folder = Path(name).expanduser()
-        ours = ":" in name or (folder / "open_clip_config.json").is_file()
-        if not ours and ((folder / "config.json").is_file() or _is_hub_name(name)):
-            tower = _from_transformers(str(folder) if folder.is_dir() else name)
-        else:
-            tower = _from_student(towers.load(name if ":" in name else folder))
+        with library_errors(
+            f"the encoder '{printable(vision)}' cannot be loaded",
+            remedy="name a folder with config.json, safetensors and preprocessor_config.json, a student's folder, "
+            "or a hub name that can be reached",
+            field="vision",
+        ):
+            tower = _named(str(vision))
     _check_tokens(tower)
     return tower
+
+
+def _named(name: str) -> VisionTower:
+    folder = expand(name)
+    ours = ":" in name or (folder / "open_clip_config.json").is_file()
+    if not ours and ((folder / "config.json").is_file() or _is_hub_name(name)):
+        return _from_transformers(folder if folder.is_dir() else downloaded(name))
+    return _from_student(towers.load(name if ":" in name else folder))
 
 
 def _is_hub_name(name: str) -> bool:
@@ -130,6 +143,8 @@ def _convolutional(encoder: DualEncoder) -> tuple[Any, int]:
     if trunk is None:
         raise _refused("a tower of open_clip's own that is no plain CLIP ViT")
     name = encoder.model_cfg["vision_cfg"]["timm_model_name"]
+    if not re.fullmatch(r"[\w.-]+", name):  # transformers would look it up on a hub, or load a folder
+        raise _refused(f"timm's {name}")
     height, width = encoder.preprocess_config.size
     pixels = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     training = trunk.training
@@ -174,34 +189,35 @@ def _refused(what: str) -> UnsupportedError:
 # -- transformers' own towers -----------------------------------------------------------------------------------------
 
 
-def _from_transformers(name: str) -> VisionTower:
+def _from_transformers(folder: Path) -> VisionTower:
     from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor
 
-    try:
-        config = AutoConfig.from_pretrained(name)
-        config = getattr(config, "vision_config", config)
-        if config.model_type not in _PREFIX:
-            raise _naflex() if config.model_type == "siglip2_vision_model" else _refused(f"a '{config.model_type}'")
-        model, found = MODEL_MAPPING[type(config)].from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        image_processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"the encoder '{name}' cannot be loaded: {error}",
-            remedy="name a folder with config.json, weights and preprocessor_config.json, a student's folder, "
-            "or a hub name that can be reached",
-            field="vision",
-        ) from error
+    check_folder(folder, pictures=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in _PREFIX:
+        raise _naflex() if config.model_type == "siglip2_vision_model" else _refused(f"a '{config.model_type}'")
+    with bounded(weight_bytes(folder)):
+        model, found = MODEL_MAPPING[type(config)].from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # the pooling heads are no part of what a projector reads
     lost = sorted(key for key in found["missing_keys"] if not key.startswith(("head.", "pooler.")))
     if lost:
         raise ModelError(
-            f"'{name}' lacks {len(lost)} of the tower's tensors, {lost[0]} first",
+            f"'{folder}' lacks {len(lost)} of the tower's tensors, {lost[0]} first",
             remedy="save the encoder again with save_pretrained",
             field="vision",
         )
     model.config._name_or_path = ""  # a path of this machine has no place in what is saved
-    stride = int(model.config.patch_size)
-    return VisionTower(model.eval(), image_processor, stride, _size(image_processor), _PREFIX[config.model_type])
+    stride, size = int(model.config.patch_size), _size(image_processor)
+    return VisionTower(model.eval(), image_processor, stride, size, _PREFIX[config.model_type])
 
 
 def _naflex() -> UnsupportedError:
@@ -232,6 +248,12 @@ def _check_tokens(tower: VisionTower) -> None:
     """Feed one grey picture of the processor's size: as many tokens must come out as a processor will write."""
     if tower.convolutional:
         return
+    if tower.tokens > _MAX_TOKENS:
+        raise ModelError(
+            f"the tower makes {tower.tokens} tokens of a picture, more than {_MAX_TOKENS}",
+            remedy="set a smaller size in preprocessor_config.json, or a larger patch_size in the tower's config",
+            field="vision",
+        )
     try:
         with torch.no_grad():
             out = tower.model(torch.zeros(1, 3, *tower.size)).last_hidden_state

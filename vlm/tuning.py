@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sys
@@ -36,7 +35,7 @@ from aced_sdk.engine import (
 )
 from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
-from aced_sdk.files import tensor_digest, write_json
+from aced_sdk.files import printable, read_json, tensor_digest, write_json
 from aced_sdk.reporting import JsonlWriter, Progress
 from vlm.adapters import base_of, check_saved, has_adapter, prepare, shown, snapshot, table
 from vlm.config import Adapt, Align, TuneConfig
@@ -238,10 +237,12 @@ def _claim(folder: Path, mine: dict[str, object]) -> None:
         write_json(target, mine)
         return
     try:
-        other = dict(json.loads(target.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        other = dict(read_json(target))
+    except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"{target} cannot be read: {error}", remedy="restore it, or name another directory", field="directory"
+            f"{target} cannot be read: {printable(error)}",
+            remedy="restore it, or name another directory",
+            field="directory",
         ) from None
     if different := [key for key in mine if other.get(key) != mine[key]]:
         raise ConfigError(

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from aced_sdk.data.pool import IMAGES, Pool, UnusablePair
 from aced_sdk.errors import DataError
-from aced_sdk.files import whole_file
+from aced_sdk.files import parse_json, printable, whole_file
 from vlm.data import Sample, Samples, from_llava, from_messages, readable
 from vlm.generating import CAPTION_PROMPT
+
+_MAX_WORDS = 2**24  # bytes of a KEY.json or KEY.txt
+_MAX_PICTURE = 2**28
 
 
 def load_webdataset(
@@ -40,13 +42,14 @@ def load_webdataset(
     pool = Pool(shards)
     samples, bare = [], []
     for row, packed in enumerate(pool.samples):
+        key = printable(packed.key)
         try:
             samples.append(_sample(pool, row, Path(folder), prompt))
         except UnusablePair as reason:
-            bare.append(f"sample '{packed.key}': {reason}")
+            bare.append(f"sample '{key}': {reason}")
         except OSError as error:
             raise DataError(
-                f"the picture of sample '{packed.key}' cannot be unpacked into {folder}: {error}",
+                f"the picture of sample '{key}' cannot be unpacked into {folder}: {error}",
                 remedy="free some space, or name a folder that can be written; what is there is kept",
                 field="folder",
             ) from error
@@ -56,7 +59,7 @@ def load_webdataset(
             remedy="give every KEY a picture and a KEY.txt or a conversation, or raise max_bad_fraction",
             field="max_bad_fraction",
         )
-    read = readable(samples, max_bad_fraction)
+    read = readable(samples, max_bad_fraction, Path(folder))
     return Samples(read.samples, read.skipped + tuple(bare))
 
 
@@ -65,11 +68,14 @@ def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:
 
     Raises:
         UnusablePair: if it has no words, is a caption without a picture, or its KEY.json, which may have been a
-            conversation, cannot be read.
+            conversation, cannot be read, or if a member has too many bytes.
     """
-    key = pool.samples[row].key
+    key, members = printable(pool.samples[row].key), pool.samples[row].members
+    for extension, member in members.items():
+        if member.size > (_MAX_PICTURE if extension in IMAGES else _MAX_WORDS):
+            raise UnusablePair(f"KEY.{printable(extension)} has too many bytes")
     try:
-        metadata = json.loads(pool.read(row, "json") or b"{}")
+        metadata = parse_json(pool.read(row, "json") or b"{}", "KEY.json")
     except ValueError as error:
         raise UnusablePair("unreadable KEY.json") from error
     if not isinstance(metadata, dict):
@@ -92,7 +98,7 @@ def _unpack(pool: Pool, row: int, folder: Path) -> Path | None:
         return None
     content = pool.read(row, extension) or b""
     target = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.{extension}"
-    if not target.exists():
+    if target.is_symlink() or not target.is_file():  # a link there may lead anywhere: it is replaced
         with whole_file(target) as temporary:
             temporary.write_bytes(content)
     return target

@@ -127,7 +127,10 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     """
     with open_regular(path) as stream:
         try:
-            content = stream.read(limit + 1)
+            size = min(limit, os.fstat(stream.fileno()).st_size)
+            content = stream.read(size + 1)  # Python reserves as much at once, so `limit` alone would be too much
+            if len(content) > size:  # it has grown, or its file system does not say how large it is
+                content += stream.read(limit - size)
         except OSError as error:
             raise ReadError(f"cannot read {printable(path)}: {error.strerror}", remedy="check the disk") from None
     if len(content) > limit:

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a model folder from elsewhere, before transformers, tokenizers or timm read it.
+
+No code of a folder runs: every call passes `trust_remote_code=False`. Weights are safetensors. The checks here refuse
+files outside of the folder and numbers that would take all memory or never end.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import get_ident
+from typing import Any
+
+from aced_sdk.errors import AcedError, ModelError
+from aced_sdk.files import ReadError, check_links, inside, printable, read_json, read_text
+
+_KINDS = ("llava", "fast_vlm", "aya_vision")
+_PROCESSORS = ("LlavaProcessor", "AyaVisionProcessor", "PixtralProcessor", None)
+_VISION = (
+    "clip_vision_model",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "vit",
+    "pixtral",
+    "timm_wrapper",
+)
+
+_MODEL = ("config.json", "generation_config.json")
+_PICTURES = ("preprocessor_config.json", "processor_config.json")
+_REMEDY = "correct the file, or do not use this folder"
+
+_LARGEST = 2**24  # of any integer; the longest context of today's models is 10 M tokens
+_FREE = re.compile(r"rope|theta|freq|max_length|^seed$|_ids?$")  # names of numbers that no size follows from
+_SIDE = (1, 4096)
+_COUNT = (1, 1024)
+_RANGES: dict[str, tuple[int, int]] = {
+    "num_hidden_layers": _COUNT,
+    "num_layers": _COUNT,
+    "n_layer": _COUNT,
+    "n_layers": _COUNT,
+    "num_attention_heads": _COUNT,
+    "num_channels": (1, 64),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**20),
+    "vocab_size": (1, _LARGEST),
+    "num_labels": (0, 2**17),
+    "patch_size": _SIDE,
+    "image_size": _SIDE,
+    "image_seq_length": (1, 2**16),
+    "downsample_factor": (1, 64),
+    # GGUF's names
+    "block_count": _COUNT,
+    "head_count": _COUNT,
+    "embedding_length": (1, 2**20),
+    "feed_forward_length": (1, 2**20),
+    # preprocessing
+    "size": (1, 2048),
+    "crop_size": (1, 2048),
+    "pad_size": (1, 2048),
+    "height": (1, 2048),
+    "width": (1, 2048),
+    "shortest_edge": (1, 2048),
+    "longest_edge": (1, 2048),
+    "min_patches": (1, 64),
+    "max_patches": (1, 64),
+    "num_additional_image_tokens": (0, 64),
+    # tokenizers
+    "Fixed": (1, 2**16),
+    "pad_to_multiple_of": (1, 2**12),
+    # generation
+    "num_beams": (1, 16),
+    "num_beam_groups": (1, 16),
+    "num_return_sequences": (1, 1),
+}
+_GROWTH = 64  # times that a tokenizer may lengthen a text
+_IMAGE_PROCESSORS = re.compile(
+    r"(?:CLIP|Siglip|ViT|DeiT|Bit|DINOv3ViT|ConvNext|Pixtral|GotOcr2|Llava|TimmWrapper)(?:ImageProcessor(?:Fast|Pil)?|"
+    r"FeatureExtractor)"
+)
+_ELEMENTS, _PER_BYTE = 2**26, 8  # of a model's tensors: so many, and so many more for each byte of its weights' files
+_MODULES = 50_000
+
+
+@contextmanager
+def library_errors(
+    cause: str,
+    remedy: str,
+    field: str,
+    *,
+    kind: type[AcedError] = ModelError,
+    leave: type[Exception] | tuple[()] = (),
+) -> Iterator[None]:
+    """Turn any error of a library into one of `kind`; other errors of this project pass, and those of type `leave`.
+
+    Contents of a foreign folder make transformers and its dependencies raise many kinds of errors. Tokenizers written
+    in Rust raise a PanicException, which is no `Exception`.
+
+    Raises:
+        AcedError: of `kind`, with `cause` and the error's text.
+    """
+    try:
+        yield
+    except leave:
+        raise
+    except BaseException as error:
+        if isinstance(error, AcedError) and not isinstance(error, ReadError):
+            raise
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        detail = error.cause if isinstance(error, ReadError) else str(error) or type(error).__name__
+        raise kind(f"{cause}: {printable(detail, 2000)}", remedy=remedy, field=field) from error
+
+
+def check_folder(folder: Path, *, pictures: bool = False, tokens: bool = False) -> dict[str, Any]:
+    """Check a transformers folder's files, and return its config.json.
+
+    Args:
+        folder: holds config.json and safetensors.
+        pictures: whether its image processor will be read.
+        tokens: whether its tokenizer will be read.
+
+    Raises:
+        ReadError: naming a link or a file name that leads outside, a number out of its bounds, or a file that is not
+            JSON.
+    """
+    check_links(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ReadError(f"{printable(folder)} holds an adapter, which names a model elsewhere", remedy=_REMEDY)
+    config = _object(folder / "config.json")
+    names = [*_MODEL, *(_PICTURES if pictures else ())]
+    if tokens:
+        names += sorted(path.name for path in folder.glob("tokenizer*.json"))
+    for name in names:
+        if (folder / name).is_file():
+            _check(_object(folder / name), name.removesuffix(".json"), folder)
+    for path in folder.glob("*.safetensors.index.json"):
+        _check_index(_object(path), path)
+    for path in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
+        read_text(path, 2**20)
+    return config
+
+
+def check_vision_language(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a folder of another kind than `vlm.build` makes, or with parts that load further files by themselves.
+
+    Raises:
+        ReadError: naming the part.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    vision, language = (config.get(part) or {} for part in ("vision_config", "text_config"))
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_MAPPING_NAMES.keys()
+    for what, kind, known in (
+        ("model", config.get("model_type"), _KINDS),
+        ("vision tower", dict(vision).get("model_type", "clip_vision_model"), _VISION),
+        ("language model", dict(language).get("model_type", "llama"), causal),
+    ):
+        if kind not in known:
+            raise ReadError(f"the {what} in {printable(folder)} is a {printable(repr(kind))}", remedy=_REMEDY)
+    for path in (folder / "tokenizer_config.json", *(folder / name for name in _PICTURES)):
+        for facts in _objects(_object(path) if path.is_file() else {}):
+            if facts.get("auto_map"):
+                raise ReadError(f"{printable(path)} needs code from elsewhere (auto_map)", remedy=_REMEDY)
+            if (name := facts.get("processor_class")) not in _PROCESSORS:
+                raise ReadError(f"{printable(path)} names the processor {printable(repr(name))}", remedy=_REMEDY)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """A JSON object and all objects in it."""
+    if isinstance(value, dict):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _objects(part)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@contextmanager
+def bounded(size: int) -> Iterator[None]:
+    """Stop the building of a model whose config describes far more than its weights' files of `size` bytes hold.
+
+    transformers builds models on the meta device first, where nothing takes memory yet.
+
+    Raises:
+        ReadError: at the first module or tensor beyond the bounds.
+    """
+    from torch import Tensor
+    from torch.nn.modules import module as hooks
+
+    mine, limit = get_ident(), _ELEMENTS + _PER_BYTE * size
+    modules = elements = 0
+
+    def count_module(*_: object) -> None:
+        nonlocal modules
+        if get_ident() == mine:
+            modules += 1
+            if modules > _MODULES:
+                raise ReadError(f"its config describes more than {_MODULES:,} layers", remedy=_REMEDY)
+
+    def count_tensor(_module: object, _name: str, tensor: Tensor | None) -> None:
+        nonlocal elements
+        if tensor is not None and tensor.is_meta and get_ident() == mine:
+            elements += tensor.numel()
+            if elements > limit:
+                raise ReadError(
+                    f"its config describes more than {limit:,} parameters, and its weights have {size:,} bytes",
+                    remedy=_REMEDY,
+                )
+
+    handles = [
+        hooks.register_module_module_registration_hook(count_module),
+        hooks.register_module_parameter_registration_hook(count_tensor),
+        hooks.register_module_buffer_registration_hook(count_tensor),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ReadError(f"{printable(path)} holds no JSON object", remedy=_REMEDY)
+    return value
+
+
+def check_number(key: str, value: int, where: str) -> None:
+    """Refuse an integer out of the bounds of its name.
+
+    Raises:
+        ReadError: naming it.
+    """
+    free = bool(_FREE.search(key))
+    low, high = _RANGES.get(key, (-_LARGEST, _LARGEST))
+    if not low <= value <= high and (key in _RANGES or not free):
+        shown = value if abs(value) < 10**30 else "a number of more than 30 digits"
+        raise ReadError(
+            f"{printable(key)} in {printable(where)} is {shown}, and must be {low} to {high}", remedy=_REMEDY
+        )
+
+
+def _check(value: Any, key: str, folder: Path, where: str = "") -> None:
+    """Check a value of a config and what is in it; `key` is the name that it is under."""
+    where = where or f"{folder / key}.json"
+    if isinstance(value, dict):
+        if value.get("model_type") == "timm_wrapper":
+            _check_timm(value, where)
+        if where.endswith("tokenizer.json") and "model" in value:
+            _check_growth(value, where)
+            value = {name: part for name, part in value.items() if name not in ("model", "added_tokens")}
+        for name, part in value.items():
+            _check(part, key if key.endswith("implementation") else name, folder, where)
+    elif isinstance(value, list):
+        for part in value:
+            _check(part, key, folder, where)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        check_number(key, value, where)
+    elif isinstance(value, str):
+        _check_name(value, key, folder, where)
+
+
+def _check_name(value: str, key: str, folder: Path, where: str) -> None:
+    """Refuse names that lead to files outside, to kernels on a hub, or to image processors that load further files."""
+    if key in ("transformers_weights", "fast_tokenizer_files"):
+        inside(folder, value)
+    if key.endswith("_file") and "\0" not in value:  # often a path of the machine that saved it, which is not there
+        for path in (Path(value), folder / value):
+            if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+                raise ReadError(f"{printable(key)} in {printable(where)} names a file outside", remedy=_REMEDY)
+    if key.endswith("implementation") and "/" in value:
+        raise ReadError(f"{printable(key)} in {printable(where)} names code elsewhere", remedy=_REMEDY)
+    if key in ("image_processor_type", "feature_extractor_type") and not _IMAGE_PROCESSORS.fullmatch(value):
+        raise ReadError(f"{printable(where)} names the image processor {printable(value)}", remedy=_REMEDY)
+
+
+def _check_timm(config: Mapping[str, Any], where: str) -> None:
+    """timm would load a checkpoint, or look up a hub, by these."""
+    name, arguments = config.get("architecture", ""), config.get("model_args") or {}
+    plain = isinstance(arguments, dict) and all(isinstance(one, int | float | None) for one in arguments.values())
+    if not plain or not isinstance(name, str) or not re.fullmatch(r"[\w.-]*", name):
+        raise ReadError(f"{printable(where)} asks timm for more than a plain model", remedy=_REMEDY)
+
+
+def _check_index(index: Mapping[str, Any], path: Path) -> None:
+    """Each weight must be in a safetensors file of the folder."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ReadError(f"{printable(path)} has no weight_map of file names", remedy=_REMEDY)
+    for name in set(names.values()):
+        inside(path.parent, name)
+        if not name.endswith(".safetensors"):
+            raise ReadError(f"{printable(path)} names {printable(name)}, which is not safetensors", remedy=_REMEDY)
+
+
+def _check_growth(tokenizer: Mapping[str, Any], where: str) -> None:
+    """Refuse replacements that make a text many times as long: a chain of them fills any memory."""
+    for part in ("normalizer", "decoder"):
+        growth = 1
+        for step in _steps(tokenizer.get(part)):
+            if step.get("type") == "Replace":
+                growth *= max(1, len(str(step.get("content", ""))))
+            elif step.get("type") == "Precompiled":
+                growth *= max(1, _longest_precompiled(step.get("precompiled_charsmap")) // 256)
+            if growth > _GROWTH:
+                raise ReadError(
+                    f"the {part} in {printable(where)} makes a text more than {_GROWTH} times as long", remedy=_REMEDY
+                )
+    post = tokenizer.get("post_processor")
+    added = sum(len(_ids(step, one)) for step in _steps(post) for one in step.get("single") or ())
+    if added > _GROWTH:
+        raise ReadError(f"the post_processor in {printable(where)} adds {added} tokens", remedy=_REMEDY)
+
+
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer, decoder or post-processor, those of sequences one by one."""
+    if isinstance(part, dict):
+        yield part
+        for name in ("normalizers", "decoders", "processors"):
+            for step in part.get(name) or ():
+                yield from _steps(step)
+
+
+def _ids(step: Mapping[str, Any], piece: Any) -> Any:
+    """The token ids that a piece of a template stands for."""
+    token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+    known = step.get("special_tokens")
+    found = known.get(token.get("id")) if isinstance(known, dict) and isinstance(token, dict) else None
+    ids = found.get("ids") if isinstance(found, dict) else None
+    return ids if isinstance(ids, list) else ()
+
+
+def _longest_precompiled(charsmap: Any) -> int:
+    """Bytes of the longest text that a sentencepiece normalizer puts in place of a character."""
+    try:
+        content = base64.b64decode(charsmap or "")
+    except (TypeError, ValueError):
+        raise ReadError("a tokenizer's precompiled_charsmap is not base64", remedy=_REMEDY) from None
+    texts = content[4 + int.from_bytes(content[:4], "little") :]
+    return max(map(len, texts.split(b"\0")))
