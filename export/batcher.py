@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from threading import Lock, Semaphore, Thread
+from threading import Condition, Lock, Semaphore, Thread
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ClosedError, FolderError, InputError, QueueFullError
-from export.pictures import Picture
-from export.runtime import Floats, OnnxEncoder, at_least_one
+from export.pictures import Picture, read_header
+from export.runtime import Floats, OnnxEncoder
+from export.sessions import at_least_one
 
 _LONGEST_WAIT_MS = 60_000
+_BYTES_PER_PIXEL = 16  # of a picture while it is decoded and laid on white
 
 
 class Batcher:
@@ -38,6 +41,7 @@ class Batcher:
             batches then form only while the one before them runs.
         queue: at most so many requests of each tower wait or are being decoded; more are refused.
         decoding: at most so many pictures are being decoded, whoever sends them; None is the number of processors.
+        max_decoded: bytes of the pictures that are being decoded; more wait, and a larger one is decoded alone.
 
     Raises:
         InputError: if an option cannot be used.
@@ -50,9 +54,10 @@ class Batcher:
         max_wait_ms: float = 5.0,
         queue: int = 256,
         decoding: int | None = None,
+        max_decoded: int = 2**30,
     ) -> None:
         decoding = (os.cpu_count() or 1) if decoding is None else decoding
-        at_least_one(max_batch=max_batch, queue=queue, decoding=decoding)
+        at_least_one(max_batch=max_batch, queue=queue, decoding=decoding, max_decoded=max_decoded)
         if not 0 <= max_wait_ms <= _LONGEST_WAIT_MS:
             raise InputError(
                 f"max_wait_ms is {max_wait_ms}", remedy=f"give 0 to {_LONGEST_WAIT_MS}", field="max_wait_ms"
@@ -67,9 +72,16 @@ class Batcher:
         # Threads of its own rather than a semaphore: malloc keeps what each thread that ever decoded has freed.
         self._decoders = ThreadPoolExecutor(decoding, "batcher-decoder")
 
+        room = _Room(max_decoded)
+
+        def decode(picture: Picture) -> NDArray[Any]:
+            header = read_header(picture, "images[0]", encoder.max_pixels)
+            with room.of(_BYTES_PER_PIXEL * header.width * header.height):
+                return encoder.preprocess([header])
+
         def decoded(picture: Picture) -> NDArray[Any]:
             try:
-                work = self._decoders.submit(encoder.preprocess, [picture])
+                work = self._decoders.submit(decode, picture)
             except RuntimeError as error:  # they were shut down
                 raise _closed() from error
             return work.result()
@@ -127,6 +139,27 @@ class Batcher:
 
 def _closed() -> ClosedError:
     return ClosedError("the batcher is closed", remedy="make a new one")
+
+
+class _Room:
+    """A number of bytes that threads share: each waits until what it needs is free."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._freed = Condition()
+
+    @contextmanager
+    def of(self, need: int) -> Iterator[None]:
+        need = min(need, self._size)
+        with self._freed:
+            self._freed.wait_for(lambda: self._free >= need)
+            self._free -= need
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._free += need
+                self._freed.notify_all()
 
 
 class _Request(NamedTuple):

@@ -130,6 +130,7 @@ def _export(
         for graph in eyes.graphs:
             typer.echo(f"{graph.precision:8}{graph.bytes / 1e6:8.1f} MB  max abs {graph.max_abs:.1e}")
     else:
+        from aced_sdk.files import read_text
         from export.save import to_onnx
 
         report = to_onnx(
@@ -141,7 +142,7 @@ def _export(
             min_cosine=min_cosine,
             calibration=_files(calibration),
             pictures=_files(pictures),
-            texts=texts.read_text(encoding="utf-8").splitlines() if texts else (),
+            texts=read_text(texts).splitlines() if texts else (),
             preprocess_in_graph=preprocess_in_graph,
             tasks=task or (),
             max_zero_shot_drop=max_zero_shot_drop,

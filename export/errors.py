@@ -1,39 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of the ONNX runtime, in the form of aced_sdk's own: it must run where aced_sdk is not installed."""
+"""Errors of the ONNX runtime. Like all of aced_sdk's they have a cause, a remedy and a field."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-class EncoderError(Exception):
-    """Base of what `OnnxEncoder` raises.
-
-    Args:
-        cause: what is wrong, as one sentence without a full stop at its end.
-        remedy: what the reader can do about it.
-        field: the argument or input that is at fault, if one is.
-    """
-
-    def __init__(self, cause: str, *, remedy: str, field: str | None = None) -> None:
-        self.cause = cause
-        self.remedy = remedy
-        self.field = field
-        super().__init__(cause, remedy, field)
-
-    def __str__(self) -> str:
-        where = f" [field: {self.field}]" if self.field else ""
-        return f"{self.cause}. Remedy: {self.remedy}{where}"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Worker processes pickle errors; keyword-only arguments need a hand.
-        return _rebuild, (type(self), self.cause, self.remedy, self.field)
+from aced_sdk.errors import AcedError
+from aced_sdk.files import ReadError
 
 
-def _rebuild(kind: type[EncoderError], cause: str, remedy: str, field: str | None) -> EncoderError:
-    return kind(cause, remedy=remedy, field=field)
+class EncoderError(AcedError):
+    """Base of what `OnnxEncoder` raises."""
 
 
 class FolderError(EncoderError):
-    """An exported folder that is missing, altered, or lacks what was asked for."""
+    """An exported folder that is missing, altered, not safe to load, or lacks what was asked for."""
 
 
 class InputError(EncoderError, ValueError):
@@ -46,3 +28,12 @@ class QueueFullError(EncoderError):
 
 class ClosedError(EncoderError):
     """A request to a batcher that was closed."""
+
+
+@contextmanager
+def folder_errors(field: str | None = None) -> Iterator[None]:
+    """Turn a `ReadError` of the block into a `FolderError`."""
+    try:
+        yield
+    except ReadError as error:
+        raise FolderError(error.cause, remedy=error.remedy, field=field) from None

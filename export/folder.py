@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The place that an export is written to."""
+"""The place that an export is written to, and what its model card may say."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError
 
-from aced_sdk.files import whole_folder
+from aced_sdk.files import printable, read_text, whole_folder
 from export.report import ExportError
 
 
@@ -29,3 +30,25 @@ def export_folder(target: Path) -> Iterator[Path]:
             remedy="free disk space, or check permissions",
             field="directory",
         ) from error
+
+
+def replaceable(target: Path, mark: str) -> bool:
+    """Whether nothing is there, or an older export whose config.json holds `mark`."""
+    if not target.exists():
+        return True
+    if not target.is_dir():
+        return False
+    config = target / "config.json"
+    return not any(target.iterdir()) or (config.is_file() and mark in read_text(config))
+
+
+def front_matter(**values: str) -> str:
+    """The head of a model card; each value stays one YAML string."""
+    plain = {name: " ".join(printable(value, 200).split()) for name, value in values.items()}
+    return f"---\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
+
+
+def code_span(value: object) -> str:
+    """A value from a config as code in Markdown."""
+    text = printable(value, 1000).replace("`", "'")
+    return f"`{' '.join(text.split())}`"

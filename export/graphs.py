@@ -18,21 +18,9 @@ from torch import Tensor, nn
 
 from aced_sdk.errors import UnsupportedError
 from aced_sdk.towers import DualEncoder
+from export.manifest import INPUTS, OUTPUTS
 from export.report import ExportError, Part
 
-# Names as in optimum and transformers.js, so that their users find what they know.
-INPUTS: dict[Part, tuple[str, ...]] = {
-    "vision": ("pixel_values",),
-    "text": ("input_ids",),
-    "both": ("pixel_values", "input_ids"),
-    "patches": ("pixel_values",),
-}
-OUTPUTS: dict[Part, tuple[str, ...]] = {
-    "vision": ("image_embeds",),
-    "text": ("text_embeds",),
-    "both": ("image_embeds", "text_embeds", "logits_per_image"),
-    "patches": ("last_hidden_state",),
-}
 FILES: dict[Part, str] = {"vision": "vision_model", "text": "text_model", "both": "model", "patches": "patches_model"}
 EXTERNAL_ABOVE = 2_000_000_000  # bytes of weights; protobuf holds 2 GB, so that larger graphs keep theirs beside them
 

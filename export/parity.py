@@ -7,7 +7,6 @@ processor, can be held to them later.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from export.errors import FolderError
+from aced_sdk.files import ReadError, inside, printable, read_json
+from export.arrays import read_arrays
+from export.errors import EncoderError, FolderError, folder_errors
 from export.manifest import MANIFEST, check_files, read_manifest
 from export.runtime import Floats, OnnxEncoder
 
 TORCH = "torch_embeddings.npz"
 BATCH_SIZES = (1, 3, 5)
 PATCH_PICTURES = 3  # patches are compared of so many pictures: they are large
+_MAX_BYTES = 2**30  # of torch's embeddings
 FLOAT32_BOUND = 1e-4  # max-abs on normalised embeddings
 
 TEXTS = (
@@ -96,14 +98,22 @@ def verify_folder(directory: str | Path, providers: Sequence[str] | None = None)
     if not manifest.get("report"):
         raise FolderError(f"{folder} has no report: its export never ended", remedy="export again", field="directory")
     check_files(folder, {**manifest["files"], TORCH: manifest["files"].get(TORCH, "")})
-    with np.load(folder / TORCH, allow_pickle=False) as kept:
-        torch = dict(kept)
+    with folder_errors():
+        torch = read_arrays(inside(folder, TORCH), _MAX_BYTES)
     reported = {(graph["part"], graph["precision"]): graph for graph in manifest["report"]["graphs"]}
     found = []
     for graph in manifest["graphs"]:
         part, precision = graph["part"], graph["precision"]
         encoder = OnnxEncoder(folder, precision, providers=providers, check=False, parts=(part,))
-        max_abs, cosine = differences(encoder, part, pictures(), TEXTS, torch)
+        try:
+            max_abs, cosine = differences(encoder, part, pictures(), TEXTS, torch)
+        except (KeyError, IndexError, ValueError) as error:
+            if isinstance(error, EncoderError):
+                raise
+            raise FolderError(
+                f"{printable(folder / TORCH)} does not fit the {part} graph: {printable(repr(error))}",
+                remedy="export the student again",
+            ) from None
         before = reported[part, precision]
         parity = Parity(part, precision, max_abs, cosine, before["max_abs"], before["min_cosine"])
         _allowed(folder, parity, manifest["report"]["min_cosine"])
@@ -114,8 +124,8 @@ def verify_folder(directory: str | Path, providers: Sequence[str] | None = None)
 def kind_of(directory: str | Path) -> str:
     """What the manifest of an exported folder calls it; "" where it has none that can be read."""
     try:
-        return str(json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))["kind"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(read_json(inside(directory, MANIFEST))["kind"])
+    except (ReadError, KeyError, TypeError):
         return ""
 
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import io
-import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.errors import FolderError, InputError
+from aced_sdk.files import printable, read_json
+from aced_sdk.processing import plain
+from aced_sdk.processing.plain import to_rgb
+from export.errors import FolderError, InputError, folder_errors
+
+MAX_SIDE = 2048  # of a tower's pictures
+_MAX_BYTES = 2**16  # of preprocessor_config.json
+
+_REMEDIES = {
+    "too many pixels": "make it smaller, or give OnnxEncoder a larger max_pixels",
+    "too long and thin": "cut it to pieces",
+}
 
 Picture = Image.Image | str | Path | bytes | NDArray[np.uint8]
 
@@ -38,7 +50,8 @@ class Geometry:
             FolderError: if it is missing or not what an export writes.
         """
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            with folder_errors():
+                values: dict[str, Any] = read_json(path, _MAX_BYTES)
             geometry = cls(
                 height=int(values["crop_size"]["height"]),
                 width=int(values["crop_size"]["width"]),
@@ -48,17 +61,32 @@ class Geometry:
                 resize_mode=str(values["resize_mode"]),
                 fill_color=int(values["fill_color"]),
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise FolderError(f"{path} cannot be read: {error!r}", remedy="export the student again") from None
-        if geometry.resize_mode not in ("squash", "shortest", "longest"):
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FolderError(
-                f"{path} has an unknown resize_mode: {geometry.resize_mode}", remedy="update this package"
-            )
+                f"{printable(path)} cannot be read: {printable(repr(error))}", remedy="export the student again"
+            ) from None
+        if not geometry.sensible:
+            raise FolderError(f"{printable(path)} has values that no export writes", remedy="export the student again")
         return geometry
+
+    @property
+    def sensible(self) -> bool:
+        """Whether every value is one that a student can have."""
+        numbers = (*self.mean, *self.std)
+        return (
+            1 <= self.height <= MAX_SIDE
+            and 1 <= self.width <= MAX_SIDE
+            and len(self.mean) == len(self.std) == 3
+            and all(math.isfinite(number) and abs(number) < 1000 for number in numbers)
+            and min(self.std) > 1e-6
+            and self.resample in (2, 3)
+            and self.resize_mode in ("squash", "shortest", "longest")
+            and 0 <= self.fill_color <= 255
+        )
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """The picture as the tower sees it, before normalisation: uint8 [H, W, 3]."""
-        image = _rgb(image)
+        image = to_rgb(image)
         height, width = self.height, self.width
         if self.resize_mode == "squash":
             image = image.resize((width, height), self.resample)
@@ -95,14 +123,6 @@ class Geometry:
         return image.resize((int(size * width / height), size), self.resample)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("P", "LA", "PA"):
-        image = image.convert("RGBA")  # resampling palette indices would be meaningless
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
-
-
 def _crop_or_pad(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:
     if image.width < width or image.height < height:
         left, top = max(width - image.width, 0) // 2, max(height - image.height, 0) // 2
@@ -123,7 +143,7 @@ def prepare(source: Picture, place: str, geometry: Geometry, max_pixels: int) ->
     most = max(max_pixels, 16 * geometry.width * geometry.height)
     if geometry.resized_pixels(*image.size) > most:  # the short side of a long strip may have to grow a lot
         raise InputError(
-            f"{place} is too long and narrow: {image.width} x {image.height}", remedy="cut it to pieces", field=place
+            f"{place} is too long and thin: {image.width} x {image.height}", remedy="cut it to pieces", field=place
         )
     try:
         return geometry.pixels(image)
@@ -139,47 +159,45 @@ def open_picture(source: Picture, place: str, max_pixels: int) -> Image.Image:
     """A decoded picture from a PIL image, a path, encoded bytes, or a uint8 array [H, W], [H, W, 3] or [H, W, 4].
 
     Raises:
-        InputError: naming `place`, if it cannot be read or has more than `max_pixels` pixels.
+        InputError: naming `place`, if it cannot be read, is in a format that is not in
+            `aced_sdk.processing.plain.FORMATS`, has more than `max_pixels` pixels, or is far longer than wide.
     """
-    if isinstance(source, (str, Path)):
-        place = f"{place} ({source})"
-    try:
-        image = _opened(source, place)
-        if image.width * image.height > max_pixels:
-            raise InputError(
-                f"{place} has {image.width} x {image.height} pixels, the bound is {max_pixels}",
-                remedy="make it smaller, or give OnnxEncoder a larger max_pixels",
-                field=place,
-            )
-        if image.width == 0 or image.height == 0:
-            raise InputError(f"{place} has no pixels", remedy="leave it out", field=place)
-        if image.format == "EPS":
-            raise InputError(f"{place} is a PostScript program", remedy="give a picture", field=place)
-        image.load()
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever broken and hostile files make them stumble over
-        raise InputError(
-            f"{place} cannot be decoded: {error}", remedy="give a whole picture in a format Pillow reads", field=place
-        ) from error
-    return image
+    header = read_header(source, place, max_pixels)
+    with _input_errors(place, source):
+        return plain.open_picture(header, max_pixels=max_pixels)
 
 
-def _opened(source: Picture, place: str) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source))
-    if isinstance(source, (str, Path)):
-        return Image.open(source)
+def read_header(source: Picture, place: str, max_pixels: int) -> Image.Image:
+    """As `open_picture`; its pixels are decoded when they are asked for."""
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
-            raise InputError(
-                f"{place} is an array of {source.dtype} {list(source.shape)}",
-                remedy="give uint8 [H, W], [H, W, 3] or [H, W, 4]",
-                field=place,
-            )
-        return Image.fromarray(source)
-    raise InputError(
-        f"{place} is a {type(source).__name__}", remedy="give PIL images, paths, bytes or uint8 arrays", field=place
-    )
+        source = _from_array(source, place)
+    if not isinstance(source, (Image.Image, bytes, str, Path)):
+        raise InputError(
+            f"{place} is a {type(source).__name__}", remedy="give PIL images, paths, bytes or uint8 arrays", field=place
+        )
+    with _input_errors(place, source):
+        return plain.read_header(source, max_pixels=max_pixels)
+
+
+@contextmanager
+def _input_errors(place: str, source: Picture) -> Iterator[None]:
+    try:
+        yield
+    except plain.PictureError as error:
+        where = f"{place} ({printable(source)})" if isinstance(source, (str, Path)) else place
+        raise InputError(
+            f"{where} cannot be decoded: {printable(error)}",
+            remedy=_REMEDIES.get(error.reason, f"give a whole picture in one of {', '.join(plain.FORMATS)}"),
+            field=place,
+        ) from error
+
+
+def _from_array(pixels: NDArray[Any], place: str) -> Image.Image:
+    known = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if pixels.dtype != np.uint8 or not known or pixels.size == 0:
+        raise InputError(
+            f"{place} is an array of {pixels.dtype} {list(pixels.shape)}",
+            remedy="give uint8 [H, W], [H, W, 3] or [H, W, 4]",
+            field=place,
+        )
+    return Image.fromarray(pixels)

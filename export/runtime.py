@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from aced_sdk.files import inside, printable
+from aced_sdk.processing.plain import read_tokenizer
 from export.cleaning import clean_text
-from export.errors import EncoderError, FolderError, InputError
-from export.manifest import check_files, read_manifest
+from export.errors import EncoderError, FolderError, InputError, folder_errors
+from export.graph_file import check_graph_file
+from export.manifest import GEOMETRY, INPUTS, OUTPUTS, TOKENIZER, check_files, needed_files, read_manifest
 from export.pictures import Geometry, Picture, prepare
+from export.sessions import at_least_one, check_ends, known_providers, open_session, run_session, session_options
 
 MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn
 MAX_BATCH = 256
@@ -31,8 +33,12 @@ Floats = NDArray[np.float32]
 class OnnxEncoder:
     """Pictures and texts to embeddings, from a folder that `export.to_onnx` wrote.
 
-    May be used from several threads at once; the last three arguments bound the memory of each call. int8 graphs
-    quantise activations per batch, so that their embeddings of a picture depend a little on the rest of its batch.
+    May be used from several threads at once; the last three arguments bound the memory of each call. On the CPU all
+    graphs of a process together get at most three quarters of the machine's memory. int8 graphs quantise activations
+    per batch, so that their embeddings of a picture depend a little on the rest of its batch.
+
+    Graphs with loops, functions or weights elsewhere are refused. Digests find damage and mix-ups: who can write the
+    folder can write its digests too.
 
     Args:
         directory: the exported folder.
@@ -47,7 +53,7 @@ class OnnxEncoder:
         max_characters: longer texts are refused.
 
     Raises:
-        FolderError: if the folder is missing, altered, or has no such precision or part.
+        FolderError: if the folder is missing, altered, not what an export writes, or has no such precision or part.
         InputError: if an option cannot be used.
     """
 
@@ -87,22 +93,30 @@ class OnnxEncoder:
         wanted_parts = parts or [part for part in graphs if part in ("vision", "text")] or list(graphs)
         graphs = {part: graph for part, graph in graphs.items() if part in wanted_parts}
         options = session_options(threads, precision)
-        chosen = _providers(providers)
+        chosen = known_providers(providers)
         text = self._manifest["text"]
-        self._inputs = {part: tuple(graph["inputs"]) for part, graph in graphs.items()}
-        self._outputs = {part: tuple(graph["outputs"]) for part, graph in graphs.items()}
-        pixels = any("pixel_values" in names for names in self._inputs.values())
-        ids = any("input_ids" in names for names in self._inputs.values())
-        wanted = [graph[key] for graph in graphs.values() for key in ("file", "data") if graph.get(key)]
-        wanted += ["preprocessor_config.json"] * pixels + ["tokenizer.json"] * ids
+        wanted = needed_files(graphs.values())
         if check:
             check_files(folder, {name: self._manifest["files"].get(name, "") for name in wanted})
-        self._sessions = {part: _session(folder / graph["file"], options, chosen) for part, graph in graphs.items()}
-        if pixels:
-            self.geometry = Geometry.read(folder / "preprocessor_config.json")
-        if ids:
+        with folder_errors():
+            places = {name: inside(folder, name) for name in wanted}
+        ends: dict[str, tuple[str | int, ...]] = {}
+        if GEOMETRY in places:
+            self.geometry = Geometry.read(places[GEOMETRY])
+            size = self.geometry.height, self.geometry.width
+            ends["pixel_values"] = (
+                ("tensor(uint8)", *size, 3) if self.pixels == "uint8" else ("tensor(float)", 3, *size)
+            )
+        if TOKENIZER in places:
             self._cleaning: str = text["cleaning"]
-            self._tokenizer = _tokenizer(folder / "tokenizer.json")
+            self._tokenizer = _tokenizer(places[TOKENIZER], text["context_length"])
+            ends["input_ids"] = ("tensor(int64)", text["context_length"])
+        self._sessions = {}
+        for part, graph in graphs.items():
+            check_graph_file(places[graph["file"]], graph.get("data"))
+            # under its own name: its external weights are beside it
+            self._sessions[part] = open_session(folder / graph["file"], options, chosen)
+            check_ends(self._sessions[part], part, {name: ends[name] for name in INPUTS[part]}, OUTPUTS[part])
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -231,7 +245,10 @@ class OnnxEncoder:
                     field=place,
                 )
         cleaned = [clean_text(text, self._cleaning) for text in texts]
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
+        try:
+            rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
+        except BaseException as error:
+            raise _reason(error, EncoderError, "the tokenizer fails at these texts") from error
         return np.array(rows, np.int64).reshape(len(rows), self._manifest["text"]["context_length"])
 
     def run(self, part: str, inputs: NDArray[Any]) -> Floats:
@@ -242,10 +259,10 @@ class OnnxEncoder:
             inputs: what `preprocess` or `tokenize` gives, at most `max_batch` rows.
 
         Raises:
-            EncoderError: if onnxruntime cannot run it: a wrong shape, no memory.
+            EncoderError: as `outputs`.
         """
         self._graph(part)
-        return self.outputs(part, {self._inputs[part][0]: inputs})[self._outputs[part][0]]
+        return self.outputs(part, {INPUTS[part][0]: inputs})[OUTPUTS[part][0]]
 
     def outputs(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
         """Every output of a graph by name.
@@ -255,7 +272,8 @@ class OnnxEncoder:
             inputs: `pixel_values`, `input_ids` or both, at most `max_batch` rows each.
 
         Raises:
-            EncoderError: if onnxruntime cannot run it: a wrong shape, a missing input, no memory.
+            EncoderError: if onnxruntime cannot run it: a wrong shape, a missing input, no memory, no time (a minute
+                for each row), or outputs of unexpected shapes.
         """
         session = self._graph(part)
         for rows in inputs.values():
@@ -265,15 +283,20 @@ class OnnxEncoder:
                     remedy="split it, or give OnnxEncoder a larger max_batch",
                     field="inputs",
                 )
-        try:
-            values = session.run(list(self._outputs[part]), dict(inputs))
-        except Exception as error:  # onnxruntime's errors share no base class
-            raise EncoderError(
-                f"onnxruntime cannot run the {part} graph: {error}",
-                remedy="give what preprocess or tokenize gives; if memory is short, a smaller batch",
-                field="inputs",
-            ) from error
-        return {n: np.asarray(v, np.float32) for n, v in zip(self._outputs[part], values, strict=True)}
+        values = dict(zip(OUTPUTS[part], run_session(session, part, OUTPUTS[part], inputs), strict=True))
+        pictures, texts = (len(inputs[name]) if name in inputs else 0 for name in ("pixel_values", "input_ids"))
+        shapes = {
+            "image_embeds": (pictures, self.embedding_dim),
+            "text_embeds": (texts, self.embedding_dim),
+            "logits_per_image": (pictures, texts),
+        }
+        for name, value in values.items():
+            if value.shape != shapes.get(name, (pictures, *value.shape[1:3])):
+                raise FolderError(
+                    f"the {part} graph gives {name} of shape {list(value.shape)}, not what its folder says",
+                    remedy="export the student again",
+                )
+        return values
 
     def embed(self, part: str, inputs: NDArray[Any]) -> Floats:
         """As `run`, L2-normalised."""
@@ -289,7 +312,7 @@ class OnnxEncoder:
         return self._sessions[part]
 
     def _reads(self, name: str, part: str) -> None:
-        if not any(name in names for names in self._inputs.values()):
+        if not any(name in INPUTS[loaded] for loaded in self._sessions):
             self._graph(part)  # which is not there, and says so
 
     def _encode(
@@ -300,17 +323,6 @@ class OnnxEncoder:
         size = min(batch_size, self.max_batch)
         out = [self.embed(part, prepare(batch, first)) for first, batch in _batches(items, size)]
         return np.concatenate(out) if out else np.empty((0, self.embedding_dim), np.float32)
-
-
-def at_least_one(**values: int) -> None:
-    """Refuse counts below 1.
-
-    Raises:
-        InputError: naming the first of them.
-    """
-    for name, value in values.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}", remedy="give at least 1", field=name)
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
@@ -329,49 +341,17 @@ def _normalised(embeddings: Floats) -> Floats:
     return np.asarray(embeddings / np.maximum(norms, 1e-12), np.float32)
 
 
-def session_options(threads: int | None, precision: str) -> Any:
-    """onnxruntime.SessionOptions for a graph of this precision."""
-    options = onnxruntime.SessionOptions()
-    if threads is not None:
-        at_least_one(threads=threads)
-        most = max(64, os.cpu_count() or 1)
-        if threads > most:  # onnxruntime's wait for each other by spinning: some hundred on few cores never get ready
-            raise InputError(f"threads is {threads}", remedy=f"give at most {most}", field="threads")
-        options.intra_op_num_threads = threads
-    if precision == "fp16":
-        # The layout passes above this level only serve float32, and some of them crash on half precision.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    return options
-
-
-def _providers(providers: Sequence[str] | None) -> list[str]:
-    chosen = list(providers) if providers is not None else ["CPUExecutionProvider"]
-    there = onnxruntime.get_available_providers()
-    for name in chosen:
-        if name not in there:
-            raise InputError(
-                f"onnxruntime has no provider '{name}' here", remedy=f"take from: {', '.join(there)}", field="providers"
-            )
-    return chosen
-
-
-def _session(path: Path, options: Any, providers: list[str]) -> Any:
+def _tokenizer(path: Path, length: int) -> Tokenizer:
+    with folder_errors():
+        content = read_tokenizer(path, length)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime's errors share no base class
-        raise FolderError(f"onnxruntime cannot load {path}: {error}", remedy="export the student again") from error
-    for name in providers:
-        if name not in session.get_providers():  # onnxruntime only warns, and goes on without it
-            raise InputError(
-                f"onnxruntime cannot start '{name}' here",
-                remedy="install its driver and libraries, or leave it out",
-                field="providers",
-            )
-    return session
+        return Tokenizer.from_str(content)
+    except BaseException as error:
+        raise _reason(error, FolderError, f"{printable(path)} cannot be read") from error
 
 
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise FolderError(f"{path} cannot be read: {error}", remedy="export the student again") from error
+def _reason(error: BaseException, kind: type[EncoderError], cause: str) -> BaseException:
+    """The error to raise for one of tokenizers: it raises plain Exceptions, and panics that are no Exceptions."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return kind(f"{cause}: {printable(error)}", remedy="export the student again")
+    return error

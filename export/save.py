@@ -20,15 +20,15 @@ from PIL import Image
 
 from aced_sdk import towers
 from aced_sdk.errors import ConfigError, MissingPackageError, UnsupportedError
-from aced_sdk.files import sha256, write_json
+from aced_sdk.files import printable, sha256, write_json
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.folder import CONFIG, WEIGHTS
 from aced_sdk.towers.folder import MANIFEST as STUDENT_MANIFEST
 from export import check, parity, runtime
 from export.errors import EncoderError, InputError
-from export.folder import export_folder
-from export.graphs import FILES, INPUTS, OUTPUTS, float16_graph, float32_graph, is_large, save_graph
-from export.manifest import MANIFEST, check_files, manifest_digest, read_manifest
+from export.folder import export_folder, front_matter
+from export.graphs import FILES, float16_graph, float32_graph, is_large, save_graph
+from export.manifest import INPUTS, MANIFEST, OUTPUTS, check_files, manifest_digest, read_manifest
 from export.pictures import open_picture
 from export.quantize import described, int8_graph
 from export.report import SUFFIX, ExportError, ExportReport, Graph, Manifest, Part, Precision, Source
@@ -164,7 +164,14 @@ def verify(directory: str | Path, student_folder: str | PathLike[str] | None = N
         check_files(folder, raw["files"])
     except EncoderError as error:
         raise ExportError(error.cause, remedy=error.remedy, field="directory") from None
-    manifest = Manifest(**raw)
+    try:
+        manifest = Manifest(**raw)
+    except ConfigError as error:
+        raise ExportError(
+            f"{printable(folder / MANIFEST)} is no manifest: {printable(error.cause)}",
+            remedy="export the student again",
+            field="directory",
+        ) from None
     if manifest.report is None:
         raise ExportError(f"{folder} has no report: its export never ended", remedy="export again", field="directory")
     if student_folder is None:
@@ -385,8 +392,8 @@ def _card(manifest: Manifest, report: ExportReport) -> str:
         for graph in report.graphs
     )
     return (
-        f"---\nlicense: {manifest.source.license}\npipeline_tag: zero-shot-image-classification\n---\n\n"
-        "# A dual encoder as ONNX\n\n"
+        front_matter(license=manifest.source.license, pipeline_tag="zero-shot-image-classification")
+        + "# A dual encoder as ONNX\n\n"
         "```python\nfrom export import OnnxEncoder  # needs onnxruntime, numpy, pillow, tokenizers\n"
         'encoder = OnnxEncoder("FOLDER")\n```\n\n'
         "`image_embeds` and `text_embeds` leave the graphs unnormalised; OnnxEncoder divides by their L2 norm. "

@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock, get_ident
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 
+from aced_sdk.files import ReadError, parse_json, printable, whole_file
+from export.arrays import read_arrays
 from export.errors import FolderError, InputError
 from export.pictures import Picture
-from export.runtime import Floats, OnnxEncoder, at_least_one
+from export.runtime import Floats, OnnxEncoder
+from export.sessions import at_least_one
+
+_MAX_BYTES = 2**36  # of a saved search: 2**24 entries of 1024 numbers
 
 
 class Hit(NamedTuple):
@@ -114,16 +118,8 @@ class Search:
         with self._lock:
             keys, embeddings = list(self._keys), np.concatenate(self._blocks)
         facts = json.dumps({"source": self.encoder.source, "keys": keys}).encode()
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{get_ident()}.tmp")
-        try:
-            with temporary.open("wb") as stream:
-                np.savez(stream, facts=np.frombuffer(facts, np.uint8), embeddings=embeddings)
-                stream.flush()
-                os.fsync(stream.fileno())  # a rename must never outlive the bytes it names
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(Path(path)) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, facts=np.frombuffer(facts, np.uint8), embeddings=embeddings)
 
     @classmethod
     def load(cls, path: str | Path, encoder: OnnxEncoder) -> Search:
@@ -132,22 +128,28 @@ class Search:
         Raises:
             FolderError: if the file is missing, broken, or was made with another student.
         """
+        name = printable(path)
         try:
-            with np.load(path, allow_pickle=False) as kept:
-                facts, embeddings = json.loads(kept["facts"].tobytes()), kept["embeddings"].astype(np.float32)
-            source, keys = facts["source"], [str(key) for key in facts["keys"]]
-        except Exception as error:  # numpy and zipfile raise a dozen kinds for files that are broken
-            raise FolderError(f"{path} is no saved search: {error}", remedy="make it again", field="path") from error
+            arrays = read_arrays(path, _MAX_BYTES)
+            facts, embeddings = parse_json(arrays["facts"].tobytes(), name), arrays["embeddings"]
+            source, keys = facts["source"], facts["keys"]
+            if embeddings.dtype != np.float32 or not all(isinstance(key, str) for key in keys):
+                raise ValueError("keys are no strings or embeddings no float32")
+        except (KeyError, TypeError, ValueError) as error:
+            why = error.cause if isinstance(error, ReadError) else repr(error)
+            raise FolderError(
+                f"{name} is no saved search: {printable(why)}", remedy="make it again", field="path"
+            ) from error
         if source != encoder.source:
             raise FolderError(
-                f"{path} was made with another student", remedy="load that one's export, or make it again", field="path"
+                f"{name} was made with another student", remedy="load that one's export, or make it again", field="path"
             )
         search = cls(encoder)
         try:
             search.add(keys, embeddings)
         except InputError as error:
             raise FolderError(
-                f"{path} is no saved search: {error.cause}", remedy="make it again", field="path"
+                f"{name} is no saved search: {printable(error.cause)}", remedy="make it again", field="path"
             ) from error
         return search
 

@@ -20,7 +20,7 @@ from aced_sdk.files import save_tensors, write_json
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.huggingface import is_clip_vit
 from export import parity
-from export.folder import export_folder
+from export.folder import code_span, export_folder, front_matter, replaceable
 from export.report import ExportError, Source
 from export.save import load_student
 
@@ -62,7 +62,7 @@ def to_timm(student_folder: str | PathLike[str], directory: str | Path) -> TimmR
         ExportError: if the loaded folder differs from the student, or the directory holds something else.
     """
     target = Path(directory)
-    if target.exists() and not _replaceable(target):
+    if not replaceable(target, _SOURCE_KEY):
         raise ExportError(f"{target} holds something else", remedy="name a new or an empty folder", field="directory")
     student, source = load_student(student_folder)
     if student.preprocess_config.resize_mode == "longest":
@@ -78,13 +78,6 @@ def to_timm(student_folder: str | PathLike[str], directory: str | Path) -> TimmR
         report = _compared(folder, student, tower.reparameterized)
         (folder / "README.md").write_text(_card(tower, report, source.license), encoding="utf-8")
     return report
-
-
-def _replaceable(target: Path) -> bool:
-    if target.is_file():
-        return False
-    config = target / "config.json"
-    return not any(target.iterdir()) or (config.is_file() and _SOURCE_KEY in config.read_text(encoding="utf-8"))
 
 
 def _clip_vit(student: DualEncoder) -> _Tower:
@@ -224,12 +217,12 @@ def _distance(left: Tensor, right: Tensor) -> float:
 def _card(tower: _Tower, report: TimmReport, license: str) -> str:
     folded = "Its training branches are folded into single convolutions: it is for inference. "
     return (
-        f"---\nlibrary_name: timm\nlicense: {license}\npipeline_tag: image-feature-extraction\n---\n\n"
-        "# The image tower of a dual encoder distilled with aced-sdk\n\n"
+        front_matter(library_name="timm", license=license, pipeline_tag="image-feature-extraction")
+        + "# The image tower of a dual encoder distilled with aced-sdk\n\n"
         "```python\nimport timm\n"
         'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```\n\n"
-        f"Architecture `{tower.architecture}` with `{json.dumps(tower.arguments)}`. "
+        f"Architecture {code_span(tower.architecture)} with {code_span(json.dumps(tower.arguments))}. "
         f"{folded if report.reparameterized else ''}"
         "Its output is the image embedding: divide it by its L2 norm.\n\n"
         f"Embeddings of the same tensors differ from the student's by at most {report.image_max_abs:.1e}, normalised "

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Config
 from aced_sdk.errors import ConfigError, UnsupportedError
-from aced_sdk.files import write_json
+from aced_sdk.files import read_json, write_json
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.huggingface import activation, clip_image_processor, is_clip_vit, is_siglip_vit
 from export import parity
-from export.folder import export_folder
+from export.folder import export_folder, front_matter, replaceable
 from export.report import ExportError
 from export.save import load_student
 from export.transformers_js import lay_beside
@@ -77,7 +76,7 @@ def to_transformers(
     if part not in get_args(Tower):
         raise ConfigError(f"part is {part!r}", remedy=f"give one of {', '.join(get_args(Tower))}", field="part")
     target = Path(directory)
-    if target.exists() and not _replaceable(target):
+    if not replaceable(target, '"aced_'):
         raise ExportError(f"{target} holds something else", remedy="name a new or an empty folder", field="directory")
     student, source = load_student(student_folder)
     siglip = _supported(student, part)
@@ -94,13 +93,6 @@ def to_transformers(
         card = _card(student, report, source.license, type(model).__name__)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return report
-
-
-def _replaceable(target: Path) -> bool:
-    if target.is_file():
-        return False
-    config = target / "config.json"
-    return not any(target.iterdir()) or (config.is_file() and '"aced_' in config.read_text(encoding="utf-8"))
 
 
 def _supported(student: DualEncoder, part: Tower) -> bool:
@@ -181,7 +173,7 @@ def _classic_json(folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return dict(read_json(path))
 
 
 # -- the check ----------------------------------------------------------------------------------------------------
@@ -191,7 +183,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _compared(folder: Path, kind: Any, student: DualEncoder, part: Tower) -> TransformersReport:
     from transformers import AutoImageProcessor, AutoProcessor
 
-    model = kind.from_pretrained(folder).eval()
+    model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True).eval()
     images = [image for image in parity.pictures() if image.mode == "RGB"]
     pixels = torch.stack([student.preprocess(image) for image in images])
     text_max_abs = None
@@ -201,13 +193,16 @@ def _compared(folder: Path, kind: Any, student: DualEncoder, part: Tower) -> Tra
     else:
         # Plain texts: transformers has no counterpart to open_clip's cleaning with ftfy and its HTML unescaping.
         texts = [text for text in parity.TEXTS if text.isascii() and "&" not in text and "<" not in text]
-        tokens = AutoProcessor.from_pretrained(folder)(
+        tokens = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)(
             text=texts, return_tensors="pt", padding="max_length", truncation=True
         )
         out = model(pixel_values=pixels, **tokens)
         embeds = out.image_embeds
         text_max_abs = _distance(out.text_embeds, student.encode_text(texts))
-    pixels_of = {kind: AutoImageProcessor.from_pretrained(folder, backend=kind) for kind in ("pil", "torchvision")}
+    pixels_of = {
+        kind: AutoImageProcessor.from_pretrained(folder, backend=kind, local_files_only=True, trust_remote_code=False)
+        for kind in ("pil", "torchvision")
+    }
     report = TransformersReport(
         image_max_abs=_distance(nn.functional.normalize(embeds, dim=-1), student.encode_image(pixels)),
         text_max_abs=text_max_abs,
@@ -246,8 +241,8 @@ def _card(student: DualEncoder, report: TransformersReport, license: str, kind: 
         notes = "The embedding is `pooler_output`.\n\n"
     largest = max(report.image_max_abs, report.text_max_abs or 0.0)
     return (
-        f"---\nlibrary_name: transformers\nlicense: {license}\npipeline_tag: {task}\n---\n\n"
-        "# A dual encoder distilled with aced-sdk\n\n"
+        front_matter(library_name="transformers", license=license, pipeline_tag=task)
+        + "# A dual encoder distilled with aced-sdk\n\n"
         f"```python\nfrom transformers import {auto}, {kind}\n"
         f'model = {kind}.from_pretrained("FOLDER")\n'
         f'processor = {auto}.from_pretrained("FOLDER", backend="pil")\n```\n\n'

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from aced_sdk.files import inside, open_regular, printable
 from export.errors import EncoderError
+from export.graph_file import check_graph_file
 from export.manifest import check_files, read_manifest
 from export.report import ExportError, Source
 
@@ -45,13 +47,26 @@ def lay_beside(export: Path, source: Source, folder: Path) -> None:
             remedy="export with preprocess_in_graph=False",
             field="onnx",
         )
-    shutil.copytree(export / "onnx", folder / "onnx")
-    for path in (folder / "onnx").glob("*.onnx"):
-        model = onnx.load(str(path), load_external_data=False)
-        if any(value.name == _INPUT for value in model.graph.input):
-            _pad_inside(model, manifest["text"]["context_length"], manifest["text"]["pad_id"])
-            onnx.save_model(model, str(path))
-            onnx.checker.check_model(str(path))
+    (folder / "onnx").mkdir()
+    for name in manifest["files"]:
+        if Path(name).parent == Path("onnx"):
+            with open_regular(inside(export, name)) as source_file, (folder / name).open("wb") as copy:
+                shutil.copyfileobj(source_file, copy)
+    try:
+        for path in sorted((folder / "onnx").glob("*.onnx")):
+            data = path.with_name(f"{path.name}_data")
+            check_graph_file(path, data.name if data.exists() else None)
+            model = onnx.load(str(path), load_external_data=False)
+            if any(value.name == _INPUT for value in model.graph.input):
+                _pad_inside(model, manifest["text"]["context_length"], manifest["text"]["pad_id"])
+                onnx.save_model(model, str(path))
+                onnx.checker.check_model(str(path))
+    except Exception as error:  # onnx and protobuf raise many kinds for graphs of another make
+        raise ExportError(
+            f"{printable(export)} holds a graph that no export writes: {printable(error)}",
+            remedy="export the student again",
+            field="onnx",
+        ) from error
 
 
 def _pad_inside(model: onnx.ModelProto, length: int, pad_id: int) -> None:

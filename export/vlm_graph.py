@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aced_sdk.config import Config
-from aced_sdk.errors import ConfigError, MissingPackageError, ModelError, UnsupportedError
-from aced_sdk.files import sha256, write_json
+from aced_sdk.errors import AcedError, ConfigError, MissingPackageError, ModelError, UnsupportedError
+from aced_sdk.files import inside, printable, read_json, sha256, write_json
 from export import parity
-from export.errors import EncoderError
 from export.folder import export_folder
 from export.graphs import check_inference, clean, float16_graph, save_graph
-from export.manifest import MANIFEST, check_files
+from export.manifest import MANIFEST, check_digest, check_files, manifest_digest
 from export.quantize import described, int8_graph
 from export.report import SUFFIX, ExportError, Precision, Quantisation
-from export.runtime import session_options
 from export.save import known, opened
+from export.sessions import session_options
+from export.vlm_folder import check_vlm_folder
 
 NAME = "onnx/vision_encoder"  # what transformers.js looks for, with a precision's suffix
 INPUT, OUTPUT = "pixel_values", "image_features"
@@ -74,6 +74,7 @@ class VlmVisionManifest(Config):
     files: dict[str, str] = Field(description="sha256 of every other file")
     versions: dict[str, str]
     report: VlmVisionReport
+    digest: str = Field("", description="sha256 of all the above, so that no alteration goes unseen")
 
 
 class _Features(nn.Module):
@@ -142,12 +143,19 @@ def vlm_vision_to_onnx(
     source = Path(vlm_folder)
     model, image_processor = _load(source)
     images = [image for image in parity.pictures() if image.mode == "RGB"]
-    pixels = image_processor(images=images, return_tensors="pt")["pixel_values"]
-    features = _Features(model).eval()
-    with torch.no_grad():
-        theirs = model.get_image_features(pixels).pooler_output
-        want = torch.stack(list(theirs)).flatten(1, -2)
-        wrong = float((features(pixels) - want).abs().max())
+    try:
+        pixels = image_processor(images=images, return_tensors="pt")["pixel_values"]
+        features = _Features(model).eval()
+        with torch.no_grad():
+            theirs = model.get_image_features(pixels).pooler_output
+            want = torch.stack(list(theirs)).flatten(1, -2)
+            wrong = float((features(pixels) - want).abs().max())
+    except Exception as error:  # configs of another make lead transformers to many kinds of errors
+        raise ModelError(
+            f"the model in {printable(source)} cannot read pictures: {printable(repr(error))}",
+            remedy="name a folder that vlm.save wrote",
+            field="vlm_folder",
+        ) from error
     if not wrong <= _BOUND * float(want.abs().max()):
         raise ExportError(
             f"this model's image features are made in another way than known: they differ by {wrong:.1e}",
@@ -188,7 +196,8 @@ def vlm_vision_to_onnx(
             versions={name: version(name) for name in _PACKAGES},
             report=report,
         )
-        write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+        values = json.loads(manifest.model_dump_json())
+        write_json(folder / MANIFEST, values | {"digest": manifest_digest(values)})
     return report
 
 
@@ -199,15 +208,17 @@ def check_vlm_vision(directory: str | Path) -> VlmVisionReport:
         ExportError: if a file is missing or altered.
     """
     folder = Path(directory)
+    where = printable(folder / MANIFEST)
     try:
-        manifest = VlmVisionManifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        check_files(folder, manifest.files)
-    except (OSError, ValueError, TypeError, RecursionError) as error:  # a ConfigError is a ValueError
+        raw = read_json(inside(folder, MANIFEST))
+        manifest = VlmVisionManifest(**raw)
+        check_digest(raw, where)
+        check_files(folder, {**dict.fromkeys((graph.file for graph in manifest.report.graphs), ""), **manifest.files})
+    except (AcedError, TypeError) as error:
+        why = error.cause if isinstance(error, AcedError) else error
         raise ExportError(
-            f"{folder / MANIFEST} cannot be read: {error}", remedy="export the model again", field="directory"
-        ) from error
-    except EncoderError as error:
-        raise ExportError(error.cause, remedy="export the model again", field="directory") from None
+            f"{where} cannot be read: {printable(why)}", remedy="export the model again", field="directory"
+        ) from None
     return manifest.report
 
 
@@ -221,11 +232,15 @@ def _load(folder: Path) -> tuple[Any, Any]:
             field="vlm_folder",
         )
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        check_vlm_folder(folder)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        ).eval()
+        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # configs of another make lead transformers to many kinds of errors
+        why = error.cause if isinstance(error, AcedError) else error
         raise ModelError(
-            f"{folder} holds no vision-language model: {error}",
+            f"{printable(folder)} holds no vision-language model: {printable(why)}",
             remedy="name a folder that vlm.save wrote",
             field="vlm_folder",
         ) from error

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from export.pictures import Picture
-from export.runtime import Floats, OnnxEncoder, at_least_one
+from export.runtime import Floats, OnnxEncoder
+from export.sessions import at_least_one
 
 
 class Guess(NamedTuple):

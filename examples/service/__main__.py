@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import uvicorn
-
+from aced_sdk.files import read_text
 from examples.service.app import create_app
+from examples.service.server import create_server
 from export import OnnxEncoder
 
 
@@ -22,19 +22,23 @@ def main() -> None:
     parser.add_argument("--max-wait-ms", type=float, default=5.0)
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait; more are answered with 503")
     parser.add_argument("--max-pixels", type=int, default=25_000_000, help="pictures with more are refused")
+    parser.add_argument("--max-bodies-mib", type=int, default=256, help="bodies in memory; more are answered with 503")
+    parser.add_argument("--max-decoded-mib", type=int, default=1024, help="pictures being decoded; more wait")
+    parser.add_argument("--max-connections", type=int, default=512, help="above, those that wait longest are closed")
     parser.add_argument("--classes", type=Path, help="a file with one class name a line, for /classify")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
     app = create_app(
         OnnxEncoder(args.folder, args.precision, args.threads, max_pixels=args.max_pixels),
-        classes=args.classes.read_text(encoding="utf-8").splitlines() if args.classes else (),
+        classes=read_text(args.classes).splitlines() if args.classes else (),
         max_batch=args.max_batch,
         max_wait_ms=args.max_wait_ms,
         queue=args.queue,
+        max_bodies=args.max_bodies_mib * 2**20,
+        max_decoded=args.max_decoded_mib * 2**20,
     )
-    # Bodies are in memory before they are queued: the number of connections bounds them.
-    uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=2 * args.queue, access_log=False)
+    create_server(app, args.host, args.port, max_connections=args.max_connections).run()
 
 
 if __name__ == "__main__":

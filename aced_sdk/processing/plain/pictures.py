@@ -45,16 +45,24 @@ def open_picture(
     Raises:
         PictureError: if it is unreadable, in a format that is not in `FORMATS`, too large, or too long and thin.
     """
-    image = source if isinstance(source, Image.Image) else _opened(source, max_pixels)
-    if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
-        raise PictureError("picture format is not allowed", f"{image.format}; allowed are {', '.join(FORMATS)}")
-    _check_size(*image.size, max_pixels, max_aspect)
+    image = read_header(source, max_pixels=max_pixels, max_aspect=max_aspect)
     try:
         image.load()
     except MemoryError:
         raise PictureError("unreadable picture", "not enough memory") from None
     except Exception as error:  # broken files make Pillow's decoders raise many kinds of errors
         raise PictureError("unreadable picture", str(error)) from error
+    return image
+
+
+def read_header(
+    source: bytes | str | Path | Image.Image, *, max_pixels: int = MAX_PIXELS, max_aspect: int = MAX_ASPECT
+) -> Image.Image:
+    """As `open_picture`, and the pixels are not decoded yet: for who wants the size first."""
+    image = source if isinstance(source, Image.Image) else _opened(source, max_pixels)
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
+        raise PictureError("picture format is not allowed", f"{image.format}; allowed are {', '.join(FORMATS)}")
+    _check_size(*image.size, max_pixels, max_aspect)
     return image
 
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an ONNX file may hold before onnxruntime sees it, read with the standard library alone.
+
+An exported graph runs each of its nodes once. Loops, functions and sparse weights could make a small file run for ever
+or fill the memory; external weights could name any file of the machine. Files that hold them are refused.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from aced_sdk.files import open_regular, printable
+from export.errors import FolderError, folder_errors
+
+_MAX_NODES = 20_000
+_MAX_FIELDS = 500_000  # a second of reading
+
+# Fields of onnx.proto that hold messages which are looked into, by message and field number.
+MESSAGES = {
+    "ModelProto": {7: "GraphProto"},
+    "GraphProto": {1: "NodeProto", 5: "TensorProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {5: "TensorProto", 10: "TensorProto"},
+    "TensorProto": {13: "StringStringEntryProto"},
+    "StringStringEntryProto": {},
+}
+# Fields that a file must not have.
+REFUSED = {
+    "ModelProto": {20: "training_info", 25: "functions"},
+    "GraphProto": {15: "sparse_initializer"},
+    "AttributeProto": {6: "g", 11: "graphs", 22: "sparse_tensor", 23: "sparse_tensors"},
+}
+_OP_TYPE, _DOMAIN, _KEY, _VALUE = 4, 7, 1, 2
+_DOMAINS = (b"", b"ai.onnx", b"com.microsoft")
+_READS_FILES = b"EPContext"
+
+
+def check_graph_file(path: Path, data: str | None) -> None:
+    """Refuse an ONNX file that is more than a chain of plain nodes.
+
+    Args:
+        path: the file.
+        data: the file of the external weights, which is beside it; None for a graph without any.
+
+    Raises:
+        FolderError: if it is broken, has subgraphs, functions, sparse or external weights, or too many nodes.
+    """
+    with folder_errors(), open_regular(path) as stream:
+        try:
+            _check(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)), data and Path(data).name)
+        except (ValueError, IndexError) as error:
+            raise FolderError(
+                f"{printable(path)} is no graph that an export writes: {printable(error)}",
+                remedy="export the student again",
+            ) from None
+
+
+def _check(model: memoryview, data: str | None) -> None:
+    nodes = fields = 0
+    left = [("ModelProto", model)]
+    while left:
+        kind, message = left.pop()
+        nodes += kind == "NodeProto"
+        entry: dict[int, bytes] = {}
+        for number, content in _fields(message):
+            fields += 1
+            if nodes > _MAX_NODES or fields > _MAX_FIELDS:
+                raise ValueError("it has too many nodes or fields")
+            if name := REFUSED.get(kind, {}).get(number):
+                raise ValueError(f"it has {name}")
+            if content is None:
+                continue
+            if inner := MESSAGES[kind].get(number):
+                left.append((inner, content))
+            elif kind == "StringStringEntryProto":
+                entry[number] = bytes(content)
+            elif kind == "NodeProto" and number == _OP_TYPE and content == _READS_FILES:
+                raise ValueError("it has an EPContext node")
+            elif kind == "NodeProto" and number == _DOMAIN and bytes(content) not in _DOMAINS:
+                raise ValueError(f"it has operators of the domain {bytes(content[:50])!r}")
+        if entry.get(_KEY) == b"location" and (data is None or entry.get(_VALUE) != data.encode()):
+            raise ValueError(f"it has weights in {entry.get(_VALUE, b'')[:200]!r}")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | None]]:
+    """Number and content of each field of a protobuf message; the content of a plain number is None."""
+    at = 0
+    while at < len(message):
+        tag, at = _number(message, at)
+        content, kind = None, tag & 7
+        if kind == 0:
+            _, at = _number(message, at)
+        elif kind == 2:
+            size, at = _number(message, at)
+            content = message[at : at + size]
+            at += size
+        else:
+            at += {1: 8, 5: 4}.get(kind, len(message))  # groups, which onnx.proto does not use, end beyond the message
+        if at > len(message) or not 8 <= tag < 2**32:
+            raise ValueError("a field is broken")
+        yield tag >> 3, content
+
+
+def _number(message: memoryview, at: int) -> tuple[int, int]:
+    """A protobuf varint and the place after it."""
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is broken")
