@@ -18,6 +18,7 @@ from aced_sdk.towers.profile import Profile, profile_model
 from aced_sdk.towers.replica import evaluating, replaced
 from aced_sdk.towers.resolution import any_size, positions_for
 from aced_sdk.towers.text import cut, lengths
+from aced_sdk.towers.text_files import tokenizing
 from aced_sdk.towers.transforms import Preprocess
 
 
@@ -68,8 +69,13 @@ class DualEncoder(nn.Module):
         return self.normalise(self.resize(image))
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Token ids, int64 [N, context_length], padded and cut as the text tower expects."""
-        tokens: Tensor = self.tokenizer([texts] if isinstance(texts, str) else list(texts))
+        """Token ids, int64 [N, context_length], padded and cut as the text tower expects.
+
+        Raises:
+            ModelError: if the tokenizer fails.
+        """
+        with tokenizing("the tokenizer fails on these texts"):
+            tokens: Tensor = self.tokenizer([texts] if isinstance(texts, str) else list(texts))
         return tokens
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -154,8 +160,7 @@ class DualEncoder(nn.Module):
             ModelError: if the tokens are another model's.
         """
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
-        if isinstance(texts, Tensor):
-            self._check(tokens)
+        self._check(tokens)
         embeddings = torch.empty(len(tokens), self.embedding_dim)
         # Short texts go together, since a batch is as long as the longest of them.
         order = lengths(self.model, tokens).argsort(stable=True).cpu()

@@ -4,27 +4,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from aced_sdk.config import Config
+
+MAX_SIDE = 2_048  # pixels; the largest towers of open_clip and timm take 1,024
+
+_Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+_Channel = Annotated[float, Field(ge=-1_000, le=1_000)]
+_Deviation = Annotated[float, Field(gt=0, le=1_000)]
 
 
 class Preprocess(Config):
     """The `preprocess_cfg` of open_clip_config.json."""
 
-    size: tuple[int, int]
+    size: tuple[_Side, _Side]
     mode: Literal["RGB"] = "RGB"
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[_Channel, _Channel, _Channel]
+    std: tuple[_Deviation, _Deviation, _Deviation]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["squash", "shortest", "longest"] = "shortest"
-    fill_color: int = 0
+    fill_color: int = Field(0, ge=0, le=255)
 
     @field_validator("size", mode="before")
     @classmethod

@@ -22,7 +22,8 @@ from aced_sdk.data import Decoding, Pool
 from aced_sdk.errors import DataError, ModelError
 from aced_sdk.objectives import build_objective
 from aced_sdk.towers import DualEncoder, Embeddings, Preprocess, save
-from aced_sdk.towers.folder import instantiate, resolve, tokenizer_of
+from aced_sdk.towers.architecture import instantiate, resolve
+from aced_sdk.towers.text_files import tokenizer_of
 
 PICTURE_SIZE = 112
 EMBED_DIM = 256

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURE, encoder
@@ -24,7 +26,7 @@ from aced_sdk import towers
 from aced_sdk.config import Engine, Optimizer, Student
 from aced_sdk.engine import build_engine
 from aced_sdk.errors import AcedError, ConfigError, ModelError, UnsupportedError
-from aced_sdk.towers import huggingface
+from aced_sdk.towers import architecture, huggingface
 from aced_sdk.towers.folder import CONFIG, MANIFEST, WEIGHTS
 
 TEXTS = ["a red boat", "two small stars", "tree"]
@@ -164,6 +166,15 @@ def test_architectures_that_cannot_be_built_are_refused(architecture: object, ki
     with pytest.raises(kind) as caught:
         towers.build(Student(architecture=architecture), 0)
     assert caught.value.remedy
+
+
+def test_the_allow_list_has_the_fields_and_architectures_of_open_clip() -> None:
+    for ours, theirs in ((architecture.Vision, CLIPVisionCfg), (architecture.Text, CLIPTextCfg)):
+        assert set(ours.model_fields) == {field.name for field in dataclasses.fields(theirs)}
+    for name in open_clip.list_models():
+        model_cfg = open_clip.get_model_config(name)
+        if "multimodal_cfg" not in model_cfg:
+            architecture.check(model_cfg)
 
 
 def test_transformers_sees_what_the_tower_sees() -> None:
