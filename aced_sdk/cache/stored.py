@@ -26,7 +26,7 @@ from aced_sdk.cache.parts import CacheManifest, Dtype, bound_shards
 from aced_sdk.cache.writing import Embedded, check_usable, write_parts
 from aced_sdk.config import Data, Stored
 from aced_sdk.data import Pool, UnusablePair
-from aced_sdk.data.source import BROKEN_ARRAY, Rows
+from aced_sdk.data.source import Rows
 from aced_sdk.errors import DataError
 from aced_sdk.files.reading import MIB
 
@@ -144,7 +144,9 @@ def _arrays(stored: Stored, pool: Pool, row: int) -> tuple[Vectors, Vectors]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return _rows(archive, stored.image), _rows(archive, stored.text)
-    except BROKEN_ARRAY as error:
+    except UnusablePair:
+        raise
+    except Exception as error:  # broken archives and arrays make zipfile and numpy raise many kinds of errors
         raise UnusablePair("unreadable npz") from error
 
 

@@ -62,6 +62,7 @@ class _Scored(_Selection):
     scoring_size: int | None = Field(
         None,
         gt=0,
+        le=4096,
         description="side in pixels at which the student scores the super-batch; None: its own. "
         "Smaller is cheaper, and the student is then trained at both sizes, so that its scores are valid",
     )

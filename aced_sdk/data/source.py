@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import os
-import struct
 import sys
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,22 +35,6 @@ from aced_sdk.processing.plain import PictureError, to_rgb
 from aced_sdk.towers import DualEncoder
 
 _IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
-# What numpy raises over damaged arrays and archives, and over pickles, which are never read.
-BROKEN_ARRAY = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    SyntaxError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
 Rows = NDArray[np.int64]
 
 
@@ -186,17 +167,19 @@ class Prepared:
         self.folder = folder
         try:
             manifest = read_json(inside(folder, _MANIFEST), MIB)
+            if manifest["pairs"] != pairs:
+                raise ValueError(f"its manifest is that of {manifest['pairs']} pairs, not of {pairs}")
             if "sha256" in manifest:  # older folders have no digests
                 check_digests(folder, {name: manifest["sha256"][name] for name in (_TOKENS, _USABLE)}, [_MANIFEST])
             self._images = _mapped(folder, _IMAGES, np.uint8, (pairs, 3, *size))
             self._tokens = _mapped(folder, _TOKENS, np.int32, (pairs, length))
             self._usable = np.array(_mapped(folder, _USABLE, np.bool_, (pairs,)))
-        except BROKEN_ARRAY as error:
+        except Exception as error:  # broken arrays make numpy raise many kinds of errors
             raise DataError(
                 f"the prepared pictures in {printable(folder)} cannot be used: {printable(error)}",
                 remedy="delete that folder and start again: it is made anew",
                 field="data.prepared",
-            ) from None
+            ) from error
 
     def usable(self) -> Rows:
         return np.flatnonzero(self._usable).astype(np.int64)

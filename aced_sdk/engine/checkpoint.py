@@ -49,6 +49,10 @@ def save_checkpoint(
         state: JSON values of the loop.
         tensors: generator states, counts and the like.
         keep: how many checkpoints stay.
+
+    Raises:
+        EngineError: if it cannot be written.
+        ReadError: if `checkpoints` is a link out of the run's folder.
     """
     target = directory / "checkpoints" / f"step-{step:08d}"
     weights, moments = engine.weights(), engine.moments()
@@ -69,7 +73,7 @@ def save_checkpoint(
         for old in [each for each in checkpoints(directory) if step_of(each) <= step][:-keep]:
             shutil.rmtree(old)
 
-    inside(directory, target.relative_to(directory))
+    inside(directory, "checkpoints")
     engine.ranks.in_first(write)
     return target
 

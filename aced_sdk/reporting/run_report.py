@@ -28,7 +28,7 @@ _WARNINGS = 8
 _EVENTS = 5_000_000
 """Events that a log may have; those shown are in memory together."""
 
-_NAMES = 40
+_NAMES = 24
 """Terms, tasks, metrics and statistics that are shown of each kind."""
 
 _LISTED = 1000
