@@ -69,7 +69,9 @@ class EmbeddingCache:
         def normal(values: Tensor) -> Tensor:
             return torch.nn.functional.normalize(values.to(device).float(), dim=-1)
 
-        return Embeddings(normal(image), normal(text), self._manifest.scale, self._manifest.bias)
+        return Embeddings(
+            normal(image), normal(text), self._manifest.scale, self._manifest.bias, self._manifest.trained_with
+        )
 
     @property
     def embeddings(self) -> Embeddings:
@@ -80,7 +82,7 @@ class EmbeddingCache:
         """
         parts = [self._part(number) for number in range(len(self._sizes))]
         image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])
-        return Embeddings(image, text, self._manifest.scale, self._manifest.bias)
+        return Embeddings(image, text, self._manifest.scale, self._manifest.bias, self._manifest.trained_with)
 
     def _open(self, number: int) -> Part:
         part = self._read(number, verify=number in self._unverified)

@@ -12,7 +12,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aced_sdk.config import Config
+from aced_sdk.config import Config, LossForm
 from aced_sdk.data import Pool
 from aced_sdk.errors import CacheError, ConfigError
 from aced_sdk.files import (
@@ -46,6 +46,7 @@ class CacheManifest(Config):
     bias: float = Field(ge=-MAX_SCALE, le=MAX_SCALE)
     shards: tuple[tuple[str, str], ...]
     dtype: Dtype = "fp16"
+    trained_with: LossForm | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,6 +91,7 @@ def write_stored(
         model=stored_fingerprint(stored),
         dim=width,
         scale=stored.scale,
+        trained_with=stored.trained_with,
         bias=stored.bias,
         shards=bound_shards(pool),
         dtype=dtype or "fp16",

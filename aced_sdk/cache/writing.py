@@ -83,6 +83,7 @@ def write_cache(
         model=encoder.fingerprint(),
         dim=encoder.embedding_dim,
         scale=encoder.scale,
+        trained_with=encoder.trained_with,
         bias=encoder.bias,
         shards=bound_shards(pool),
         dtype=dtype or "fp16",

@@ -9,14 +9,19 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt
 
 from aced_sdk.config.base import Config
+from aced_sdk.config.curation import LossForm
 
 
 class Student(Config):
-    """The encoder to be trained: an open_clip architecture built anew, or a folder to go on from."""
+    """The encoder to be trained.
+
+    A name of weights (a folder, `local-dir:FOLDER` or `hf-hub:ORG/REPO`) loads them. The name of an open_clip
+    architecture (`ViT-B-32`) and a mapping give new weights.
+    """
 
     architecture: str | dict[str, Any] = Field(
-        description="open_clip architecture name (`ViT-B-32`), `local-dir:FOLDER`, "
-        "or a `model_cfg` mapping as in open_clip_config.json"
+        description="open_clip architecture name (`ViT-B-32`) or `model_cfg` mapping for new weights; "
+        "a folder, `local-dir:FOLDER` or `hf-hub:ORG/REPO` for trained ones"
     )
     init_scale: float = Field(10.0, gt=0, description="first value of the learned scale on cosine similarities")
     init_bias: float = Field(-10.0, description="first value of the learned bias of the sigmoid loss")
@@ -40,6 +45,9 @@ class Stored(Config):
 
     scale: float = Field(gt=0, description="scale on cosine similarities: the factor, not its logarithm")
     bias: float = Field(0.0, description="bias of a sigmoid-trained model; 0 for a softmax-trained one")
+    trained_with: LossForm | None = Field(
+        None, description="loss that the model was trained with; None: sigmoid if there is a bias, else softmax"
+    )
     image: str = Field("image_emb", description="name of the array [augmentations, D] or [D]")
     text: str = Field("text_emb", description="name of the array [captions, D] or [D]; its first row is the caption's")
     parts: tuple[PositiveInt, ...] = Field(

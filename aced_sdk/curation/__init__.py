@@ -3,7 +3,14 @@
 
 from aced_sdk.curation.joint import gumbel_noise, select_independent, select_joint
 from aced_sdk.curation.selectors import pair_scores, select, select_random, static_filter
-from aced_sdk.curation.statistics import COLLAPSE_REMEDY, DrawStatistics, DrawSummary, even_pool_size, score_quantiles
+from aced_sdk.curation.statistics import (
+    COLLAPSE_REMEDY,
+    DrawStatistics,
+    DrawSummary,
+    doubts_of,
+    even_pool_size,
+    score_quantiles,
+)
 from aced_sdk.towers.embeddings import Embeddings
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "DrawStatistics",
     "DrawSummary",
     "Embeddings",
+    "doubts_of",
     "even_pool_size",
     "gumbel_noise",
     "pair_scores",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aced_sdk.config import Curation, Independent, Joint
-from aced_sdk.curation.scores import weights_of
+from aced_sdk.curation.scores import doubts, weights_of
 from aced_sdk.errors import CurationError
 from aced_sdk.towers.embeddings import Embeddings
 
@@ -55,6 +55,18 @@ def score_quantiles(
 
 
 _MANY = 1e6  # draws of each pair, from which on chance makes no difference
+
+
+@torch.no_grad()
+def doubts_of(config: Curation, student: Embeddings | None, reference: Embeddings | None) -> tuple[str, str] | None:
+    """Cause and remedy if selection by this config is close to random; see `aced_sdk.curation.scores.doubts`.
+
+    Raises:
+        CurationError: as `select`.
+    """
+    if not isinstance(config, Independent | Joint):
+        return None
+    return doubts(weights_of(student, reference, config.score, config.loss), config.gain)
 
 
 def even_pool_size(draws: int, pairs: int) -> float:

@@ -3,7 +3,7 @@
 
 from aced_sdk.towers.dual_encoder import DualEncoder
 from aced_sdk.towers.embeddings import Embeddings
-from aced_sdk.towers.folder import Manifest, build, load, read_config, read_manifest, save
+from aced_sdk.towers.folder import Manifest, build, load, names_weights, read_config, read_manifest, save
 from aced_sdk.towers.profile import Profile
 from aced_sdk.towers.resolution import shrink
 from aced_sdk.towers.sizes import check_size
@@ -20,6 +20,7 @@ __all__ = [
     "build",
     "check_size",
     "load",
+    "names_weights",
     "read_config",
     "read_manifest",
     "save",

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from aced_sdk.config import LossForm
 from aced_sdk.errors import ModelError
 from aced_sdk.files import tensor_digest
 from aced_sdk.towers.embeddings import Embeddings
@@ -32,6 +33,8 @@ class DualEncoder(nn.Module):
         model_cfg: the `model_cfg` of open_clip_config.json.
         preprocess_config: geometry and normalisation.
         folder: where it was loaded from; None for a new one.
+        trained_with: loss that its scale and bias were trained with: as its manifest says, else sigmoid if it has a
+            bias and softmax if it has none.
     """
 
     mean: Tensor
@@ -51,6 +54,7 @@ class DualEncoder(nn.Module):
         self.preprocess_config = preprocess
         self.tokenizer = tokenizer
         self.folder = folder
+        self.trained_with: LossForm = "softmax" if model.logit_bias is None else "sigmoid"
         self._resize = preprocess.resizer()
         if "timm_model_name" in model_cfg["vision_cfg"]:
             _channels_last(model.visual)  # type: ignore[arg-type]

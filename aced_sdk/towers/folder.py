@@ -13,11 +13,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
 
-from aced_sdk.config import Config, Student
+from aced_sdk.config import Config, LossForm, Student
 from aced_sdk.errors import ConfigError, ModelError
 from aced_sdk.files import (
     ReadError,
@@ -55,6 +55,7 @@ class Manifest(Config):
         weights_sha256: digest of the weights.
         files: sha256 of each file, by its relative name.
         license: SPDX name of the weights' licence.
+        trained_with: loss that scale and bias were trained with; None, of earlier versions: a bias means sigmoid.
         facts: how the encoder was made.
     """
 
@@ -63,6 +64,7 @@ class Manifest(Config):
     weights_sha256: str
     files: dict[str, str] = Field(default_factory=dict)
     license: str = "unknown"
+    trained_with: LossForm | None = None
     facts: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -82,15 +84,15 @@ def _model_errors() -> Iterator[None]:
 
 @_model_errors()
 def build(student: Student, seed: int) -> DualEncoder:
-    """A dual encoder with new weights, or the folder that `student.architecture` names, ready to train.
+    """A dual encoder ready to train: with the weights that `student.architecture` names, else with new ones.
 
     Raises:
         UnsupportedError: for a CoCa model.
-        ModelError: if the architecture is unknown, out of bounds, or cannot be built.
+        ModelError: if the architecture is unknown, out of bounds, or cannot be built, or the weights cannot be loaded.
     """
     import torch
 
-    if isinstance(student.architecture, str) and student.architecture.startswith("local-dir:"):
+    if names_weights(student.architecture):
         return load(student.architecture)
     model_cfg = _model_cfg(student)
     resolved = resolve(model_cfg, None)
@@ -103,6 +105,13 @@ def build(student: Student, seed: int) -> DualEncoder:
     return DualEncoder(model, model_cfg, preprocess, tokenizer_of(resolved))
 
 
+def names_weights(architecture: str | dict[str, Any]) -> TypeGuard[str]:
+    """Whether it is the name of a folder or repository with trained weights, not of an architecture alone."""
+    if not isinstance(architecture, str):
+        return False
+    return architecture.startswith(("local-dir:", "hf-hub:")) or os.path.isdir(expand(architecture))
+
+
 def _model_cfg(student: Student) -> dict[str, Any]:
     import open_clip
 
@@ -112,7 +121,7 @@ def _model_cfg(student: Student) -> dict[str, Any]:
         if named is None:
             raise ModelError(
                 f"open_clip knows no architecture '{printable(student.architecture)}'",
-                remedy="take a name of open_clip.list_models(), `local-dir:FOLDER`, or a model_cfg mapping",
+                remedy="use a name of open_clip.list_models(), a folder, `hf-hub:ORG/REPO`, or a model_cfg mapping",
                 field="student.architecture",
             )
     else:
@@ -161,7 +170,13 @@ def _write(encoder: DualEncoder, folder: Path, license: str, facts: dict[str, An
         preprocess = encoder.preprocess_config.model_dump(mode="json")
         write_json(temporary / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess})
         files = file_digests(temporary)
-        manifest = Manifest(weights_sha256=files[WEIGHTS], files=files, license=license, facts=facts)
+        manifest = Manifest(
+            weights_sha256=files[WEIGHTS],
+            files=files,
+            license=license,
+            trained_with=encoder.trained_with,
+            facts=facts,
+        )
         write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
         (temporary / "README.md").write_text(card(encoder.profile(), license, facts), encoding="utf-8")
 
@@ -195,16 +210,18 @@ def _load_folder(folder: Path) -> DualEncoder:
     foreign = not os.path.lexists(folder / MANIFEST)
     resolved = resolve(model_cfg, folder)
     check_fit(outline(resolved), weights, foreign)
-    if not foreign:
-        _check_files(folder)
+    manifest = None if foreign else _check_files(folder)
     model = construct(resolved)
     read_weights(model, weights, foreign)
     preprocess = _preprocess(config, model.visual.image_size, folder)
-    return DualEncoder(model, model_cfg, preprocess, tokenizer_of(resolved), folder).eval()
+    encoder = DualEncoder(model, model_cfg, preprocess, tokenizer_of(resolved), folder).eval()
+    if manifest and manifest.trained_with:
+        encoder.trained_with = manifest.trained_with
+    return encoder
 
 
-def _check_files(folder: Path) -> None:
-    """Compare the folder's files with the manifest's digests."""
+def _check_files(folder: Path) -> Manifest:
+    """Compare the folder's files with the digests of its manifest, and return it."""
     manifest = read_manifest(folder)
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     if sum(sizes.values()) - sizes[folder / WEIGHTS] > _MAX_OTHERS:
@@ -218,6 +235,7 @@ def _check_files(folder: Path) -> None:
         raise ModelError(
             f"{printable(folder / WEIGHTS)} is not the file that was saved", remedy="restore or re-save the folder"
         )
+    return manifest
 
 
 def _preprocess(config: dict[str, Any], size: tuple[int, int], folder: Path) -> Preprocess:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from aced_sdk.config import DistillConfig, Independent, Joint
-from aced_sdk.curation import COLLAPSE_REMEDY, Embeddings, score_quantiles, select, select_random
+from aced_sdk.curation import COLLAPSE_REMEDY, Embeddings, doubts_of, score_quantiles, select, select_random
 from aced_sdk.data import SuperBatch
 from aced_sdk.engine import factor
 from aced_sdk.engine.events import CheckpointSaved, Selected, StepDone, StepSkipped, Warned
@@ -70,6 +70,8 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
                 distilled = done.distilled + len(drawn) - len(picked)
                 done = replace(done, trained=done.trained + len(picked), distilled=distilled)
                 parts.statistics.update(super_batch.rows[picked])
+                if done.trained == len(picked) and (doubt := doubts_of(curation, student, reference)):
+                    parts.emit(Warned(done.step, *doubt))
                 if len(super_batch) > len(picked):
                     parts.emit(_selected(config, parts, done.step, super_batch, picked, student, reference))
                 parts.emit(

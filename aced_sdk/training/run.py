@@ -31,7 +31,7 @@ from aced_sdk.engine.events import RunEnded, RunStarted, Warned
 from aced_sdk.errors import CacheError, ConfigError, DataError, UnsupportedError
 from aced_sdk.files import one_line
 from aced_sdk.objectives import build_objective
-from aced_sdk.towers import DualEncoder, build, check_size, load, save
+from aced_sdk.towers import DualEncoder, build, check_size, load, names_weights, save
 from aced_sdk.training.loop import train
 from aced_sdk.training.parts import Parts, Trainee
 from aced_sdk.training.progress import check_pool
@@ -148,6 +148,7 @@ def _start(
     encoder.train()
     facts = facts | {
         "pairs": len(rows),
+        "student": "trained weights" if names_weights(config.student.architecture) else "new weights",
         "macs": encoder.profile().macs,
         "parameters": sum(p.numel() for p in encoder.parameters()),
     }
@@ -160,6 +161,7 @@ def _start(
         parts.emit(Warned(done.step, f"pairs were skipped as they were read: {reasons}", _SKIPPED))
     encoder.eval()
     counts = {"trained": done.trained, "scored": done.scored, "distilled": done.distilled}
+    encoder.trained_with = config.objective.trained_with
     save(encoder, config.directory / "student", facts=student_facts(config, counts))
     parts.emit(RunEnded(done.step, time.perf_counter() - started, done.trained, done.scored))
     return Run(config.directory, encoder, done.step, dict(counts))
