@@ -23,6 +23,7 @@ from aced_sdk.files import (
 )
 from vlm.adapters import base_of, has_adapter, load_adapter
 from vlm.card import card
+from vlm.language import reads
 from vlm.pictures import check_fit
 from vlm.trust import bounded, check_folder, check_vision_language, library_errors, weight_bytes
 
@@ -150,6 +151,7 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
         # LLaVA reads no pooling head of a tower, and some checkpoints have none
         lost = {name for name in found["missing_keys"] if ".head." not in name and ".pooler." not in name}
         check_fit(base_of(model), processor)
+        reads(model.config.text_config)
         if apart:
             model, more = load_adapter(model, folder / _ADAPTER)
             lost |= more
