@@ -271,7 +271,8 @@ def _check_room(model: Any, inputs: BatchFeature, prompts: list[str], max_new_to
     Raises:
         DataError: naming it.
     """
-    lengths, limit = inputs["attention_mask"].sum(1), int(model.config.text_config.max_position_embeddings)
+    with fitting():
+        lengths, limit = inputs["attention_mask"].sum(1), int(model.config.text_config.max_position_embeddings)
     longest = int(lengths.argmax())
     if lengths[longest] + max_new_tokens > limit:
         words = " ".join(prompts[longest].replace(IMAGE, "").split())

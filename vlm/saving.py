@@ -23,6 +23,7 @@ from aced_sdk.files import (
 )
 from vlm.adapters import base_of, has_adapter, load_adapter
 from vlm.card import card
+from vlm.language import reads
 from vlm.pictures import check_fit
 from vlm.trust import bounded, check_folder, check_vision_language, library_errors, weight_bytes
 
@@ -150,6 +151,7 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
         # LLaVA reads no pooling head of a tower, and some checkpoints have none
         lost = {name for name in found["missing_keys"] if ".head." not in name and ".pooler." not in name}
         check_fit(base_of(model), processor)
+        reads(model.config.text_config)
         if apart:
             model, more = load_adapter(model, folder / _ADAPTER)
             lost |= more
@@ -190,6 +192,8 @@ def _write(base: PreTrainedModel, processor: LlavaProcessor, folder: Path, train
         shell.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     _classic_json(folder)
+    for path in folder.glob("*config.json"):
+        write_json(path, _without_code(read_json(path)))
 
 
 def _classic_json(folder: Path) -> None:
@@ -212,6 +216,16 @@ def _classic_json(folder: Path) -> None:
             "model_input_names": ["input_ids", "attention_mask"],
         }
     write_json(folder / "tokenizer_config.json", tokenizer)
+
+
+def _without_code(value: Any) -> Any:
+    """A config without the names of Python files and repositories that its parts came with.
+
+    All parts are transformers' own. Other programs, llama.cpp's converter among them, would run that code.
+    """
+    if isinstance(value, dict):
+        return {key: _without_code(part) for key, part in value.items() if key not in ("auto_map", "custom_pipelines")}
+    return [_without_code(part) for part in value] if isinstance(value, list) else value
 
 
 def classic_names(state: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:

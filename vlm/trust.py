@@ -73,7 +73,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "num_additional_image_tokens": (0, 64),
     # tokenizers
     "Fixed": (1, 2**16),
-    "pad_to_multiple_of": (1, 2**12),
+    "pad_to_multiple_of": (0, 2**12),
     # generation
     "num_beams": (1, 16),
     "num_beam_groups": (1, 16),

@@ -17,7 +17,7 @@ import yaml
 import vlm
 from aced_sdk.errors import ModelError
 from tests.security.sandbox import run
-from tests.security.vlm_parts import foreign, open_all, parts
+from tests.security.vlm_parts import edit, foreign, open_all, parts
 from vlm.card import card
 from vlm.hub import downloaded
 from vlm.scoring import KindScore, Scores
@@ -129,6 +129,16 @@ def test_names_that_are_no_folder(parts: Parts, tmp_path: Path) -> None:
     for kind in ("merged", "language", "vision"):
         texts = run(open_all, [(kind, Path(name)) for name in names], parts).returned()
         assert all(texts), texts
+
+
+def test_what_is_saved_names_no_code(parts: Parts, tmp_path: Path) -> None:
+    """llama.cpp's converter would download and run it."""
+    folder = foreign(parts["language"], tmp_path / "language")
+    edit(folder / "tokenizer_config.json", "auto_map", {"AutoTokenizer": ["somebody/code--own.C", None]})
+    edit(folder / "config.json", "auto_map", {"AutoConfig": "somebody/code--own.A"})
+    saved = vlm.save(*vlm.build(parts["vision"], folder), tmp_path / "saved")
+    assert not [path for path in saved.glob("*.json") if "somebody/code" in path.read_text()]
+    vlm.load(saved)
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
