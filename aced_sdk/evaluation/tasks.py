@@ -24,6 +24,7 @@ _MAX_LINE = 500  # letters of a class name or template
 _MAX_LABEL = 64  # bytes
 _MAX_CAPTION, _MAX_CAPTIONS = 4096, 100  # bytes of one, number of a picture
 _MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
+_MAX_LETTERS = 2**28  # of all prompts
 _MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
 
 # The 27 tasks of ACED's StableEval (method: chosen of 34 for low variance over training seeds; list reconstructed).
@@ -88,10 +89,11 @@ def load_task(name: str, data_root: Path, encoder: DualEncoder, max_pixels: int 
         ) from error
     classes = [] if retrieval else _lines(folder, "classnames.txt")
     templates = [] if retrieval else _lines(folder, "zeroshot_classification_templates.txt")
-    if len(classes) * len(templates) > _MAX_PROMPTS:
+    letters = len(classes) * sum(map(len, templates)) + "".join(templates).count("{c}") * sum(map(len, classes))
+    if len(classes) * len(templates) > _MAX_PROMPTS or letters > _MAX_LETTERS:
         raise EvaluationError(
-            f"the task '{one_line(name)}' has {len(classes):,} classes and {len(templates):,} templates, more than "
-            f"{_MAX_PROMPTS:,} prompts",
+            f"the task '{one_line(name)}' has {len(classes):,} classes and {len(templates):,} templates: more than "
+            f"{_MAX_PROMPTS:,} prompts or {_MAX_LETTERS:,} letters",
             remedy="use fewer templates",
         )
     images: list[Tensor] = []
