@@ -62,13 +62,20 @@ class DeepSpeed:
         self.module = module.to(self.device)
         self.optimizer = adamw(self.module, optimizer, factors)
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        with _scalars_broadcast(self.module):
-            self._engine, *_ = deepspeed.initialize(
-                model=self.module,
-                optimizer=self.optimizer,
-                config=deepspeed_json(config, optimizer, sum(parameter.numel() for parameter in self._trained)),
-                dist_init_required=False,
-            )
+        values = deepspeed_json(config, optimizer, sum(parameter.numel() for parameter in self._trained))
+        try:
+            with _scalars_broadcast(self.module):
+                self._engine, *_ = deepspeed.initialize(
+                    model=self.module, optimizer=self.optimizer, config=values, dist_init_required=False
+                )
+        except Exception as error:  # DeepSpeed checks its JSON with errors of many kinds
+            if config.deepspeed is None:
+                raise
+            raise ConfigError(
+                f"DeepSpeed does not start with this JSON: {type(error).__name__}: {printable(error)}",
+                remedy="correct it, or leave it out",
+                field="engine.deepspeed",
+            ) from error
 
     def forward(self, *inputs: Any) -> Any:
         # DeepSpeed's own forward switches autocast off around the module; stage 3's gathering hooks are on the module.

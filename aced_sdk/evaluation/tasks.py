@@ -30,6 +30,7 @@ _MAX_LINE = 500  # letters of a class name or template
 _MAX_LABEL = 64  # bytes
 _MAX_CAPTION, _MAX_CAPTIONS = 4096, 100  # bytes of one, number of a picture
 _MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
+_MAX_LETTERS = 2**28  # of all prompts
 _MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
 
 
@@ -98,10 +99,11 @@ def open_task(name: str, data_root: Path) -> TaskFolder:
     if kind == "retrieval":
         return TaskFolder(name, kind, [], [], pool)
     classes, templates = _classes(folder), _templates(folder)
-    if len(classes) * len(templates) > _MAX_PROMPTS:
+    letters = len(classes) * sum(map(len, templates)) + "".join(templates).count("{c}") * sum(map(len, classes))
+    if len(classes) * len(templates) > _MAX_PROMPTS or letters > _MAX_LETTERS:
         raise EvaluationError(
-            f"the task '{one_line(name)}' has {len(classes):,} classes and {len(templates):,} templates, more than "
-            f"{_MAX_PROMPTS:,} prompts",
+            f"the task '{one_line(name)}' has {len(classes):,} classes and {len(templates):,} templates: more than "
+            f"{_MAX_PROMPTS:,} prompts or {_MAX_LETTERS:,} letters",
             remedy="use fewer templates",
             field=_FIELD,
         )

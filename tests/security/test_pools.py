@@ -375,10 +375,11 @@ def test_a_hostile_file_of_a_task_is_refused(tmp_path: Path, file: str, attack: 
     assert run(_task, tmp_path / "tasks", mib=512).refused()
 
 
-def test_a_product_of_classes_and_templates_is_bounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "template"), [("cat\n", "a {c}\n"), ("c" * 400 + "\n", "{c}" * 150 + "\n")])
+def test_a_product_of_classes_and_templates_is_bounded(tmp_path: Path, name: str, template: str) -> None:
     folder = task(tmp_path)
-    (folder / "classnames.txt").write_text("cat\n" * 200_000)
-    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n" * 200_000)
+    (folder / "classnames.txt").write_text(name * (4_000_000 // len(name)))
+    (folder / "zeroshot_classification_templates.txt").write_text(template * 100)
     assert run(_task, tmp_path, mib=512).refused("prompts")
 
 
