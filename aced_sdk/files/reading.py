@@ -36,11 +36,12 @@ def expand(path: str | Path) -> Path:
     """The path with `~` and `~user` expanded.
 
     Raises:
-        ReadError: if the user is unknown or the path holds a NUL byte.
+        ReadError: if the user is unknown, or the path holds a NUL byte or a character that no file name can have.
     """
     try:
         expanded = Path(path).expanduser()
-    except RuntimeError as error:
+        os.fsencode(expanded)  # no half of a surrogate pair, which JSON can hold
+    except (RuntimeError, UnicodeError) as error:
         raise ReadError(f"{printable(path)} cannot be expanded: {error}", remedy="write the path in full") from None
     if "\0" in str(expanded):
         raise ReadError(f"the path {printable(path)} holds a NUL byte", remedy="correct the path")
@@ -62,7 +63,7 @@ def inside(folder: str | Path, name: str | Path) -> Path:
     try:
         root = Path(folder).resolve()
         target = (root / relative).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
+    except (OSError, RuntimeError, UnicodeError) as error:  # a loop of links, half of a surrogate pair
         raise ReadError(
             f"{printable(name)} in {printable(folder)} cannot be resolved: {error}", remedy=remedy
         ) from None
