@@ -37,11 +37,12 @@ def expand(path: str | Path) -> Path:
     """The path with `~` and `~user` expanded.
 
     Raises:
-        ReadError: if the user is unknown or the path holds a NUL byte.
+        ReadError: if the user is unknown, or the path holds a NUL byte or a character that no file name can have.
     """
     try:
         expanded = Path(path).expanduser()
-    except RuntimeError as error:
+        os.fsencode(expanded)  # no half of a surrogate pair, which JSON can hold
+    except (RuntimeError, UnicodeError) as error:
         raise ReadError(f"{printable(path)} cannot be expanded: {error}", remedy="write the path in full") from None
     if "\0" in str(expanded):
         raise ReadError(f"the path {printable(path)} holds a NUL byte", remedy="correct the path")

@@ -178,7 +178,7 @@ def _check_scores(cfg: ModelCfg) -> None:
         heads = vision.width * (32 if resnet else 1) // vision.head_width
         activations = (height // 2) * (width // 2) * vision.width if resnet else 0
         _check_product("vision_cfg", heads * tokens**2, activations)
-    if text.hf_model_name is None:
+    if not text.hf_model_name:
         _check_product("text_cfg", text.heads * text.context_length**2)
 
 
@@ -267,11 +267,21 @@ def construct(model_cfg: dict[str, Any], field: str | None = None) -> Any:
             remedy="compare the mapping with a model_cfg of open_clip's own configs",
             field=field,
         ) from error
-    wanted = cfg["text_cfg"].get("context_length", 77)
-    if name and 0 < model.context_length < wanted:
+    if name:
+        _check_context(model, cfg["text_cfg"].get("context_length", 77), field)
+    return model
+
+
+def _check_context(model: Any, wanted: int, field: str | None) -> None:
+    """Refuse more tokens than a Hugging Face text tower takes."""
+    from open_clip.hf_configs import arch_dict
+
+    config = model.text.config
+    heads = getattr(config, arch_dict[config.model_type]["config_names"]["heads"])
+    positions = model.context_length or wanted  # T5 has no table of positions
+    if wanted > positions or heads * wanted**2 > _MAX_SCORES:
         raise ModelError(
-            f"the text tower takes {model.context_length} tokens, and text_cfg.context_length is {wanted}",
+            f"the text tower takes {positions:,} tokens with {heads:,} heads, and context_length is {wanted:,}",
             remedy="set a smaller context_length",
             field=field,
         )
-    return model

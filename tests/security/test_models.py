@@ -177,11 +177,12 @@ def test_only_known_options_reach_a_tokenizer(texts: Path, tmp_path: Path, optio
 # -- other folders ----------------------------------------------------------------------------------------------------
 
 NAMES = ["./../other", "./sub/../../other", "../other", "/ABSOLUTE", "~/other", "~nosuchuser/x", "other", "./", ".",
-         "./other\0", "./missing", "//x", "a/b/c", "-x/y", "a..b/..", "http://x/y", "./" + "x" * 5_000]  # fmt: skip
+         "./other\0", "./missing", "//x", "a/b/c", "-x/y", "a..b/..", "http://x/y", "./" + "x" * 5_000,
+         "./\ud800"]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["hf_tokenizer_name", "hf_model_name"])
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:20])
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:20]))
 def test_a_folder_names_no_files_of_another_one(texts: Path, tmp_path: Path, key: str, name: str) -> None:
     folder = copy(texts, tmp_path)
     other = text_tower(tmp_path / "other")
@@ -317,7 +318,10 @@ def test_hub_names_that_are_none(name: str) -> None:
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["~nosuchuser/x", "a\0b", "x" * 5_000, "", "/dev/zero", "\x1b[2J", "/proc/self/mem"])
+NONE = ["~nosuchuser/x", "a\0b", "x" * 5_000, "", "~\ud800", "\x1b[2J", "/proc/self/mem", "/dev/zero"]
+
+
+@pytest.mark.parametrize("name", NONE, ids=lambda name: ascii(name[:20]))
 def test_names_that_are_no_folder(name: str, tmp_path: Path) -> None:
     for text in (name, f"local-dir:{name}"):
         assert "\x1b" not in str(run(load, text).value)  # type: ignore[arg-type]

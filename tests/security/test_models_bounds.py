@@ -208,6 +208,13 @@ def test_a_text_tower_takes_the_context_that_is_asked_of_it(texts: Path, tmp_pat
     folder = copy(texts, tmp_path)
     change(folder / CONFIG, model_cfg__text_cfg__context_length=17)  # of 16 positions
     assert run(load, folder).refused("takes 16 tokens")
+    change(folder / CONFIG, model_cfg__text_cfg={"hf_model_name": "", "context_length": 4_096, "heads": 512})
+    assert run(load, folder).refused("values in one layer")
+    wide = {"hidden_size": 4_096, "num_attention_heads": 4_096, "max_position_embeddings": 4_096}
+    architecture = with_text(tmp_path / "t")
+    change(tmp_path / "t/config.json", **wide)
+    text_cfg = architecture["text_cfg"] | {"context_length": 4_096}
+    assert run(build, architecture | {"text_cfg": text_cfg}).refused("with 4,096 heads")
 
 
 def test_what_a_tokenizer_does_with_a_text_is_named(plain: Path, tmp_path: Path) -> None:
