@@ -218,8 +218,8 @@ def many(rows: list[Row]) -> None:
 
 
 SHOWN: dict[str, Callable[[list[Row]], None]] = {
-    "names that are formulas": change("evaluated", metrics={"$\\frac{": {"$x": 0.5, "\\": 1}, "a\nb": {"\x07": 0.1}}),
-    "parts that are formulas": change("step_done", parts={"$\\frac{": 1.0, "_x": 2.0, "<b>": 1}),
+    "names that are formulas": change("evaluated", metrics={"$\\frac{$": {"m": 0.5}, "$x^{$": {"m": 1}, "\x07\n": {}}),
+    "parts that are formulas": change("step_done", parts={"$\\frac{$": 1.0, "_x": 2.0, "<b>": 1}),
     "rows beyond the pool": change("selected", picked=[10**12]),
     "rows beyond the candidates": change("selected", candidates=[10**12]),
     "large losses": change("step_done", loss=-1e38),

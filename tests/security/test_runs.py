@@ -22,7 +22,7 @@ from aced_sdk.engine import checkpoints, step_of
 from aced_sdk.engine.deepspeed_engine import deepspeed_json
 from tests.security.sandbox import run
 
-SECRET = "-----BEGIN PRIVATE KEY-----\n"
+SECRET = "-----BEGIN PRIVATE KEY-----"  # no line break: a log would be cut before it
 
 
 def config(root: Path, **changes: Any) -> DistillConfig:
