@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an ONNX file may hold before onnxruntime sees it, read with the standard library alone.
 
-An exported graph runs each of its nodes once. Loops, functions and sparse weights could make a small file run for ever
-or fill the memory; external weights could name any file of the machine. Files that hold them are refused.
+An exported graph has nodes of plain ONNX on numbers, and runs each of them once. Loops, functions, texts and sparse
+weights could make a small file run for ever or fill the memory; external weights and other operators could name any
+file of the machine. Files that hold them are refused.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ REFUSED = {
     "AttributeProto": {6: "g", 11: "graphs", 22: "sparse_tensor", 23: "sparse_tensors"},
 }
 _OP_TYPE, _DOMAIN, _KEY, _VALUE = 4, 7, 1, 2
-_DOMAINS = (b"", b"ai.onnx", b"com.microsoft")
-_READS_FILES = b"EPContext"
+_DOMAINS = (b"", b"ai.onnx")
+_TEXTS = (b"String", b"Regex")  # operators on texts, whose memory nothing bounds
 
 
 def check_graph_file(path: Path, data: str | None) -> None:
@@ -45,7 +46,8 @@ def check_graph_file(path: Path, data: str | None) -> None:
         data: the file of the external weights, which is beside it; None for a graph without any.
 
     Raises:
-        FolderError: if it is broken, has subgraphs, functions, sparse or external weights, or too many nodes.
+        FolderError: if it is broken, has subgraphs, functions, other operators, sparse or external weights, or too
+            many nodes.
     """
     with folder_errors(), open_regular(path) as stream:
         try:
@@ -76,8 +78,8 @@ def _check(model: memoryview, data: str | None) -> None:
                 left.append((inner, content))
             elif kind == "StringStringEntryProto":
                 entry[number] = bytes(content)
-            elif kind == "NodeProto" and number == _OP_TYPE and content == _READS_FILES:
-                raise ValueError("it has an EPContext node")
+            elif kind == "NodeProto" and number == _OP_TYPE and bytes(content).startswith(_TEXTS):
+                raise ValueError(f"it has a node {bytes(content[:50])!r}")
             elif kind == "NodeProto" and number == _DOMAIN and bytes(content) not in _DOMAINS:
                 raise ValueError(f"it has operators of the domain {bytes(content[:50])!r}")
         if entry.get(_KEY) == b"location" and (data is None or entry.get(_VALUE) != data.encode()):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     where = printable(path)
-    if not path.is_symlink() and not path.exists():
+    if not os.path.lexists(path):
         raise FolderError(
             f"{printable(folder)} is no export: it has no {MANIFEST}",
             remedy="make one with export.to_onnx",

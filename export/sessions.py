@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from export.errors import EncoderError, FolderError, InputError
 
 SECONDS_PER_ROW = 60.0
 _MEMORY_SHARE = 0.75  # of the machine's memory, for all graphs of this process
+
+_RUNNING: dict[int, tuple[float, Any]] = {}  # runs in progress: when each must end, and its RunOptions
+_watch = Thread()
 
 
 def at_least_one(**values: int) -> None:
@@ -141,9 +145,8 @@ def run_session(
     """
     options = onnxruntime.RunOptions()
     rows = max((len(values) for values in inputs.values()), default=1)
-    watch = Timer(SECONDS_PER_ROW * max(1, rows), setattr, (options, "terminate", True))
-    watch.daemon = True
-    watch.start()
+    _start_watch()
+    _RUNNING[id(options)] = time.monotonic() + SECONDS_PER_ROW * max(1, rows), options
     try:
         return [np.asarray(value, np.float32) for value in session.run(list(outputs), dict(inputs), options)]
     except Exception as error:  # onnxruntime's errors share no base class
@@ -153,4 +156,21 @@ def run_session(
             field="inputs",
         ) from error
     finally:
-        watch.cancel()
+        del _RUNNING[id(options)]
+
+
+def _start_watch() -> None:
+    """One thread for all runs: a timer for each would take longer than the run of a small graph."""
+    global _watch
+    if not _watch.is_alive():  # the first time, or after a fork
+        _watch = Thread(target=_stop_late_runs, name="onnx-watch", daemon=True)
+        _watch.start()
+
+
+def _stop_late_runs() -> None:
+    while True:
+        time.sleep(1)
+        now = time.monotonic()
+        for end, options in list(_RUNNING.values()):
+            if now > end:
+                options.terminate = True

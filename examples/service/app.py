@@ -125,13 +125,13 @@ class _Bodies:
     @asynccontextmanager
     async def of(self, request: Request) -> AsyncIterator[bytes]:
         """The body of a request, which counts as in memory until the block ends."""
-        chunks: list[bytes] = []
+        received = bytearray()
         size = 0
         try:
             try:
                 async with asyncio.timeout(self._max_seconds):
                     async for chunk in request.stream():
-                        chunks.append(chunk)
+                        received += chunk
                         size += len(chunk)
                         self._total += len(chunk)
                         self._check(size)
@@ -139,8 +139,8 @@ class _Bodies:
                 raise _TooSlow(
                     f"the body did not come whole within {self._max_seconds} s", remedy="send it again", field="body"
                 ) from error
-            body = b"".join(chunks)
-            chunks.clear()
+            body = bytes(received)
+            received.clear()
             yield body
         finally:
             self._total -= size
