@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import os
-import struct
 import sys
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from aced_sdk.config import Data
+from aced_sdk.data.arrays import BROKEN_ARRAY, read_array_header
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.errors import DataError
 from aced_sdk.files import (
@@ -38,21 +36,6 @@ from aced_sdk.processing.plain import PictureError, to_rgb
 from aced_sdk.towers import DualEncoder
 
 _IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
-# What numpy raises over damaged arrays and archives, and over pickles, which are never read.
-BROKEN_ARRAY = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    SyntaxError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 Rows = NDArray[np.int64]
 
@@ -211,8 +194,7 @@ def _mapped(folder: Path, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -
     """An array of the prepared folder, memory-mapped."""
     path = inside(folder, name)
     with open_regular(path) as stream:  # numpy would wait for a pipe
-        if np.lib.format.read_magic(stream) != (1, 0):  # later versions have headers of up to 4 GB
-            raise ValueError(f"{name} is not an array")
+        read_array_header(stream)
     array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     if (array.dtype, array.shape) != (np.dtype(dtype), shape):
         raise ValueError(f"{name} holds {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}")

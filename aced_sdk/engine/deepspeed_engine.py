@@ -25,6 +25,11 @@ from aced_sdk.files import ReadError, printable, read_json
 from aced_sdk.files.reading import MIB
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# What the config's own fields decide; torch_autocast also imports any module that the JSON names.
+_DECIDED = (
+    *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
+    *("gradient_accumulation_steps", "gradient_clipping"),
+)
 _BUCKET = 500_000_000  # DeepSpeed's own choice, in parameters
 # what DeepSpeed's stage 3 hangs on modules; the next engine around them would call the functions of the last one
 _LEFT_BEHIND = (
@@ -62,13 +67,20 @@ class DeepSpeed:
         self.module = module.to(self.device)
         self.optimizer = adamw(self.module, optimizer, factors)
         self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        settings = deepspeed_json(config, optimizer, sum(parameter.numel() for parameter in self._trained))
         with _scalars_broadcast(self.module):
-            self._engine, *_ = deepspeed.initialize(
-                model=self.module,
-                optimizer=self.optimizer,
-                config=deepspeed_json(config, optimizer, sum(parameter.numel() for parameter in self._trained)),
-                dist_init_required=False,
-            )
+            try:
+                self._engine, *_ = deepspeed.initialize(
+                    model=self.module, optimizer=self.optimizer, config=settings, dist_init_required=False
+                )
+            except Exception as error:  # DeepSpeed checks its JSON in many places, and raises many kinds
+                if not config.deepspeed:
+                    raise
+                raise ConfigError(
+                    f"DeepSpeed does not start with the given JSON: {printable(error)}",
+                    remedy="correct it, or leave it out",
+                    field="engine.deepspeed",
+                ) from error
 
     def forward(self, *inputs: Any) -> Any:
         # DeepSpeed's own forward switches autocast off around the module; stage 3's gathering hooks are on the module.
@@ -282,7 +294,7 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig, trained: in
     for key, value in (given or {}).items():
         if value == "auto":
             continue
-        if key in ("optimizer", "scheduler", "fp16", "bf16", "gradient_accumulation_steps", "gradient_clipping"):
+        if key in _DECIDED:
             raise ConfigError(
                 f"the DeepSpeed JSON sets '{key}', which the config decides",
                 remedy='remove it or write "auto"; use optimizer, schedule and engine.precision',

@@ -63,7 +63,7 @@ def inside(folder: str | Path, name: str | Path) -> Path:
     try:
         root = Path(folder).resolve()
         target = (root / relative).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a NUL byte
         raise ReadError(
             f"{printable(name)} in {printable(folder)} cannot be resolved: {error}", remedy=remedy
         ) from None
