@@ -82,7 +82,7 @@ def report(directory: RunFolder) -> None:
     """Write a run's report.html from its events."""
     import aced_sdk
 
-    typer.echo(str(aced_sdk.report(directory)))
+    typer.echo(printable(aced_sdk.report(directory), 4096))
 
 
 def main() -> None:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal
@@ -28,6 +30,7 @@ from aced_sdk.towers import DualEncoder, load
 from aced_sdk.training.run import CONFIG, Run, start
 
 EVENTS = "events.jsonl"
+_MARKS = ("run_started", "checkpoint_saved")
 
 __all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "plan", "report", "resume"]
 
@@ -85,7 +88,8 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
         DataError: if the shards have changed since the run was started.
 
     Warns:
-        UserWarning: if a newer checkpoint is damaged and an older one is used.
+        UserWarning: if a newer checkpoint is damaged and an older one is used, the checkpoints of a run are gone, or
+            `config.yaml` was changed.
     """
     directory = Path(directory)
     if not os.path.isfile(directory / CONFIG):
@@ -93,9 +97,23 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
             f"{printable(directory)} holds no run", remedy="start one with aced.distill(config)", field="directory"
         )
     config = DistillConfig.from_yaml(inside(directory, CONFIG))
+    resume_from = newest_intact(directory)
+    _tell_of_changes(directory, config, resume_from)
     if os.path.realpath(config.directory) != os.path.realpath(directory):
         config = config.replace(directory=directory)  # the folder was moved
-    return _run(config, callbacks, newest_intact(directory))
+    return _run(config, callbacks, resume_from)
+
+
+def _tell_of_changes(directory: Path, config: DistillConfig, resume_from: Path | None) -> None:
+    """Warn where the folder is not as the run has left it."""
+    events = inside(directory, EVENTS)
+    rows = list(islice((row for row in read_events(events) if row["event"] in _MARKS), 100)) if events.is_file() else []
+    started = next((row.get("config_hash") for row in rows if row["event"] == "run_started"), None)
+    where = printable(directory)
+    if started not in (None, config.hash()):
+        warnings.warn(f"{where}: config.yaml is not the config that the run was started with", stacklevel=3)
+    if resume_from is None and any(row["event"] == "checkpoint_saved" for row in rows):
+        warnings.warn(f"{where}: the run's checkpoints are gone; it starts again at step 0", stacklevel=3)
 
 
 def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None) -> Run:

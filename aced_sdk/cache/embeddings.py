@@ -46,6 +46,11 @@ class EmbeddingCache:
         self._part = lru_cache(_OPEN_PARTS)(self._open)
         self.usable = torch.cat([self._read(number, verify=False).usable for number in range(len(sizes))])
 
+    @property
+    def model(self) -> str:
+        """What it is bound to: the model's fingerprint, or the reading of stored embeddings."""
+        return self._manifest.model
+
     def rows(self, rows: Tensor, device: torch.device) -> Embeddings:
         """Embeddings of some rows (int64 [K]) as float32 on a device, re-normalised after rounding to 16 bits.
 

@@ -112,7 +112,7 @@ def read_part(path: Path, rows: int, manifest: CacheManifest, verify: bool) -> P
         with safe_open(path, "pt") as stream:
             part = Part(*(stream.get_tensor(name) for name in ("image", "text", "usable")))
             whole, _, usable = (stream.metadata() or {}).get("sha256", "").partition(" ")
-    except (OSError, ReadError, SafetensorError) as error:
+    except (OSError, RuntimeError, ReadError, SafetensorError) as error:  # the second: no memory to map it into
         raise CacheError(
             f"the embeddings {printable(path)} cannot be read: {printable(error)}", remedy=_AGAIN
         ) from error

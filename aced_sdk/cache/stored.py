@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
@@ -26,17 +25,14 @@ from aced_sdk.cache.parts import CacheManifest, Dtype, bound_shards
 from aced_sdk.cache.writing import Embedded, check_usable, write_parts
 from aced_sdk.config import Data, Stored
 from aced_sdk.data import Pool, UnusablePair
+from aced_sdk.data.arrays import BROKEN_ARRAY, read_array_header
 from aced_sdk.data.source import Rows
 from aced_sdk.errors import DataError
 from aced_sdk.files.reading import MIB
 
 Vectors = NDArray[np.float32]
 _MAX_NPZ = _MAX_ARRAY = 16 * MIB  # DataCompDR's have about 0.2 MB
-_MAX_WIDTH = 65_536
-
-# numpy parses an array's header as a Python literal, and CPython 3.11 counts the depth of all threads' parsing in one
-# place: two at a time may end in a SystemError. Reading the bytes stays in threads.
-_PARSING = Lock()
+_MAX_WIDTH = 8192  # a batch of 1,024 pairs, four of which are in memory, then has 64 MB
 
 
 def stored_fingerprint(stored: Stored) -> str:
@@ -159,10 +155,7 @@ def _rows(archive: zipfile.ZipFile, name: str) -> Vectors:
     if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UnusablePair("unreadable npz")
     with archive.open(member) as stream:
-        if np.lib.format.read_magic(stream) != (1, 0):  # later versions have headers of up to 4 GB
-            raise UnusablePair("unreadable npz")
-        with _PARSING:
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, fortran, dtype = read_array_header(stream)
         if dtype.kind != "f" or len(shape) not in (1, 2) or not all(shape):
             raise UnusablePair("stored embeddings of an odd shape or type")
         if shape[-1] > _MAX_WIDTH or math.prod(shape) * dtype.itemsize > _MAX_ARRAY:

@@ -20,6 +20,7 @@ from aced_sdk.files.reading import MIB
 
 _MAX_YAML = 4 * MIB  # a run over many shards that are named one by one
 _MAX_INT = 2**63 - 1
+_MISTAKES = 20  # that are told in words
 
 
 class Config(BaseModel):
@@ -85,13 +86,14 @@ _NO_PLACES = re.compile(r"iid|static|independent|joint|Frozen|Stored|tuple\[.*|d
 
 
 def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
-    """All mistakes that pydantic found; the field is that of the first."""
-    mistakes = [_mistake(dict(one), kind) for one in error.errors(include_url=False)]
-    first = mistakes[0]
-    if len(mistakes) == 1:
+    """The mistakes that pydantic found; the field is that of the first."""
+    mistakes = [_mistake(dict(one), kind) for one in error.errors(include_url=False)[:_MISTAKES]]
+    first, count = mistakes[0], error.error_count()
+    if count == 1:
         return first
     listed = "; ".join(f"{one.field or kind.__name__}: {one.cause} ({one.remedy})" for one in mistakes)
-    return ConfigError(f"{len(mistakes)} mistakes: {listed}", remedy="correct these fields", field=first.field)
+    listed += f"; and {count - len(mistakes):,} more" if count > len(mistakes) else ""
+    return ConfigError(f"{count:,} mistakes: {listed}", remedy="correct these fields", field=first.field)
 
 
 def _mistake(found: dict[str, Any], kind: type[BaseModel]) -> ConfigError:

@@ -223,7 +223,7 @@ class DrawStatistics:
         """
         counts = state.get("counts")
         if counts is None or counts.shape != self._counts.shape:
-            found = "no counts" if counts is None else f"counts of {len(counts)} pairs"
+            found = "no counts" if counts is None else f"counts of {counts.numel()} pairs"
             raise CurationError(
                 f"the checkpoint holds {found}, the pool has {len(self._counts)} pairs",
                 remedy="resume with the data the run began with",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,8 @@ from aced_sdk.processing.plain.pictures import MAX_BYTES
 
 IMAGES = frozenset({"png", "jpg", "jpeg", "webp", "bmp"})
 MAX_SHARDS = 1_000_000
+_MAX_PATTERN = 50_000  # letters
+_MAX_LETTERS = 500_000_000  # of all names that a pattern gives
 MAX_CAPTION = 64 * 1024  # bytes; `Data.max_caption_bytes` is lower
 _MAX_METADATA = MIB
 
@@ -46,13 +47,14 @@ class Pool:
 
     Args:
         shards: tar files, folders of tars, or patterns with braces such as `cc12m/{00000..00012}.tar`.
+        patterns: False takes braces and `~` for letters of a name.
 
     Raises:
         DataError: if a shard is missing, is no tar or is cut off, or if there is no sample at all.
     """
 
-    def __init__(self, shards: Sequence[str | Path]) -> None:
-        self.shards = shard_paths(shards)
+    def __init__(self, shards: Sequence[str | Path], *, patterns: bool = True) -> None:
+        self.shards = shard_paths(shards, patterns=patterns)
         self.samples: list[Sample] = [s for number, path in enumerate(self.shards) for s in _samples(path, number)]
         if not self.samples:
             raise DataError(
@@ -88,6 +90,7 @@ class Pool:
         Raises:
             UnusablePair: if it has more than `limit` bytes.
             ReadError: if the shard cannot be read any more.
+            DataError: if it was cut off since it was opened.
         """
         sample = self.samples[row]
         member = sample.members.get(extension)
@@ -97,7 +100,11 @@ class Pool:
             raise UnusablePair(f"KEY.{extension} has too many bytes")
         with open_regular(self.shards[sample.shard]) as stream:
             stream.seek(member.offset)
-            return stream.read(member.size)
+            content = stream.read(member.size)
+        if len(content) < member.size:
+            shard = printable(self.shards[sample.shard])
+            raise _wrong(f"the shard {shard} was cut off while it was in use", "restore it, and start again")
+        return content
 
     def image(self, row: int, max_pixels: int) -> Image.Image:
         """The decoded picture.
@@ -136,15 +143,15 @@ class Pool:
         return value if isinstance(value, dict) else {}
 
 
-def shard_paths(shards: Sequence[str | Path]) -> list[Path]:
-    """Tar files behind names, folders and brace patterns, in order.
+def shard_paths(shards: Sequence[str | Path], *, patterns: bool = True) -> list[Path]:
+    """Tar files behind names, folders and (with `patterns`) brace patterns, in order.
 
     Raises:
         DataError: if one does not exist, braces do not match, or there are more than `MAX_SHARDS`.
     """
     paths: list[Path] = []
     for shard in map(str, shards):
-        for path in _names(shard, MAX_SHARDS - len(paths)):
+        for path in _names(shard, MAX_SHARDS - len(paths)) if patterns else [Path(shard)]:
             if os.path.isdir(path):
                 found = sorted(path.glob("*.tar"))
                 if not found:
@@ -162,7 +169,9 @@ def _names(shard: str, room: int) -> Iterator[Path]:
     from braceexpand import braceexpand
 
     try:
-        if _expansions(shard) > room:
+        if len(shard) > _MAX_PATTERN:
+            raise _wrong(f"{printable(shard, 100)} has more than {_MAX_PATTERN:,} letters", "name a folder of shards")
+        if _expansions(shard) > room or _expansions(shard) * len(shard) > _MAX_LETTERS:
             cause = f"{printable(shard)} names more than {MAX_SHARDS:,} shards"
             raise _wrong(cause, "correct the pattern, or join small shards")
         for name in braceexpand(shard):
@@ -175,8 +184,9 @@ def _names(shard: str, room: int) -> Iterator[Path]:
 
 
 _GROUP = re.compile(r"\{([^{}]*)\}")
-_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
-_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
+# As braceexpand has them: `$` also matches before a line break at the end.
+_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$")
+_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?$")
 _COUNTED = re.compile("\0(\\d+)\0")
 _MAX_NESTED = 50
 
@@ -188,17 +198,20 @@ def _expansions(pattern: str) -> int:
     """
 
     def counted(text: str) -> int:
-        return math.prod(int(number) for number in _COUNTED.findall(text))
+        product = 1
+        for number in _COUNTED.findall(text):
+            product = min(product * int(number), MAX_SHARDS + 1)  # a product of many has a million digits
+        return product
 
     def group(found: re.Match[str]) -> str:
-        if numbers := _NUMBERS.fullmatch(found[1]):
+        if numbers := _NUMBERS.match(found[1]):
             first, last, step = (int(number or 1) for number in numbers.groups())
             count = abs(last - first) // max(step, 1) + 1
         else:
-            count = 52 if _LETTERS.fullmatch(found[1]) else sum(counted(part) for part in found[1].split(","))
-        return f"\0{count}\0"
+            count = 52 if _LETTERS.match(found[1]) else sum(counted(part) for part in found[1].split(","))
+        return f"\0{min(count, MAX_SHARDS + 1)}\0"
 
-    pattern = re.sub(r"\\.", "", str(expand(pattern)))
+    pattern = re.sub(r"\\.", "", str(expand(pattern)), flags=re.DOTALL)
     for _ in range(_MAX_NESTED):
         pattern, groups = _GROUP.subn(group, pattern)
         if not groups:

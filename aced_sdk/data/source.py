@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from aced_sdk.config import Data
+from aced_sdk.data.arrays import BROKEN_ARRAY, read_array_header
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.errors import DataError
 from aced_sdk.files import (
@@ -194,8 +195,7 @@ def _mapped(folder: Path, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -
     """An array of the prepared folder, memory-mapped."""
     path = inside(folder, name)
     with open_regular(path) as stream:  # numpy would wait for a pipe
-        if np.lib.format.read_magic(stream) != (1, 0):  # later versions have headers of up to 4 GB
-            raise ValueError(f"{name} is not an array")
+        read_array_header(stream)
     array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     if (array.dtype, array.shape) != (np.dtype(dtype), shape):
         raise ValueError(f"{name} holds {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}")

@@ -25,6 +25,11 @@ from aced_sdk.files import ReadError, printable, read_json
 from aced_sdk.files.reading import MIB
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# What the config's own fields decide; torch_autocast also imports any module that the JSON names.
+_DECIDED = (
+    *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
+    *("gradient_accumulation_steps", "gradient_clipping"),
+)
 _BUCKET = 500_000_000  # DeepSpeed's own choice, in parameters
 # what DeepSpeed's stage 3 hangs on modules; the next engine around them would call the functions of the last one
 _LEFT_BEHIND = (
@@ -289,7 +294,7 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig, trained: in
     for key, value in (given or {}).items():
         if value == "auto":
             continue
-        if key in ("optimizer", "scheduler", "fp16", "bf16", "gradient_accumulation_steps", "gradient_clipping"):
+        if key in _DECIDED:
             raise ConfigError(
                 f"the DeepSpeed JSON sets '{key}', which the config decides",
                 remedy='remove it or write "auto"; use optimizer, schedule and engine.precision',

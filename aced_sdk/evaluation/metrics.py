@@ -9,13 +9,21 @@ from torch import Tensor
 from aced_sdk.evaluation.tasks import Task
 from aced_sdk.towers import DualEncoder
 
+# What is in memory at once. Smaller tasks, the whole of StableEval among them, are computed in one piece.
+_PROMPTS = 100_000
+_LABELS = 2**24  # pictures times classes
+_MATCHES = 2**27  # pictures times captions
+
 
 @torch.no_grad()
 def class_embeddings(encoder: DualEncoder, names: list[str], templates: list[str]) -> Tensor:
     """One L2-normalised embedding per class [C, D]: the mean over the prompts, as in CLIP (arXiv 2103.00020)."""
-    prompts = [template.replace("{c}", name) for name in names for template in templates]
-    embedded = encoder.encode_text(prompts).view(len(names), len(templates), -1)
-    return torch.nn.functional.normalize(embedded.mean(dim=1), dim=-1)
+    means, step = [], max(1, _PROMPTS // len(templates))
+    for start in range(0, len(names), step):
+        some = names[start : start + step]
+        embedded = encoder.encode_text([template.replace("{c}", name) for name in some for template in templates])
+        means.append(embedded.view(len(some), len(templates), -1).mean(dim=1))
+    return torch.nn.functional.normalize(torch.cat(means), dim=-1)
 
 
 def zero_shot(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
@@ -44,12 +52,13 @@ def multilabel(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, flo
         classes: L2-normalised [C, D].
         labels: bool [N, C].
     """
-    scores = (images @ classes.T).cpu()
-    order = scores.argsort(dim=0, descending=True)
-    truth = labels.gather(0, order).double()
-    precision = truth.cumsum(dim=0) / torch.arange(1, len(truth) + 1).double()[:, None]
-    average = (precision * truth).sum(dim=0) / truth.sum(dim=0).clamp(min=1)
-    return {"mean_average_precision": float(average.mean())}
+    scores, averages = (images @ classes.T).cpu(), []
+    step = max(1, _LABELS // len(images))
+    for score, label in zip(scores.split(step, dim=1), labels.split(step, dim=1), strict=True):
+        truth = label.gather(0, score.argsort(dim=0, descending=True)).double()
+        precision = truth.cumsum(dim=0) / torch.arange(1, len(truth) + 1).double()[:, None]
+        averages.append((precision * truth).sum(dim=0) / truth.sum(dim=0).clamp(min=1))
+    return {"mean_average_precision": float(torch.cat(averages).mean())}
 
 
 def retrieval(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
@@ -63,9 +72,7 @@ def retrieval(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
         texts: L2-normalised [T, D].
         owner: int64 [T], the picture that each text belongs to.
     """
-    own = torch.zeros(len(images), len(texts), dtype=torch.bool)
-    own[owner, torch.arange(len(texts))] = True
-    return _recall(images, texts, own, "")
+    return _recall(images, texts, owner, torch.arange(len(texts)), "")
 
 
 def merged_retrieval(images: Tensor, texts: Tensor, owner: Tensor, same: Tensor) -> dict[str, float]:
@@ -80,20 +87,28 @@ def merged_retrieval(images: Tensor, texts: Tensor, owner: Tensor, same: Tensor)
     distinct = int(same.max()) + 1
     first = torch.zeros(distinct, dtype=torch.int64)
     first[same.flip(0)] = torch.arange(len(texts)).flip(0)
-    own = torch.zeros(len(images), distinct, dtype=torch.bool)
-    own[owner, same] = True
-    return _recall(images, texts[first.to(texts.device)], own, "merged_")
+    return _recall(images, texts[first.to(texts.device)], owner, same, "merged_")
 
 
-def _recall(images: Tensor, texts: Tensor, own: Tensor, prefix: str) -> dict[str, float]:
-    """Recall from bool [N, T], which texts are a picture's own."""
-    scores = (texts @ images.T).cpu()  # in this order, so that rounding and ties are those of CLIP_benchmark
-    result: dict[str, float] = {}
-    for k in (1, 5):
-        for name, of, match in (("image_to_text", scores.T, own), ("text_to_image", scores, own.T)):
-            best = of.topk(min(k, of.shape[1]), dim=1).indices
-            result[f"{prefix}{name}_r{k}"] = float(match.gather(1, best).any(dim=1).double().mean())
-    return result
+def _recall(images: Tensor, texts: Tensor, owner: Tensor, text: Tensor, prefix: str) -> dict[str, float]:
+    """Recall, where the pictures `owner` and the texts `text` (both int64 [P]) belong together pair by pair."""
+    names, hits = ("image_to_text", "text_to_image"), {}
+    for name, queries, others, query, other in (
+        (names[0], images, texts, owner, text),
+        (names[1], texts, images, text, owner),
+    ):
+        step = max(1, _MATCHES // len(others))
+        for start in range(0, len(queries), step):
+            part = queries[start : start + step]
+            # in this order, so that rounding and ties are those of CLIP_benchmark
+            scores = (others @ part.T).cpu().T if name == names[0] else (part @ others.T).cpu()
+            mine = (query >= start) & (query < start + step)
+            match = torch.zeros(scores.shape, dtype=torch.bool)
+            match[query[mine] - start, other[mine]] = True
+            for k in (1, 5):
+                best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+                hits.setdefault((name, k), []).append(match.gather(1, best).any(dim=1))
+    return {f"{prefix}{name}_r{k}": float(torch.cat(hits[name, k]).double().mean()) for k in (1, 5) for name in names}
 
 
 def run_task(encoder: DualEncoder, task: Task) -> dict[str, float]:

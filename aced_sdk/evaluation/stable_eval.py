@@ -39,11 +39,12 @@ _PUBLISHED = {
 
 
 def expand_names(names: list[str] | tuple[str, ...]) -> list[str]:
-    """Task names with `stable_eval` replaced by its 27 tasks."""
-    result: list[str] = []
+    """Task names with `stable_eval` replaced by its 27 tasks, each once."""
+    result: dict[str, None] = {}
     for name in names:
-        result += [task for group in STABLE_EVAL.values() for task in group] if name == "stable_eval" else [name]
-    return result
+        tasks = [task for group in STABLE_EVAL.values() for task in group] if name == "stable_eval" else [name]
+        result |= dict.fromkeys(tasks)
+    return list(result)
 
 
 def folder_names(task: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aced_sdk.data.arrays import BROKEN_ARRAY, read_array_header
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.data.source import resized
 from aced_sdk.errors import DataError, EvaluationError
@@ -29,6 +30,7 @@ _MAX_FILE = 4 * MIB
 _MAX_LINE = 500  # letters of a class name or template
 _MAX_LABEL = 64  # bytes
 _MAX_CAPTION, _MAX_CAPTIONS = 4096, 100  # bytes of one, number of a picture
+_MAX_PROMPT = 2 * _MAX_LINE
 _MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
 _MAX_LETTERS = 2**28  # of all prompts
 _MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
@@ -92,13 +94,17 @@ def open_task(name: str, data_root: Path) -> TaskFolder:
     folder = _folder(name, data_root)
     kind = _kind(folder)
     try:
-        pool = Pool([folder / "test"])
+        pool = Pool([folder / "test"], patterns=False)
     except DataError as error:
         cause = f"the task '{one_line(name)}' cannot be read: {error.cause}"
         raise EvaluationError(cause, remedy=_RESTORE, field=_FIELD) from error
     if kind == "retrieval":
         return TaskFolder(name, kind, [], [], pool)
     classes, templates = _classes(folder), _templates(folder)
+    longest = max(map(len, classes))
+    if any(len(template) + template.count("{c}") * longest > _MAX_PROMPT for template in templates):
+        cause = f"the task '{one_line(name)}' has prompts of more than {_MAX_PROMPT:,} letters"
+        raise EvaluationError(cause, remedy="shorten its class names or templates", field=_FIELD)
     letters = len(classes) * sum(map(len, templates)) + "".join(templates).count("{c}") * sum(map(len, classes))
     if len(classes) * len(templates) > _MAX_PROMPTS or letters > _MAX_LETTERS:
         raise EvaluationError(
@@ -221,11 +227,13 @@ def _labels(raw: bytes | None, classes: int) -> Tensor:
     try:
         if raw is None:
             raise ValueError
-        values = np.load(io.BytesIO(raw), allow_pickle=False)
-        if values.shape != (classes,):
+        stream = io.BytesIO(raw)
+        shape, _, dtype = read_array_header(stream)
+        if shape != (classes,):
             raise ValueError
+        values = np.frombuffer(stream.read(classes * dtype.itemsize), dtype)
         return torch.from_numpy(values.astype(np.float64) > 0)
-    except (ValueError, TypeError, EOFError, OSError, SyntaxError) as error:
+    except BROKEN_ARRAY as error:
         raise UnusablePair("no classes") from error
 
 

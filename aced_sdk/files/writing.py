@@ -24,13 +24,15 @@ from aced_sdk.files.reading import expand, open_regular, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
+_KEPT = 30  # letters of a target's name in a temporary one: with four bytes each, the whole still has less than 255
+
 
 def home() -> Path:
     """The folder of downloads, caches and built data: `ACED_HOME`, else the user's cache directory."""
     if given := os.environ.get("ACED_HOME"):
         return expand(given)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "aced-sdk"
+    return (Path(base) if base else expand("~/.cache")) / "aced-sdk"
 
 
 def create(path: Path) -> int:
@@ -50,7 +52,7 @@ def create(path: Path) -> int:
 def whole_file(target: Path) -> Iterator[Path]:
     """A new, empty temporary file that replaces `target` when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f".{target.name[:_KEPT]}.{secrets.token_hex(8)}.tmp")
     mode = create(temporary)
     try:
         yield temporary
@@ -69,7 +71,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     An older folder is removed. Files in the new one get the permissions of the umask.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{target.name[:100]}.{platform.node()}-"
+    mark = f".{target.name[:_KEPT]}.{platform.node()}-"
     _sweep(target, mark)
     temporary, old = (target.with_name(f"{mark}{os.getpid()}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
     temporary.mkdir()
@@ -95,7 +97,9 @@ def sync(folder: Path) -> None:
     """
     for directory, _, files in os.walk(folder):
         for path in (*(Path(directory, name) for name in files), Path(directory)):
-            handle = os.open(path, os.O_RDONLY)
+            if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISDIR(mode):
+                continue  # opening a pipe would wait for its writer
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 os.fsync(handle)
             finally:
@@ -147,7 +151,8 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
         wait: wait for another process that holds it, instead of an error.
 
     Raises:
-        ConfigError: if another process holds it and is not waited for, or `.lock` is not a regular file.
+        ConfigError: if another process holds it and is not waited for, `.lock` is not a regular file, or the path holds a
+            NUL byte.
         OSError: if the folder cannot be written.
 
     Warns:
@@ -156,6 +161,8 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
     import errno
     import fcntl
 
+    if "\0" in str(directory):
+        raise ConfigError(f"{printable(directory)} holds a NUL byte", remedy="correct the path", field="directory")
     directory.mkdir(parents=True, exist_ok=True)
     with os.fdopen(open_own(directory / ".lock"), "r+b") as lock:
         try:

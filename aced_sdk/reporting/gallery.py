@@ -24,6 +24,9 @@ from aced_sdk.reporting.page import count, thumbnail_uri
 _SHOWN = 12
 """Pairs that a group shows."""
 
+_PIXELS = 1_000_000_000
+"""Pixels that are decoded for all groups together; what follows is left out."""
+
 _CAPTION = 90
 """Characters of a caption that are shown."""
 
@@ -83,6 +86,7 @@ class _Reader:
     def __init__(self, pool: Pool, data: Data) -> None:
         self.pool = pool
         self.data = data
+        self.pixels = _PIXELS
 
     def thumbs(self, rows: Iterable[int], counts: npt.NDArray[np.int32] | None = None) -> list[Thumb]:
         """The first usable pairs among these rows; with counts, how often each was drawn."""
@@ -92,7 +96,9 @@ class _Reader:
                 break
             try:
                 text = self.pool.text(row, self.data.max_caption_bytes)
-                picture = thumbnail_uri(self.pool.image(row, self.data.max_pixels))
+                image = self.pool.image(row, min(self.data.max_pixels, self.pixels))
+                self.pixels -= image.width * image.height
+                picture = thumbnail_uri(image)
             except (UnusablePair, ValueError, OSError):  # the latter: a mode without an RGB form
                 continue
             caption = text if len(text) <= _CAPTION else text[: _CAPTION - 1] + "…"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -42,10 +43,15 @@ class JsonlWriter:
         self._open()
 
     def _open(self) -> None:
-        try:
+        with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = os.fdopen(open_own(self.path, os.O_APPEND), "ab+")
             self._stream.truncate(_whole_length(self._stream))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             cause = f"cannot write the event log {printable(self.path)}: {error.strerror}"
             raise ConfigError(cause, remedy="check permissions and space", field="directory") from error
@@ -53,13 +59,14 @@ class JsonlWriter:
     def __call__(self, event: Event) -> None:
         """Append one event; it is handed to the operating system before this returns."""
         line = json.dumps(_finite(event.to_dict()), ensure_ascii=False, allow_nan=False)
-        self._stream.write(line.encode(errors="replace") + b"\n")  # names of files need not be UTF-8
-        self._stream.flush()
+        with self._writing():
+            self._stream.write(line.encode(errors="backslashreplace") + b"\n")  # a lone surrogate as JSON writes it
+            self._stream.flush()
 
     def truncate_after(self, step: int) -> None:
         """Drop events beyond `step`: a resumed run tells them again."""
         self._stream.close()
-        with whole_file(self.path) as temporary, temporary.open("wb") as stream:
+        with self._writing(), whole_file(self.path) as temporary, temporary.open("wb") as stream:
             for line, row in _rows(self.path):
                 if row["step"] <= step:
                     stream.write(line + b"\n")
@@ -67,7 +74,8 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        with self._writing():
+            self._stream.close()
 
     def __enter__(self) -> Self:
         return self

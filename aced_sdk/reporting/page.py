@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from aced_sdk.errors import DataError
+from aced_sdk.errors import ConfigError, DataError
 from aced_sdk.files import one_line, printable, whole_file
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ def write_page(target: Path, template: str, *, folders: Sequence[Path] = (), **v
 
     Returns:
         `target`.
+
+    Raises:
+        ConfigError: if it cannot be written.
     """
     environment = Environment(
         loader=FileSystemLoader([*folders, _TEMPLATES]),
@@ -51,8 +55,12 @@ def write_page(target: Path, template: str, *, folders: Sequence[Path] = (), **v
     )
     environment.filters |= {"percent": percent, "count": count, "duration": duration}
     text = environment.get_template(template).render(values)
-    with whole_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
+    try:
+        with whole_file(target) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
+    except OSError as error:
+        cause = f"cannot write {printable(target)}: {error.strerror}"
+        raise ConfigError(cause, remedy="check permissions and space, or remove what has that name") from error
     return target
 
 
@@ -123,6 +131,16 @@ def figure_svg(figure: Figure, label: str) -> Markup:
     return Markup('<svg role="img" aria-label="{}"').format(label) + Markup(svg.removeprefix("<svg"))
 
 
+@contextmanager
+def _own_style() -> Iterator[None]:
+    """Matplotlib's defaults: it reads a style from the working folder, which may be a stranger's."""
+    from matplotlib import rc_context, rcParamsDefault
+
+    with rc_context(rcParamsDefault):
+        yield
+
+
+@_own_style()
 def line_chart(
     lines: Mapping[str, Sequence[tuple[float, float]]],
     *,

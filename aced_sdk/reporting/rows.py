@@ -15,6 +15,8 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Name = Annotated[str, Field(max_length=1000)]
 Words = Annotated[str, Field(max_length=100_000)]
 Numbers = Annotated[dict[Name, Number], Field(max_length=100)]
+_SHOWN = 2000  # letters of a warning
+_KEYS = 8  # names of pairs of a skipped step
 Quantiles = Annotated[list[Number], Field(min_length=5, max_length=5)]
 
 
@@ -88,6 +90,18 @@ _KINDS: dict[str, type[_Row]] = {
     "step_skipped": _StepSkipped,
     "warned": _Warned,
 }
+
+
+def slim(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a right row that a report reads, without the rows of the pool; texts are cut."""
+    kind = _KINDS.get(row["event"], _Row)
+    kept = {name: row[name] for name in kind.model_fields if name in row and name not in ("picked", "candidates")}
+    for name, inner in (("facts", _Facts), ("scores", _Scores)):
+        if name in kept:
+            kept[name] = {part: kept[name][part] for part in inner.model_fields if part in kept[name]}
+    if "keys" in kept:
+        kept["keys"] = kept["keys"][:_KEYS]
+    return {name: value[:_SHOWN] if isinstance(value, str) else value for name, value in kept.items()}
 
 
 def mistake(row: Any) -> str | None:

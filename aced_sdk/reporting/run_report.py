@@ -18,6 +18,7 @@ from aced_sdk.files import ReadError, inside, one_line, printable, read_text
 from aced_sdk.reporting.gallery import Group, gallery
 from aced_sdk.reporting.jsonl import read_events
 from aced_sdk.reporting.page import count, duration, line_chart, percent, write_page
+from aced_sdk.reporting.rows import slim
 
 _POINTS = 300
 """Points that a line of a chart has at most; more steps are averaged."""
@@ -54,6 +55,8 @@ _SHARES = (
     ),
 )
 
+_TOLD = ("warned", "step_skipped")
+
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
 
@@ -81,6 +84,7 @@ def report(run_directory: str | Path) -> Path:
 
     Raises:
         DataError: if there is no event log, or nothing in it yet.
+        ConfigError: if the page cannot be written.
     """
     folder = Path(run_directory)
     try:
@@ -94,8 +98,9 @@ def report(run_directory: str | Path) -> Path:
             raise DataError(f"{printable(log)} has more than {_EVENTS:,} events", remedy="report a shorter log")
         if row["event"] == "selected" and row.get("picked") and row.get("candidates"):
             last = row
-        if row["event"] in kinds:
-            kinds[row["event"]].append(_slim(row))
+        kind = row["event"]
+        if kind in kinds and not (kind in _TOLD and len(kinds[kind]) == _LISTED):
+            kinds[kind].append(slim(row))
     kinds = {kind: rows for kind, rows in kinds.items() if rows}
     steps = kinds.get("step_done", [])
     if not steps:
@@ -143,11 +148,6 @@ def _text(folder: Path) -> str:
         return read_text(inside(folder, "config.yaml"))
     except ReadError:
         return ""
-
-
-def _slim(row: Row) -> Row:
-    # Thousands of row numbers a step would fill the memory; the charts need the statistics alone.
-    return {name: value for name, value in row.items() if name not in ("picked", "candidates")}
 
 
 def _state(kinds: dict[str, list[Row]]) -> str:

@@ -62,6 +62,11 @@ class Parts:
     generator: torch.Generator
     callbacks: list[Callback] = field(default_factory=list)
 
+    @property
+    def frozen(self) -> list[str]:
+        """What the embeddings of frozen models come from, which checkpoints are bound to."""
+        return [cache.model for cache in (self.reference, *self.teachers) if cache is not None]
+
     def emit(self, event: Event) -> None:
         """Tell everyone who listens."""
         for callback in self.callbacks:

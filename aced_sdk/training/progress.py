@@ -14,7 +14,7 @@ from torch import Tensor
 from aced_sdk.config import DistillConfig
 from aced_sdk.engine import load_checkpoint, read_checkpoint_state, save_checkpoint
 from aced_sdk.engine.state import unreadable
-from aced_sdk.errors import DataError
+from aced_sdk.errors import CacheError, DataError
 from aced_sdk.training.parts import Parts
 
 Total = Annotated[int, Field(strict=True, ge=0, le=2**62)]
@@ -52,7 +52,7 @@ def keep(config: DistillConfig, parts: Parts, done: Progress) -> Path:
         **parts.statistics.state_dict(),
         **noise_state(parts.engine.device),
     }
-    state = asdict(done) | {"pool": parts.pool}
+    state = asdict(done) | {"pool": parts.pool, "frozen": parts.frozen}
     return save_checkpoint(config.directory, done.step, parts.engine, state, tensors, config.engine.keep_checkpoints)
 
 
@@ -81,8 +81,15 @@ def restore(folder: Path, parts: Parts) -> Progress:
     Raises:
         EngineError: if it cannot be read.
         CurationError: if it is of another pool.
+        CacheError: if the run has learned from other frozen models.
     """
     state, tensors = load_checkpoint(folder, parts.engine)
+    if state.get("frozen", parts.frozen) != parts.frozen:  # older checkpoints do not tell
+        raise CacheError(
+            "a reference or teacher has changed since the run was started: a resumed run would mix two models",
+            remedy="restore the model's folder, or start a new run",
+            field="reference",
+        )
     try:
         done = TypeAdapter(Progress).validate_python(state)
         counts = tensors["counts"]

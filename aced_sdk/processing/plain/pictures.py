@@ -17,6 +17,12 @@ from aced_sdk.files.reading import MIB, ReadError, read_bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * MIB
+_STRIP = 2**22  # pixels
+_MAX_TILES = 2**16  # of a TIFF
+# Each scan of a progressive JPEG costs a pass over all pixels, and few bytes. Programs write ten; chance makes one of
+# 65,536 bytes of other data look like the start of one.
+_MAX_SCANS, _BYTES_OF_SCAN = 100, 8192
+_MAX_RLE = 2**22  # pixels of a run-length coded BMP, which Pillow decodes in Python
 MAX_ASPECT = 200  # long side over short side: resizing the short side of a longer strip would blow it up
 
 
@@ -62,7 +68,10 @@ def read_header(
     image = source if isinstance(source, Image.Image) else _opened(source, max_pixels)
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
         raise PictureError("picture format is not allowed", f"{image.format}; allowed are {', '.join(FORMATS)}")
-    _check_size(*image.size, max_pixels, max_aspect)
+    if isinstance(image, ImageFile.ImageFile) and len(image.tile) > _MAX_TILES:
+        raise PictureError("unreadable picture", f"{len(image.tile):,} tiles")
+    slow = isinstance(image, ImageFile.ImageFile) and any(tile[0] == "bmp_rle" for tile in image.tile)
+    _check_size(*image.size, min(max_pixels, _MAX_RLE) if slow else max_pixels, max_aspect)
     return image
 
 
@@ -79,17 +88,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode == "La":
-            image = image.convert("LA")  # which alone it can be converted to
-        if image.mode in ("P", "LA", "PA", "RGBa"):
-            image = image.convert("RGBA")  # resampling palette indices would be meaningless
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):
+            return _on_white(image)
         image = image.convert("RGB")
         image.info.pop("transparency", None)  # a colour that PNG calls clear: it is drawn, here and by every client
         return image
     except (ValueError, OSError, MemoryError) as error:
         raise PictureError("unreadable picture", f"mode {image.mode}: {error}") from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB of a picture with transparency or a palette, a strip at a time: each step has a copy of what it works on."""
+    (width, height), rgb = image.size, Image.new("RGB", image.size)
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        strip = strip.convert("LA") if strip.mode == "La" else strip  # which alone La can be converted to
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        rgb.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), (0, top))
+    return rgb
 
 
 def _opened(source: bytes | str | Path, max_pixels: int) -> Image.Image:
@@ -102,6 +119,8 @@ def _opened(source: bytes | str | Path, max_pixels: int) -> Image.Image:
         raise PictureError("too many bytes", f"{len(source):,}, the bound is {MAX_BYTES:,}")
     if size := _webp_size(source):  # Pillow reserves the canvas when it opens a WebP
         _check_size(*size, max_pixels, max(size))
+    if source[:2] == b"\xff\xd8" and source.count(b"\xff\xda") > _MAX_SCANS + len(source) // _BYTES_OF_SCAN:
+        raise PictureError("unreadable picture", "too many scans")
     try:
         return Image.open(io.BytesIO(source), formats=FORMATS)
     except Image.DecompressionBombError as error:
