@@ -21,7 +21,9 @@ class AcedError(Exception):
 
     def __str__(self) -> str:
         where = f" [field: {self.field}]" if self.field else ""
-        return f"{self.cause}. Remedy: {self.remedy}{where}"
+        text = f"{self.cause}. Remedy: {self.remedy}{where}"
+        # Names and words from files are in it, and a terminal obeys control characters.
+        return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes pickle errors; keyword-only arguments need a hand.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from aced_sdk.files import ReadError, open_regular, printable
 
 _MAX_ARRAYS = 16
+_MAX_DIRECTORY = 2**16  # bytes of a zip's list of members, all of which zipfile makes objects of
 
 
 def read_arrays(path: str | Path, limit: int) -> dict[str, NDArray[Any]]:
@@ -31,6 +32,9 @@ def read_arrays(path: str | Path, limit: int) -> dict[str, NDArray[Any]]:
         try:
             if os.fstat(stream.fileno()).st_size > limit:
                 raise ValueError(f"more than {limit:,} bytes")
+            end = zipfile._EndRecData(stream)  # type: ignore[attr-defined]
+            if end and end[zipfile._ECD_SIZE] > _MAX_DIRECTORY:  # type: ignore[attr-defined]
+                raise ValueError("too many members")
             with zipfile.ZipFile(stream) as archive:
                 members = archive.infolist()
                 if len(members) > _MAX_ARRAYS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -37,6 +36,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 
 _MAX_BYTES = 4 * 2**20
 _MAX_FILES = 1000
+_MAX_LOGIT = 1e6
 _MAX_WIDTH = 65_536  # of embeddings; tokens of a text
 
 
@@ -108,7 +108,7 @@ def _checked(manifest: Mapping[str, Any]) -> list[str]:
     _require(all(Path(name).as_posix() == name for name in names), "a file's name")
     _require(isinstance(manifest["source"]["weights_sha256"], str), "source")
     _require(isinstance(manifest["embedding_dim"], int) and 1 <= manifest["embedding_dim"] <= _MAX_WIDTH, "width")
-    _require(math.isfinite(manifest["scale"]) and math.isfinite(manifest["bias"]), "scale or bias")
+    _require(all(abs(manifest[name]) <= _MAX_LOGIT for name in ("scale", "bias")), "scale or bias")
     _require(manifest["pixels"] in ("float32", "uint8"), "pixels")
     if text is not None or any("input_ids" in graph["inputs"] for graph in graphs):
         _require(text["cleaning"] in CLEANINGS, "text cleaning")

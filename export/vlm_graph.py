@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from aced_sdk.config import Config
 from aced_sdk.errors import AcedError, ConfigError, MissingPackageError, ModelError, UnsupportedError
-from aced_sdk.files import inside, printable, read_json, sha256, write_json
+from aced_sdk.files import ReadError, inside, printable, read_json, sha256, write_json
+from aced_sdk.towers.trust import bounded, check_folder, check_vision_language, weight_bytes
 from export import parity
 from export.folder import export_folder
 from export.graphs import check_inference, clean, float16_graph, save_graph
@@ -30,7 +31,6 @@ from export.quantize import described, int8_graph
 from export.report import SUFFIX, ExportError, Precision, Quantisation
 from export.save import known, opened
 from export.sessions import session_options
-from export.vlm_folder import check_vlm_folder
 
 NAME = "onnx/vision_encoder"  # what transformers.js looks for, with a precision's suffix
 INPUT, OUTPUT = "pixel_values", "image_features"
@@ -232,11 +232,29 @@ def _load(folder: Path) -> tuple[Any, Any]:
             field="vlm_folder",
         )
     try:
-        check_vlm_folder(folder)
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        ).eval()
+        config = check_folder(folder, pictures=True)
+        if (kind := config.get("model_type")) not in ("llava", "fast_vlm", "aya_vision"):
+            raise UnsupportedError(
+                f"a {printable(kind)} model cannot be exported",
+                remedy="take a LLaVA, FastVLM or Aya Vision model, such as vlm.build makes",
+                field="vlm_folder",
+            )
+        check_vision_language(config, folder)
+        with bounded(weight_bytes(folder)):
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        # LLaVA reads no pooling head of a tower, and some checkpoints have none
+        if lost := [name for name in found["missing_keys"] if ".head." not in name and ".pooler." not in name]:
+            raise ReadError(f"it lacks {len(lost)} of the model's tensors, {min(lost)} first", remedy="save it again")
         image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UnsupportedError:
+        raise
     except Exception as error:  # configs of another make lead transformers to many kinds of errors
         why = error.cause if isinstance(error, AcedError) else error
         raise ModelError(
@@ -244,13 +262,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
             remedy="name a folder that vlm.save wrote",
             field="vlm_folder",
         ) from error
-    if model.config.model_type not in ("llava", "fast_vlm", "aya_vision"):
-        raise UnsupportedError(
-            f"a {model.config.model_type} model cannot be exported",
-            remedy="take a LLaVA, FastVLM or Aya Vision model, such as vlm.build makes",
-            field="vlm_folder",
-        )
-    return model, image_processor
+    return model.eval(), image_processor
 
 
 def _graph(features: _Features, example: Tensor, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:

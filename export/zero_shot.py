@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from export.errors import EncoderError
 from export.pictures import Picture
 from export.runtime import Floats, OnnxEncoder
 from export.sessions import at_least_one
@@ -53,6 +54,7 @@ class ZeroShot:
 
         Raises:
             InputError: naming the picture that cannot be used.
+            EncoderError: if embeddings or logits are not finite.
         """
         return self.guesses(self.encoder.encode_image(images), top)
 
@@ -60,6 +62,8 @@ class ZeroShot:
         """As `classify`, for picture embeddings [N, D]."""
         at_least_one(top=top)
         logits = self.logits(embeddings)
+        if not np.isfinite(logits).all():
+            raise EncoderError("the graph gives values that are not finite", remedy="take another precision, or fp32")
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]

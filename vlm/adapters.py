@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from importlib import import_module
@@ -84,7 +85,7 @@ def _check_adapter(folder: Path) -> set[str]:
         raise ReadError(f"the adapter's target_modules are {printable(repr(targets))}", remedy="save it again")
     plain = LoraConfig().to_dict() | {"peft_type": "LORA", "modules_to_save": [PROJECTOR], "r": config.get("r")}
     for key, value in config.items():
-        chosen = key in _UNUSED or (key in _CHOICES and isinstance(value, int | float))
+        chosen = key in _UNUSED or (key in _CHOICES and isinstance(value, int | float) and math.isfinite(value))
         if not chosen and value not in (plain.get(key), None, False, {}, []):
             raise ReadError(f"the adapter's {printable(key)} is {printable(repr(value))}", remedy="save it again")
     if ranks != {config.get("r")}:

@@ -10,12 +10,12 @@ import torch
 
 from aced_sdk.errors import ModelError, UnsupportedError
 from aced_sdk.towers import DualEncoder
+from aced_sdk.towers.trust import library_errors
 from vlm.chat import IMAGE, chat_template
 from vlm.config import Projector
 from vlm.language import load_language
 from vlm.projectors import empty_model, new_projector
 from vlm.towers import VisionTower, open_tower
-from vlm.trust import library_errors
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from typing import Any
 
 from aced_sdk.errors import DataError
 from aced_sdk.files import printable
-from vlm.data import Sample, Samples, read_json, readable
+from vlm.data import Sample, Samples, read_json, readable, words
 from vlm.generating import CAPTION_PROMPT
 
 
@@ -125,7 +125,7 @@ def load_vqav2(
             )
         try:
             path = Path(image_root) / name.format(image_id=entry["image_id"])
-            people = tuple(str(one["answer"]) for one in reply["answers"])
+            people = tuple(words(one["answer"]) for one in reply["answers"])
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(
                 f"question {key} has no picture name or answers in VQAv2's form ({type(error).__name__}: {error})",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +156,7 @@ def from_llava(entry: Any, index: int | str, root: Path) -> Sample:
     key = _key(entry, index)
     try:
         named = entry.get("image") or []
-        messages = [(str(turn["from"]), _words(turn["value"])) for turn in entry["conversations"]]
+        messages = [(str(turn["from"]), words(turn["value"])) for turn in entry["conversations"]]
         images = tuple(root / name for name in ([named] if isinstance(named, str) else named))
         return _sample(key, messages, images, entry)
     except (AttributeError, KeyError, TypeError) as error:
@@ -172,7 +171,7 @@ def _key(entry: Any, index: int | str) -> str:
     return printable(index if found is None else found)
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
     """A text, or a number as one; anything else would become words that nobody wrote."""
     if not isinstance(value, str | int | float):
         raise TypeError(f"{value!r:.60} is no text")
@@ -182,7 +181,7 @@ def _words(value: Any) -> str:
 def _text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "".join(IMAGE if part["type"] == "image" else _words(part["text"]) for part in content)
+    return "".join(IMAGE if part["type"] == "image" else words(part["text"]) for part in content)
 
 
 def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ...], extra: Mapping[str, Any]) -> Sample:
@@ -202,7 +201,7 @@ def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ..
         raise UnsupportedError(
             f"conversation '{key}' has a picture after its first question", remedy="put all pictures first"
         )
-    if IMAGE in re.sub(rf"^(\s*{IMAGE})+|({IMAGE}\s*)+$", "", texts[0]):
+    if sum(bool(part.strip()) for part in texts[0].split(IMAGE)) > 1:
         raise UnsupportedError(
             f"conversation '{key}' has a picture amid its words, and pictures stand before them here",
             remedy=f"put all {IMAGE} markers first, and name the pictures by their order",
@@ -216,7 +215,7 @@ def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ..
     answers = extra.get("answers") or ()
     if isinstance(answers, str):
         raise TypeError("answers is one text, not a list")
-    return Sample(key, turns, images, str(extra.get("kind") or ""), tuple(map(_words, answers)))
+    return Sample(key, turns, images, str(extra.get("kind") or ""), tuple(map(words, answers)))
 
 
 def read_json(path: str | Path, field: str) -> Any:

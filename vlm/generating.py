@@ -287,9 +287,13 @@ def _check_room(model: Any, inputs: BatchFeature, prompts: list[str], max_new_to
 @torch.inference_mode()
 def _generate(model: Any, inputs: BatchFeature, max_new_tokens: int, words: _Words | None = None) -> Tensor:
     """Token ids [N, L], the prompts' first."""
-    with fitting(leave=RuntimeError):
+    with fitting():
         ids: Tensor = model.generate(
-            **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=words
+            **inputs.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=False,
+            streamer=words,
         )
     return ids
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from aced_sdk.files import ReadError, open_regular, printable
-from vlm.trust import check_number
+from aced_sdk.towers.trust import check_number
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _MAX_ENTRIES = 65_536  # of metadata, and tensors
-_MAX_ITEMS = 2**22  # of an array; the largest vocabularies have 2**18 tokens
+_MAX_ITEMS = (
+    2**21
+)  # of all arrays; a reader takes some hundred bytes for each, and vocabularies have up to 2**18 tokens
 _MAX_NAME, _MAX_TOKEN, _MAX_TEXT = 256, 1024, 2**20  # bytes
 _MAX_DIMENSIONS = 4
 _LEAST_BITS = 1  # of an element in any quantisation
@@ -43,6 +45,7 @@ class _Header:
     def __init__(self, stream: BufferedReader) -> None:
         self.stream = stream
         self.size = os.fstat(stream.fileno()).st_size
+        self.room = _MAX_ITEMS
 
     def scalar(self, form: str) -> Any:
         return struct.unpack(form, self.stream.read(struct.calcsize(form)))[0]
@@ -65,7 +68,8 @@ class _Header:
         if kind == _STRING:
             self.text(_MAX_TEXT)
         elif kind == _ARRAY:
-            item, length = int(self.scalar("<I")), self.count(_MAX_ITEMS, "values in an array")
+            item, length = int(self.scalar("<I")), self.count(self.room, "values in its arrays")
+            self.room -= length
             if item == _STRING:
                 for _ in range(length):
                     self.text(_MAX_TOKEN)

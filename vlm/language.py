@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from aced_sdk.errors import MissingPackageError, ModelError, UnsupportedError
 from aced_sdk.files import ReadError, expand, home, inside, read_json, sha256, whole_folder, write_json
+from aced_sdk.towers.trust import bounded, check_folder, library_errors, weight_bytes
 from vlm.gguf_header import check_gguf
 from vlm.hub import downloaded
-from vlm.trust import bounded, check_folder, library_errors, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from aced_sdk.errors import DataError, ModelError
 from aced_sdk.files import printable
 from aced_sdk.processing import plain
-from vlm.trust import library_errors
+from aced_sdk.towers.trust import library_errors
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Picture = str | Path | Image.Image
 _MAX_ASPECT = 10_000  # long side over short side
 _MAX_RESIZED = 100_000_000  # pixels
+_MAX_UNSCALED = 2**24  # pixels that become numbers as they are
 
 
 def open_picture(source: Picture) -> Image.Image:
@@ -70,17 +71,24 @@ def pixels_of(image_processor: Any, pictures: Sequence[Picture]) -> Tensor:
 
 
 def check_shapes(image_processor: Any, images: Sequence[Image.Image]) -> None:
-    """Refuse pictures that an image processor, which resizes by the short side, would blow up.
+    """Refuse pictures that an image processor would blow up: by the short side, to a square, or not made smaller.
 
     Raises:
         DataError: naming the shape.
     """
-    edge = dict(image_processor.size or {}).get("shortest_edge") or 0
+    options = image_processor
+    edge = dict(options.size or {}).get("shortest_edge") or 0
+    whole = not getattr(options, "do_resize", True) and not getattr(options, "do_center_crop", False)
+    squared = type(options).__name__.startswith("Llava") and getattr(options, "do_pad", False)
     for image in images:
-        if edge**2 * max(image.size) // min(image.size) > _MAX_RESIZED:
+        if (
+            edge**2 * max(image.size) // min(image.size) > _MAX_RESIZED
+            or (squared and max(image.size) ** 2 > _MAX_RESIZED)
+            or (whole and image.width * image.height > _MAX_UNSCALED)
+        ):
             raise DataError(
-                f"a picture of {image.width} x {image.height} is too long and thin to be resized to {edge}",
-                remedy="crop or remove it",
+                f"a picture of {image.width} x {image.height} is too large, or too long and thin, for this model",
+                remedy="make it smaller, crop or remove it",
             )
 
 
@@ -98,18 +106,24 @@ def check_fit(model: PreTrainedModel, processor: Any) -> None:
         )
 
 
-def fitting(leave: type[Exception] | tuple[()] = ()) -> AbstractContextManager[None]:
-    """A block in which any error is over pixels or tokens that the model cannot take, but for those that are left.
+@contextmanager
+def fitting() -> Iterator[None]:
+    """A block in which any error is over pixels or tokens that the model cannot take; that memory is short passes.
 
     Raises:
         ModelError: made of the error.
     """
-    return library_errors(
-        "what the processor prepares does not fit the model",
-        remedy="pass the processor that vlm.build or vlm.load gave with this model",
-        field="processor",
-        leave=leave,
-    )
+    try:
+        with library_errors(
+            "what the processor prepares does not fit the model",
+            remedy="pass the processor that vlm.build or vlm.load gave with this model",
+            field="processor",
+        ):
+            yield
+    except ModelError as error:
+        if isinstance(error.__cause__, RuntimeError) and "out of memory" in str(error.__cause__):
+            raise error.__cause__ from None
+        raise
 
 
 def same_picture(source: Picture) -> str | int:
@@ -181,7 +195,7 @@ class Features:
     def _compute(self, numbers: Sequence[int]) -> list[Tensor]:
         weight = next(self._model.model.vision_tower.parameters())
         pixels = pixels_of(self._processor.image_processor, [self._pictures[number] for number in numbers])
-        with fitting(leave=RuntimeError):
+        with fitting():
             features = tower_features(self._model, pixels.to(weight.device, weight.dtype))
         if features.shape[1:] != feature_shape(self._model):
             raise ModelError(

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from aced_sdk.errors import DataError
+from aced_sdk.towers.trust import library_errors
 from vlm.chat import IMAGE
 from vlm.data import Sample, check_samples
 from vlm.pictures import Picture, same_picture
 from vlm.templates import encoded
-from vlm.trust import library_errors
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor

@@ -21,11 +21,11 @@ from aced_sdk.files import (
     whole_folder,
     write_json,
 )
+from aced_sdk.towers.trust import bounded, check_folder, check_vision_language, library_errors, weight_bytes
 from vlm.adapters import base_of, has_adapter, load_adapter
 from vlm.card import card
 from vlm.language import reads
 from vlm.pictures import check_fit
-from vlm.trust import bounded, check_folder, check_vision_language, library_errors, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _SECONDS = 3.0  # of processor time for one conversation
 _LONGEST = 2**24  # bytes of a rendered conversation
+_OWN_WORDS, _TIMES = 2**16, 4  # characters that a template may add, and how often it may repeat the conversation
 # Gives transformers a conversation that is rendered already, in pieces with and without {% generation %} around them.
 _PIECES = (
     "{%- for piece in pieces -%}{%- if piece.learned -%}"
@@ -104,6 +105,8 @@ class _Worker:
                 pipe = self._pipe or self._start()
                 pipe.send_bytes(json.dumps(processor.tokenizer.special_tokens_map | request).encode())
                 answer: dict[str, Any] = json.loads(pipe.recv_bytes(_LONGEST))
+                if len(answer.get("text", "")) > _OWN_WORDS + _TIMES * len(json.dumps(conversation)):
+                    answer = {"error": "its text is much longer than the conversation"}
             except (OSError, EOFError):
                 self.stop()
                 answer = {"error": "it takes too much time or memory, or its text is too long"}

@@ -22,8 +22,8 @@ from aced_sdk.towers.huggingface import (
     is_siglip_vit,
     siglip_vision_model,
 )
+from aced_sdk.towers.trust import bounded, check_folder, library_errors, weight_bytes
 from vlm.hub import downloaded
-from vlm.trust import bounded, check_folder, library_errors, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
@@ -257,7 +257,7 @@ def _check_tokens(tower: VisionTower) -> None:
     try:
         with torch.no_grad():
             out = tower.model(torch.zeros(1, 3, *tower.size)).last_hidden_state
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # configs of another make lead transformers to many kinds of errors
         raise ModelError(
             f"the tower does not take the pictures of {tower.size[0]} x {tower.size[1]} that its image processor "
             f"prepares: {error}",

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from aced_sdk.config import Data
-from aced_sdk.data.arrays import BROKEN_ARRAY, read_array_header
+from aced_sdk.data.arrays import read_array_header
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.errors import DataError
 from aced_sdk.files import (

@@ -23,6 +23,7 @@ MAX_TEXT = 16 * MIB
 MAX_YAML = MIB
 MAX_LINE = 64 * MIB  # an event of a step with a large super-batch has several MB
 MAX_DEPTH = 64  # of nested lists and mappings
+_MAX_NAME = 4096  # characters of a path inside of a folder
 _MAX_NODES = 500_000  # of a YAML file
 _MAX_DIGITS = 40  # of an integer in YAML
 
@@ -55,9 +56,11 @@ def inside(folder: str | Path, name: str | Path) -> Path:
     A folder in a snapshot of the Hugging Face cache may link to the `blobs` folder of the same repository.
 
     Raises:
-        ReadError: if the name is absolute, has `..`, or a link leads outside.
+        ReadError: if the name is absolute, has `..`, is too long, or a link leads outside.
     """
     remedy = "copy the file into the folder, or do not use this folder"
+    if len(str(name)) > _MAX_NAME:
+        raise ReadError(f"the file name {printable(name, 100)} is too long", remedy=remedy)
     relative = Path(name)
     if not str(name) or "\0" in str(name) or relative.is_absolute() or ".." in relative.parts:
         raise ReadError(f"{printable(name)} names a file outside of its folder", remedy=remedy)

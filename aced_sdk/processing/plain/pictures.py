@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from aced_sdk.files.reading import MIB, ReadError, read_bytes
 
@@ -18,11 +19,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * MIB
 _STRIP = 2**22  # pixels
+# Bounds on what takes a decoder long; pictures of cameras and programs stay far below.
 _MAX_TILES = 2**16  # of a TIFF
-# Each scan of a progressive JPEG costs a pass over all pixels, and few bytes. Programs write ten; chance makes one of
-# 65,536 bytes of other data look like the start of one.
-_MAX_SCANS, _BYTES_OF_SCAN = 100, 8192
+_MAX_SCANS = 64  # of a JPEG; the decoder goes over the whole picture for each
+_MAX_EXIF = 2**20  # bytes of a JPEG's EXIF segments; Pillow copies what it has for each
+_MAX_CHUNKS = 2**17  # of a PNG
 _MAX_RLE = 2**22  # pixels of a run-length coded BMP, which Pillow decodes in Python
+_MAX_RUNS = 2**24  # bytes of one
+_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # of a JPEG, but for restarts
+_END, _SCAN, _APP1, _ALONE = 0xD9, 0xDA, 0xE1, (0x01, 0xD8)
 MAX_ASPECT = 200  # long side over short side: resizing the short side of a longer strip would blow it up
 
 
@@ -72,6 +77,10 @@ def read_header(
         raise PictureError("unreadable picture", f"{len(image.tile):,} tiles")
     slow = isinstance(image, ImageFile.ImageFile) and any(tile[0] == "bmp_rle" for tile in image.tile)
     _check_size(*image.size, min(max_pixels, _MAX_RLE) if slow else max_pixels, max_aspect)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile:
+        sides = [image.tag_v2.get(tag, 1) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)]
+        if not all(isinstance(side, int) for side in sides) or sides[0] * sides[1] > max_pixels:
+            raise PictureError("too many pixels", f"in a tile of {sides}")  # the decoder reserves a whole tile
     return image
 
 
@@ -119,8 +128,12 @@ def _opened(source: bytes | str | Path, max_pixels: int) -> Image.Image:
         raise PictureError("too many bytes", f"{len(source):,}, the bound is {MAX_BYTES:,}")
     if size := _webp_size(source):  # Pillow reserves the canvas when it opens a WebP
         _check_size(*size, max_pixels, max(size))
-    if source[:2] == b"\xff\xd8" and source.count(b"\xff\xda") > _MAX_SCANS + len(source) // _BYTES_OF_SCAN:
-        raise PictureError("unreadable picture", "too many scans")
+    if source[:2] == b"\xff\xd8":
+        _check_jpeg(source)
+    elif source[:8] == b"\x89PNG\r\n\x1a\n":
+        _check_png(source)
+    elif source[:2] == b"BM" and source[30:34] in (b"\1\0\0\0", b"\2\0\0\0") and len(source) > _MAX_RUNS:
+        raise PictureError("too many bytes", f"{len(source):,} of a run-length encoded BMP")
     try:
         return Image.open(io.BytesIO(source), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -136,6 +149,31 @@ def _check_size(width: int, height: int, max_pixels: int, max_aspect: int) -> No
         raise PictureError("too many pixels", f"{width} x {height}, the bound is {max_pixels:,}")
     if max(width, height) > max_aspect * min(width, height):
         raise PictureError("too long and thin", f"{width} x {height}")
+
+
+def _check_jpeg(content: bytes) -> None:
+    """Count scans and EXIF data up to the end mark."""
+    scans = exif = at = 0
+    while found := _MARKER.search(content, at):
+        at, kind = found.end(), found[1][0]
+        if kind == _END:
+            break
+        length = 0 if kind in _ALONE else int.from_bytes(content[at : at + 2], "big")
+        scans += kind == _SCAN
+        exif += length if kind == _APP1 and content[at + 2 : at + 6] == b"Exif" else 0
+        if scans > _MAX_SCANS or exif > _MAX_EXIF:
+            raise PictureError("too many scans or too much EXIF data")
+        at += length
+
+
+def _check_png(content: bytes) -> None:
+    """Count chunks."""
+    at = 8
+    for _ in range(_MAX_CHUNKS):
+        if at >= len(content):
+            return
+        at += 12 + int.from_bytes(content[at : at + 4], "big")
+    raise PictureError("too many chunks", f"a PNG has at most {_MAX_CHUNKS:,}")
 
 
 def _webp_size(content: bytes) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from aced_sdk.files.reading import ReadError, printable, read_json
 
 MAX_GROWTH = 256  # times the length of a text
 _MAX_STEPS = 64
+_MAX_METASPACES = 2  # each can put a mark before every single character
 _MAX_ADDED = 100_000  # added tokens
 _MAX_ADDED_CHARACTERS = 1_000_000
 _MAX_TOKEN = 1024  # characters
@@ -58,12 +60,14 @@ def _check(values: dict[str, Any], length: int | None) -> None:
     _require(len(added) <= _MAX_ADDED, "added tokens")
     _require(sum(len(token["content"]) for token in added) <= _MAX_ADDED_CHARACTERS, "added tokens")
     _check_model(values["model"])
-    steps = [step for name in ("normalizer", "pre_tokenizer", "post_processor") for step in _steps(values.get(name))]
-    growth = 1
-    for step in steps:
-        growth *= _growth(step)
-        _require(growth <= MAX_GROWTH, f"growth in {step['type']}")
-    _require(len(steps) <= _MAX_STEPS, "number of steps")
+    for names in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
+        steps = [step for name in names for step in _steps(values.get(name))]
+        growth = 1
+        for step in steps:
+            growth *= _growth(step)
+            _require(growth <= MAX_GROWTH, f"growth in {step['type']}")
+        _require(len(steps) <= _MAX_STEPS, "number of steps")
+        _require(sum(step["type"] == "Metaspace" for step in steps) <= _MAX_METASPACES, "number of Metaspace steps")
 
 
 def _require(holds: bool, what: str) -> None:
@@ -78,7 +82,7 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
     if value["type"] != "Sequence":
         yield value
         return
-    for key in ("normalizers", "pretokenizers", "processors"):
+    for key in ("normalizers", "pretokenizers", "processors", "decoders"):
         for inner in value.get(key, ()):
             yield from _steps(inner)
 
@@ -88,10 +92,11 @@ def _growth(step: dict[str, Any]) -> int:
     kind = step["type"]
     if kind == "Replace":
         pattern = step["pattern"]
+        length = len(unicodedata.normalize("NFKD", step["content"]))  # as later steps can make it
         if "Regex" in pattern:  # may match between any two characters
-            return 1 + len(step["content"])
+            return 1 + length
         _require(len(pattern["String"]) > 0, "empty pattern")
-        return max(1, len(step["content"]))
+        return max(1, length)
     if kind in ("ByteLevel", "BertNormalizer"):  # a character becomes up to four, or gets spaces around it
         return 4
     if kind == "Precompiled":
@@ -116,3 +121,4 @@ def _check_model(model: dict[str, Any]) -> None:
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         _require(len(model.get(name) or "") <= _MAX_AFFIX, name)
     _require((model.get("max_input_chars_per_word") or 0) <= _MAX_WORD, "max_input_chars_per_word")
+    _require(not model.get("dropout"), "dropout: the same text would become other tokens each time")

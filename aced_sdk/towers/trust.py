@@ -7,7 +7,7 @@ files outside of the folder and numbers that would take all memory or never end.
 
 from __future__ import annotations
 
-import base64
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from typing import Any
 
 from aced_sdk.errors import AcedError, ModelError
 from aced_sdk.files import ReadError, check_links, inside, printable, read_json, read_text
+from aced_sdk.processing.plain import read_tokenizer
 
 _KINDS = ("llava", "fast_vlm", "aya_vision")
 _PROCESSORS = ("LlavaProcessor", "AyaVisionProcessor", "PixtralProcessor", None)
@@ -34,6 +35,7 @@ _VISION = (
 
 _MODEL = ("config.json", "generation_config.json")
 _PICTURES = ("preprocessor_config.json", "processor_config.json")
+_ELSEWHERE = {"audio_tokenizer", "_auto_class"}  # keys of models by any path, and of code to be copied
 _REMEDY = "correct the file, or do not use this folder"
 
 _LARGEST = 2**24  # of any integer; the longest context of today's models is 10 M tokens
@@ -70,6 +72,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "longest_edge": (1, 2048),
     "min_patches": (1, 64),
     "max_patches": (1, 64),
+    "input_size": (1, 2048),
     "num_additional_image_tokens": (0, 64),
     # tokenizers
     "Fixed": (1, 2**16),
@@ -79,7 +82,8 @@ _RANGES: dict[str, tuple[int, int]] = {
     "num_beam_groups": (1, 16),
     "num_return_sequences": (1, 1),
 }
-_GROWTH = 64  # times that a tokenizer may lengthen a text
+_CROP = (0.25, 4.0)  # crop_pct: pictures are resized to the size divided by it
+_MAX_PREPARED = 2**24  # pixels of all tiles of a picture
 _IMAGE_PROCESSORS = re.compile(
     r"(?:CLIP|Siglip|ViT|DeiT|Bit|DINOv3ViT|ConvNext|Pixtral|GotOcr2|Llava|TimmWrapper)(?:ImageProcessor(?:Fast|Pil)?|"
     r"FeatureExtractor)"
@@ -95,9 +99,8 @@ def library_errors(
     field: str,
     *,
     kind: type[AcedError] = ModelError,
-    leave: type[Exception] | tuple[()] = (),
 ) -> Iterator[None]:
-    """Turn any error of a library into one of `kind`; other errors of this project pass, and those of type `leave`.
+    """Turn any error of a library into one of `kind`; other errors of this project pass.
 
     Contents of a foreign folder make transformers and its dependencies raise many kinds of errors. Tokenizers written
     in Rust raise a PanicException, which is no `Exception`.
@@ -107,8 +110,6 @@ def library_errors(
     """
     try:
         yield
-    except leave:
-        raise
     except BaseException as error:
         if isinstance(error, AcedError) and not isinstance(error, ReadError):
             raise
@@ -131,6 +132,8 @@ def check_folder(folder: Path, *, pictures: bool = False, tokens: bool = False) 
             JSON.
     """
     check_links(folder)
+    if (folder / "audio_tokenizer_config.json").is_file():
+        raise ReadError(f"{printable(folder)} names an audio tokenizer, which can be elsewhere", remedy=_REMEDY)
     if (folder / "adapter_config.json").is_file():
         raise ReadError(f"{printable(folder)} holds an adapter, which names a model elsewhere", remedy=_REMEDY)
     config = _object(folder / "config.json")
@@ -142,6 +145,8 @@ def check_folder(folder: Path, *, pictures: bool = False, tokens: bool = False) 
             _check(_object(folder / name), name.removesuffix(".json"), folder)
     for path in folder.glob("*.safetensors.index.json"):
         _check_index(_object(path), path)
+    if tokens and (folder / "tokenizer.json").is_file():
+        read_tokenizer(folder / "tokenizer.json")
     for path in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
         read_text(path, 2**20)
     return config
@@ -257,18 +262,42 @@ def _check(value: Any, key: str, folder: Path, where: str = "") -> None:
     if isinstance(value, dict):
         if value.get("model_type") == "timm_wrapper":
             _check_timm(value, where)
+        if odd := _ELSEWHERE & value.keys():
+            raise ReadError(f"{printable(where)} has {min(odd)}, which loads further files", remedy=_REMEDY)
+        if "template" in value and not re.fullmatch(r"[\w-]+", str(value.get("name", "default"))):
+            raise ReadError(f"{printable(where)} names a chat template {printable(value['name'])}", remedy=_REMEDY)
         if where.endswith("tokenizer.json") and "model" in value:
-            _check_growth(value, where)
             value = {name: part for name, part in value.items() if name not in ("model", "added_tokens")}
+        if value.get("crop_to_patches"):
+            _check_tiles(value, where)
         for name, part in value.items():
             _check(part, key if key.endswith("implementation") else name, folder, where)
     elif isinstance(value, list):
         for part in value:
             _check(part, key, folder, where)
+    elif (
+        key == "crop_pct"
+        and value is not None
+        and not (isinstance(value, int | float) and _CROP[0] <= value <= _CROP[1])
+    ):
+        raise ReadError(f"crop_pct in {printable(where)} is {printable(value)}", remedy=_REMEDY)
+    elif isinstance(value, float) and math.isnan(value):
+        raise ReadError(f"{printable(key)} in {printable(where)} is not a number", remedy=_REMEDY)
     elif isinstance(value, int) and not isinstance(value, bool):
         check_number(key, value, where)
     elif isinstance(value, str):
         _check_name(value, key, folder, where)
+
+
+def _check_tiles(facts: Mapping[str, Any], where: str) -> None:
+    """Bound the pixels that a picture becomes when it is cut into tiles."""
+    sides = facts.get("size")
+    side = max(
+        [1, *(n for n in (sides.values() if isinstance(sides, dict) else (sides,)) if isinstance(n, int | float))]
+    )
+    most = facts.get("max_patches", 12)
+    if not isinstance(most, int) or most * side**2 > _MAX_PREPARED:
+        raise ReadError(f"{printable(where)} cuts pictures into too many tiles", remedy=_REMEDY)
 
 
 def _check_name(value: str, key: str, folder: Path, where: str) -> None:
@@ -302,50 +331,3 @@ def _check_index(index: Mapping[str, Any], path: Path) -> None:
         inside(path.parent, name)
         if not name.endswith(".safetensors"):
             raise ReadError(f"{printable(path)} names {printable(name)}, which is not safetensors", remedy=_REMEDY)
-
-
-def _check_growth(tokenizer: Mapping[str, Any], where: str) -> None:
-    """Refuse replacements that make a text many times as long: a chain of them fills any memory."""
-    for part in ("normalizer", "decoder"):
-        growth = 1
-        for step in _steps(tokenizer.get(part)):
-            if step.get("type") == "Replace":
-                growth *= max(1, len(str(step.get("content", ""))))
-            elif step.get("type") == "Precompiled":
-                growth *= max(1, _longest_precompiled(step.get("precompiled_charsmap")) // 256)
-            if growth > _GROWTH:
-                raise ReadError(
-                    f"the {part} in {printable(where)} makes a text more than {_GROWTH} times as long", remedy=_REMEDY
-                )
-    post = tokenizer.get("post_processor")
-    added = sum(len(_ids(step, one)) for step in _steps(post) for one in step.get("single") or ())
-    if added > _GROWTH:
-        raise ReadError(f"the post_processor in {printable(where)} adds {added} tokens", remedy=_REMEDY)
-
-
-def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer, decoder or post-processor, those of sequences one by one."""
-    if isinstance(part, dict):
-        yield part
-        for name in ("normalizers", "decoders", "processors"):
-            for step in part.get(name) or ():
-                yield from _steps(step)
-
-
-def _ids(step: Mapping[str, Any], piece: Any) -> Any:
-    """The token ids that a piece of a template stands for."""
-    token = piece.get("SpecialToken") if isinstance(piece, dict) else None
-    known = step.get("special_tokens")
-    found = known.get(token.get("id")) if isinstance(known, dict) and isinstance(token, dict) else None
-    ids = found.get("ids") if isinstance(found, dict) else None
-    return ids if isinstance(ids, list) else ()
-
-
-def _longest_precompiled(charsmap: Any) -> int:
-    """Bytes of the longest text that a sentencepiece normalizer puts in place of a character."""
-    try:
-        content = base64.b64decode(charsmap or "")
-    except (TypeError, ValueError):
-        raise ReadError("a tokenizer's precompiled_charsmap is not base64", remedy=_REMEDY) from None
-    texts = content[4 + int.from_bytes(content[:4], "little") :]
-    return max(map(len, texts.split(b"\0")))
