@@ -22,6 +22,7 @@ import vlm
 from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, DataError, ModelError
+from aced_sdk.processing.plain import to_rgb
 from vlm.pictures import open_picture, pixels_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
@@ -298,7 +299,7 @@ def test_sixteen_bits_keep_their_range_and_more_are_counted_as_bad(
         if number < 2:
             Image.fromarray(pixels).save(path)
             assert np.array_equal(np.asarray(open_picture(path)), np.stack([pixels >> 8] * 3, axis=-1)), name
-            outside = towers.load(str(folders[0])).preprocess(Image.open(path))
+            outside = towers.load(str(folders[0])).preprocess(to_rgb(Image.open(path)))
             inside = pixels_of(model[1].image_processor, [path])[0]
             assert (inside - outside).abs().max() <= 4 * 2 / 255, name  # a few levels: as test_vlm.py says
             assert len(vlm.answer(*model, [path], [QUESTION], 2)) == 1
