@@ -19,13 +19,13 @@ _CONTENT = (
     "{%- endfor -%}{%- endif -%}"
 )
 
-# Turns as families of language models were taught them: what opens one (ROLE is who speaks), what ends it, what stands
-# between two, what the assistant is called. No default system prompt: it would cost more tokens than a short question
-# and its answer.
+# Turns as families of language models were taught them: what opens one (ROLE is who speaks), what ends it, what is
+# between two, what the assistant is called, and whether there are system turns. No default system prompt: it would cost
+# more tokens than a short question and its answer.
 _TURNS = {
-    "ChatML": ("<|im_start|>ROLE\n", "<|im_end|>", "\n", "assistant"),
-    "Llama 3": ("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", "", "assistant"),
-    "Gemma": ("<start_of_turn>ROLE\n", "<end_of_turn>", "\n", "model"),
+    "ChatML": ("<|im_start|>ROLE\n", "<|im_end|>", "\n", "assistant", True),
+    "Llama 3": ("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", "", "assistant", True),
+    "Gemma": ("<start_of_turn>ROLE\n", "<end_of_turn>", "\n", "model", False),
 }
 
 _PLAIN = (
@@ -49,9 +49,9 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         ModelError: if no token of the tokenizer can end an answer.
     """
     vocabulary = tokenizer.get_vocab()
-    for opening, end, after, assistant in _TURNS.values():
+    for opening, end, after, assistant, systems in _TURNS.values():
         if opening.split("ROLE")[0] in vocabulary and end in vocabulary:
-            return _template(opening, end, after, assistant), end
+            return _template(opening, end, after, assistant, systems), end
     if tokenizer.eos_token is None:
         raise ModelError(
             "the tokenizer has no token that ends a text, so that answers would never end",
@@ -61,18 +61,23 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return _PLAIN, str(tokenizer.eos_token)
 
 
-def _template(opening: str, end: str, after: str, assistant: str) -> str:
+def _template(opening: str, end: str, after: str, assistant: str, systems: bool = True) -> str:
+    """The template of a family; without `systems`, a system prompt becomes the start of the first question."""
     before, behind = opening.split("ROLE")
+    other = f"{{{{- '{before}' + message['role'] + '{behind}' -}}}}" + _CONTENT + f"{{{{- '{end}' -}}}}"
+    gap = f"{{{{- '{after}' -}}}}"
+    if not systems:
+        head = f"{{{{- '{before}user{behind}' -}}}}"
+        other = "{%- if loop.index0 != 1 or messages[0]['role'] != 'system' -%}" + head + "{%- endif -%}" + _CONTENT
+        other += "{%- if message['role'] == 'system' -%}{{- '\n\n' -}}"
+        other += f"{{%- else -%}}{{{{- '{end}' -}}}}{{%- endif -%}}"
+        gap = "{%- if message['role'] != 'system' -%}" + gap + "{%- endif -%}"
     return (
         "{%- for message in messages -%}"
         "{%- if message['role'] == 'assistant' -%}"
         f"{{{{- '{before}{assistant}{behind}' -}}}}"
         "{%- generation -%}" + _CONTENT + f"{{{{- '{end}' -}}}}" + "{%- endgeneration -%}"
-        "{%- else -%}"
-        f"{{{{- '{before}' + message['role'] + '{behind}' -}}}}" + _CONTENT + f"{{{{- '{end}' -}}}}"
-        "{%- endif -%}"
-        f"{{{{- '{after}' -}}}}"
-        "{%- endfor -%}"
+        "{%- else -%}" + other + "{%- endif -%}" + gap + "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- '{before}{assistant}{behind}' -}}}}{{%- endif -%}}"
     )
 

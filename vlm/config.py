@@ -87,6 +87,9 @@ class TuneConfig(Config):
         gt=0,
         description="conversations about the same pictures that share one pass over them; saves time, changes no loss",
     )
+    max_bad_fraction: float = Field(
+        0.02, ge=0, le=1, description="largest fraction of conversations left out: nothing to learn, too long"
+    )
     feature_cache_mb: int = Field(1024, ge=0, description="MiB to keep the frozen tower's features of pictures in")
     engine: Engine = Engine(kind="single")
 

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aced_sdk import files
-from aced_sdk.errors import DataError, UnsupportedError
-from aced_sdk.files import ReadError, inside, printable
+from aced_sdk.errors import DataError
+from aced_sdk.files import ReadError, inside, parse_json, printable
 from vlm.chat import IMAGE
+from vlm.conversation import check_words
 from vlm.pictures import Picture, open_picture
+from vlm.skips import Skips, Unusable
 
 _MAX_JSON = 4 * 2**30  # LLaVA's JSON of pre-training has several hundred MB
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+_EDGES = re.compile(rf"^(?:\s*{IMAGE})+|(?:{IMAGE}\s*)+$")
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class Sample:
 
     Attributes:
         key: its name in messages to the user.
-        turns: questions with their answers; the pictures stand before the first question.
+        turns: questions with their answers. `<image>` in a question marks the place of a picture, one for each of
+            `images` in their order. Without any, all pictures are before the first question.
         images: paths or PIL pictures; none is a conversation without pictures.
         kind: what scores are grouped by.
         answers: all right answers to the last question, one for each annotator where there were several; empty: its
             turn's answer alone. A turn's answer that is not among them counts too.
+        system: system prompt, before the first question; empty: none.
     """
 
     key: str
@@ -36,12 +42,13 @@ class Sample:
     images: tuple[Picture, ...] = ()
     kind: str = ""
     answers: tuple[str, ...] = ()
+    system: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what is easily written wrong by hand.
+        """Refuse fields that are not in this form.
 
         Raises:
-            DataError: if the fields are not in this form.
+            Unusable: naming the field.
         """
         given: Any = self  # by people, whatever the types say
         wrong = [
@@ -50,16 +57,19 @@ class Sample:
                 ("turns", list | tuple, given.turns),
                 ("images", Picture, given.images),
                 ("answers", str, given.answers),
+                ("kind", str, [given.kind]),
+                ("system", str, [given.system]),
             )
             if not isinstance(values, list | tuple) or not all(isinstance(value, kind) for value in values)
         ]
         if not wrong and not all(len(turn) == 2 and all(isinstance(x, str) for x in turn) for turn in given.turns):
             wrong = ["turns"]
         if wrong:
-            raise DataError(
+            raise Unusable(
                 f"the {wrong[0]} of conversation '{self.key}' are {getattr(self, wrong[0])!r:.100}",
                 remedy="write turns=((question, answer),), images=(path or PIL picture,), answers=(text,)",
                 field=wrong[0],
+                reason="not in the form of a conversation",
             )
 
 
@@ -84,11 +94,13 @@ class Samples(Sequence[Sample]):
 
     Attributes:
         samples: what can be used.
-        skipped: one message for each conversation whose picture could not be read.
+        skipped: one message for each conversation that was left out.
+        reasons: how many were left out for each reason.
     """
 
     samples: tuple[Sample, ...]
     skipped: tuple[str, ...] = ()
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -101,25 +113,25 @@ class Samples(Sequence[Sample]):
 
 
 def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: float = 0.02) -> Samples:
-    """Read LLaVA's JSON: `[{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}]`.
+    """Read LLaVA's JSON: `[{"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}]}]`.
 
-    `image` may be a list; `kind` and `answers` (a list of right answers) are read where they stand beside it. A picture
-    outside of `image_root`, through a link too, counts as unreadable.
+    JSON Lines, one conversation per line, are read too. `image` may be a list or missing; `kind` and `answers` (a list
+    of right answers) are optional. A picture outside of `image_root`, through a link too, counts as unreadable.
 
     Args:
-        json_path: a file of at most 4 GiB.
+        json_path: a UTF-8 file of at most 4 GiB.
         image_root: folder that `image` is relative to.
-        max_bad_fraction: share of conversations with an unreadable picture above which nothing is returned.
+        max_bad_fraction: largest fraction of conversations that may be left out because they are malformed or a
+            picture is unreadable; `Samples.skipped` and `Samples.reasons` list them.
 
     Raises:
-        DataError: for a malformed conversation (it is named), or too many unreadable pictures.
+        DataError: if the file cannot be read, or too many conversations are bad; the first is named.
     """
-    entries = read_json(json_path, "json_path")
-    if not isinstance(entries, list):
-        raise DataError(f"{json_path} holds no list of conversations", remedy="write LLaVA's JSON", field="json_path")
-    root = Path(image_root)
-    samples = [from_llava(entry, index, root) for index, entry in enumerate(entries)]
-    return readable(samples, max_bad_fraction, root)
+    entries, root, skips, samples = _read_entries(json_path), Path(image_root), Skips(), []
+    for index, entry in enumerate(entries):
+        with skips.counting():
+            samples.append(from_llava(entry, index, root))
+    return readable(samples, skips, len(entries), max_bad_fraction, root)
 
 
 def load_messages(rows: Iterable[Mapping[str, Any]], max_bad_fraction: float = 0.02) -> Samples:
@@ -127,17 +139,32 @@ def load_messages(rows: Iterable[Mapping[str, Any]], max_bad_fraction: float = 0
     `{"type": "image"}` and `{"type": "text", "text"}`.
 
     Args:
-        rows: what trl's trainers take; `kind`, `answers` and `id` are read where they stand beside it.
+        rows: what trl's trainers take; `kind`, `answers` and `id` are optional.
         max_bad_fraction: as in `load_llava`.
 
     Raises:
-        DataError: for a malformed row (it is named), or too many unreadable pictures.
+        DataError: if the rows are no list of rows, or too many are bad; the first is named.
     """
-    return readable([from_messages(row, index) for index, row in enumerate(rows)], max_bad_fraction)
+    if isinstance(rows, str | Path | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(
+            f"the rows are a {type(rows).__name__}: {rows!r:.100}",
+            remedy="give a list of rows or a dataset; read files with vlm.load_llava or json.load",
+            field="rows",
+        )
+    skips, samples, count = Skips(), [], 0
+    for index, row in enumerate(rows):
+        count += 1
+        with skips.counting():
+            samples.append(from_messages(row, index))
+    return readable(samples, skips, count, max_bad_fraction)
 
 
 def from_messages(row: Mapping[str, Any], index: int | str) -> Sample:
-    """One row of `load_messages`; `index` names it where it has no `id`."""
+    """One row of `load_messages`; `index` names it where it has no `id`.
+
+    Raises:
+        Unusable: if it is malformed.
+    """
     key = _key(row, index)
     try:
         messages = [(str(message["role"]), _text_of(message["content"])) for message in row["messages"]]
@@ -145,24 +172,34 @@ def from_messages(row: Mapping[str, Any], index: int | str) -> Sample:
         images = (shown,) if isinstance(shown, Picture) else tuple(shown or ())
         return _sample(key, messages, images, row)
     except (AttributeError, KeyError, TypeError) as error:
-        raise DataError(
+        raise Unusable(
             f"conversation '{key}' is not in the form of messages ({type(error).__name__}: {error})",
             remedy='write {"messages": [{"role", "content"}], "images": [...]}',
+            reason="not in the form of messages",
         ) from error
 
 
 def from_llava(entry: Any, index: int | str, root: Path) -> Sample:
-    """One entry of `load_llava`; `index` names it where it has no `id`."""
+    """One entry of `load_llava`; `index` names it where it has no `id`.
+
+    Raises:
+        Unusable: if it is malformed.
+    """
     key = _key(entry, index)
+    if isinstance(entry, ReadError):
+        raise Unusable(
+            f"conversation '{key}' cannot be read: {entry.cause}", remedy="correct the line", reason="line is not JSON"
+        )
     try:
         named = entry.get("image") or []
         messages = [(str(turn["from"]), words(turn["value"])) for turn in entry["conversations"]]
         images = tuple(root / name for name in ([named] if isinstance(named, str) else named))
         return _sample(key, messages, images, entry)
     except (AttributeError, KeyError, TypeError) as error:
-        raise DataError(
+        raise Unusable(
             f"conversation '{key}' is not in LLaVA's form ({type(error).__name__}: {error})",
             remedy='write {"id", "image", "conversations": [{"from", "value"}]}',
+            reason="not in LLaVA's form",
         ) from error
 
 
@@ -186,36 +223,71 @@ def _text_of(content: Any) -> str:
 
 def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ...], extra: Mapping[str, Any]) -> Sample:
     roles = [_ROLES.get(role, role) for role, _ in messages]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise DataError(
-            f"conversation '{key}' has the turns {roles}", remedy="let a question and its answer take turns"
+    texts = [text.strip() for _, text in messages]
+    first = next((number for number, role in enumerate(roles) if role != "system"), len(roles))
+    if first == len(roles) or roles[first:] != ["user", "assistant"] * ((len(roles) - first) // 2):
+        raise Unusable(
+            f"conversation '{key}' has the turns {roles}",
+            remedy="let questions and answers take turns, with system prompts before them",
+            reason="turns do not alternate",
         )
-    texts = [text for _, text in messages]
-    markers = [text.count(IMAGE) for text in texts]
-    if sum(markers) != len(images):
-        raise DataError(
-            f"conversation '{key}' has {sum(markers)} {IMAGE} markers and {len(images)} pictures",
+    questions, answers = texts[first::2], texts[first + 1 :: 2]
+    if (markers := "".join(texts).count(IMAGE)) != len(images):
+        raise Unusable(
+            f"conversation '{key}' has {markers} {IMAGE} markers and {len(images)} pictures",
             remedy="write one marker for each picture",
+            reason="markers and pictures differ in number",
         )
-    if sum(markers) != markers[0]:
-        raise UnsupportedError(
-            f"conversation '{key}' has a picture after its first question", remedy="put all pictures first"
+    questions = [_pictures_first(question) for question in questions]
+    if not all(questions) or not all(answers):
+        what = "question" if not all(questions) else "answer"
+        raise Unusable(
+            f"conversation '{key}' has an empty {what}",
+            remedy="fill it in or remove the conversation",
+            reason=f"empty {what}",
         )
-    if sum(bool(part.strip()) for part in texts[0].split(IMAGE)) > 1:
-        raise UnsupportedError(
-            f"conversation '{key}' has a picture amid its words, and pictures stand before them here",
-            remedy=f"put all {IMAGE} markers first, and name the pictures by their order",
-        )
-    texts = [text.replace(IMAGE, "").strip() for text in texts]
-    for text, role in zip(texts, roles, strict=True):
-        if not text:
-            what = "answer" if role == "assistant" else "question"
-            raise DataError(f"conversation '{key}' has an empty {what}", remedy="fill it in or remove the conversation")
-    turns = tuple(zip(texts[::2], texts[1::2], strict=True))
-    answers = extra.get("answers") or ()
-    if isinstance(answers, str):
+    if (start := questions[0].removeprefix(IMAGE * markers)) != questions[0] and IMAGE not in start:
+        questions[0] = start  # all pictures are before the first question: no markers are needed
+    turns, system = tuple(zip(questions, answers, strict=True)), "\n".join(texts[:first])
+    check_words(f"conversation '{key}'", turns, len(images), system)
+    right = extra.get("answers") or ()
+    if isinstance(right, str):
         raise TypeError("answers is one text, not a list")
-    return Sample(key, turns, images, str(extra.get("kind") or ""), tuple(map(words, answers)))
+    return Sample(key, turns, images, str(extra.get("kind") or ""), tuple(map(words, right)), system)
+
+
+def _pictures_first(question: str) -> str:
+    """A question whose markers are all around its words gets them in front; a marker inside of them stays there.
+
+    Empty if there are no words.
+    """
+    inner = _EDGES.sub("", question).strip()
+    if not inner or IMAGE in inner:
+        return inner and question
+    return IMAGE * question.count(IMAGE) + inner
+
+
+def _read_entries(path: str | Path) -> list[Any]:
+    """The conversations of a JSON file; of JSON Lines, an error in the place of each line that is not JSON."""
+    text = _read_text(path, "json_path")
+    try:
+        content = parse_json(text, str(path))
+    except ReadError as error:
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        if len(lines) < 2 or not lines[0][1].lstrip().startswith("{"):
+            raise _not_json(path, error, "json_path") from error
+        return [_line(line, f"line {number}") for number, line in lines]
+    content = [content] if isinstance(content, dict) and "conversations" in content else content
+    if not isinstance(content, list):
+        raise DataError(f"{path} holds no list of conversations", remedy="write LLaVA's JSON", field="json_path")
+    return content
+
+
+def _line(line: str, name: str) -> Any:
+    try:
+        return parse_json(line, name)
+    except ReadError as error:
+        return error
 
 
 def read_json(path: str | Path, field: str) -> Any:
@@ -225,49 +297,66 @@ def read_json(path: str | Path, field: str) -> Any:
         DataError: if it cannot be read; `field` is the argument that named it.
     """
     try:
-        return files.read_json(path, _MAX_JSON)
+        return parse_json(_read_text(path, field), str(path))
     except ReadError as error:
-        raise DataError(f"{path} cannot be read: {error.cause}", remedy="name a JSON file", field=field) from error
+        raise _not_json(path, error, field) from error
 
 
-def readable(samples: Sequence[Sample], max_bad_fraction: float, root: Path | None = None) -> Samples:
-    """The samples whose pictures can be read; the others are counted.
+def _read_text(path: str | Path, field: str) -> str:
+    try:
+        return files.read_text(path, _MAX_JSON)
+    except ReadError as error:
+        raise _not_json(path, error, field) from error
+
+
+def _not_json(path: str | Path, error: ReadError, field: str) -> DataError:
+    return DataError(f"{path} cannot be read: {error.cause}", remedy="name a JSON file", field=field)
+
+
+def readable(
+    samples: Sequence[Sample], skips: Skips, total: int, max_bad_fraction: float, root: Path | None = None
+) -> Samples:
+    """The samples whose pictures can be read; the others are left out and counted.
 
     Args:
         samples: conversations.
-        max_bad_fraction: share of them above which nothing is returned.
+        skips: what was left out before.
+        total: conversations, with those left out.
+        max_bad_fraction: as in `load_llava`.
         root: pictures that are files must be in this folder; None: anywhere.
 
     Raises:
-        DataError: if more than `max_bad_fraction` of them cannot be read, or nothing is left.
+        DataError: if more than `max_bad_fraction` of all are left out, or nothing is left.
     """
-    verdicts: dict[str, str] = {}
-    kept, skipped = [], []
+    verdicts: dict[str, Unusable | None] = {}
+    kept = []
     for sample in samples:
-        paths = [image for image in sample.images if isinstance(image, str | Path)]
+        paths = [str(image) for image in sample.images if isinstance(image, str | Path)]
         for path in paths:
-            if str(path) not in verdicts:
-                verdicts[str(path)] = _complaint(path, root)
-        complaints = [verdicts[str(path)] for path in paths if verdicts[str(path)]]
-        if complaints:
-            skipped.append(f"conversation '{sample.key}': {complaints[0]}")
-        else:
+            if path not in verdicts:
+                verdicts[path] = _complaint(path, root)
+        with skips.counting():
+            for complaint in filter(None, map(verdicts.get, paths)):
+                raise Unusable(
+                    f"conversation '{sample.key}': {complaint.cause}",
+                    remedy="check image_root and the files",
+                    reason=complaint.reason,
+                )
             kept.append(sample)
-    if not kept or len(skipped) > max_bad_fraction * len(samples):
-        first = f"; the first: {skipped[0]}" if skipped else ""
-        raise DataError(
-            f"{len(skipped)} of {len(samples)} conversations cannot be used{first}",
-            remedy="check image_root and the files, or raise max_bad_fraction",
-            field="max_bad_fraction",
-        )
-    return Samples(tuple(kept), tuple(skipped))
+    skips.check(total, max_bad_fraction)
+    if not kept:
+        raise DataError("there are no conversations", remedy="check the data", field="data")
+    return Samples(tuple(kept), tuple(skips.messages), dict(skips.reasons))
 
 
-def _complaint(path: str | Path, root: Path | None) -> str:
+def _complaint(path: str, root: Path | None) -> Unusable | None:
+    """What is wrong with a picture."""
     try:
         if root is not None:
             inside(root, Path(path).relative_to(root) if Path(path).is_relative_to(root) else path)
         open_picture(path)
-    except (DataError, ReadError) as error:
-        return error.cause
-    return ""
+    except ReadError as error:
+        return Unusable(error.cause, remedy=error.remedy, reason="picture outside of its folder")
+    except Unusable as error:
+        return error
+    return None

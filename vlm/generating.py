@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from aced_sdk.errors import ConfigError, DataError
+from aced_sdk.files import one_line
 from vlm.adapters import base_of
 from vlm.chat import IMAGE
+from vlm.conversation import check_words, messages
 from vlm.pictures import Picture, check_fit, check_shapes, fitting, open_picture
 from vlm.templates import prompt_text
 
@@ -23,8 +26,29 @@ if TYPE_CHECKING:
     from transformers import BatchFeature, LlavaProcessor
 
 CAPTION_PROMPT = "What is this?"
+Question = str | Sequence[tuple[str, str] | str]
 # The last word and the space before it may still change with the next token; Chinese and Japanese have no spaces.
 _UNFINISHED = re.compile(r"\s*[^\s\u3000-\u9fff\uf900-\ufaff]*$")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as the model is asked it.
+
+    Attributes:
+        turns: earlier questions with their answers, then the question with None; markers as in `vlm.Sample`.
+        images: the pictures.
+        system: system prompt.
+    """
+
+    turns: tuple[tuple[str, str | None], ...]
+    images: tuple[Picture, ...]
+    system: str = ""
+
+    @property
+    def question(self) -> str:
+        """The words of the question."""
+        return " ".join(self.turns[-1][0].replace(IMAGE, "").split())
 
 
 def caption(
@@ -48,15 +72,15 @@ def caption(
     Raises:
         ConfigError, DataError, ModelError: as `answer`.
     """
-    _check_lists(images)
-    return answer(model, processor, images, [prompt] * len(images), max_new_tokens, batch_size)
+    pictures = _listed(images, "images")
+    return answer(model, processor, pictures, [prompt] * len(pictures), max_new_tokens, batch_size)
 
 
 def answer(
     model: Any,
     processor: LlavaProcessor,
     images: Sequence[Picture | Sequence[Picture]],
-    questions: Sequence[str],
+    questions: Sequence[Question],
     max_new_tokens: int = 24,
     batch_size: int = 32,
 ) -> list[str]:
@@ -65,63 +89,111 @@ def answer(
     Args:
         model: a LLaVA model, with or without adapters.
         processor: its processor.
-        images: as many as questions; a path, a PIL picture, or a sequence of these.
-        questions: texts.
+        images: as many as questions; a path, a PIL picture, or a list of these.
+        questions: texts; or conversations, each a list of earlier (question, answer) pairs and then the question:
+            `[("What is this?", "a cross"), "What colour?"]`. `<image>` in a question marks the place of a picture, one
+            for each in their order; without any, all pictures are before the first question.
         max_new_tokens: longest answer, tokens.
         batch_size: questions decoded together.
 
     Raises:
         ConfigError: if `max_new_tokens` or `batch_size` is not above 0.
-        DataError: if the numbers differ, a picture cannot be read, a question has a picture marker in its words, or it
-            is, with its pictures and the answer, longer than the language model reads: it is never cut.
+        DataError: if the numbers differ, pictures or questions have another form, a picture cannot be read, a
+            question has another number of picture markers than pictures, or it is, with its pictures and the answer,
+            longer than the language model reads: it is never cut.
         ModelError: if the processor, or its chat template, is not the model's.
     """
-    check_numbers(images, questions)
+    return answers(model, processor, asked(images, questions), max_new_tokens, batch_size)
+
+
+def answers(
+    model: Any, processor: LlavaProcessor, questions: Sequence[Asked], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """`answer` for questions that `asked` made.
+
+    Raises:
+        ConfigError, DataError, ModelError: as `answer`.
+    """
     check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
     base = base_of(model)
     check_fit(base, processor)
-    sets: list[tuple[Picture, ...]] = [(one,) if isinstance(one, Picture) else tuple(one) for one in images]
-    prompts = [_prompt(processor, question, len(pictures)) for question, pictures in zip(questions, sets, strict=True)]
+    prompts = [_prompt(processor, one) for one in questions]
     order = sorted(
-        range(len(prompts)), key=lambda number: (len(sets[number]), len(prompts[number]))
+        range(len(prompts)), key=lambda number: (len(questions[number].images), len(prompts[number]))
     )  # like lengths pad little
-    answers = [""] * len(prompts)
+    texts = [""] * len(prompts)
     was_training = base.training
     base.eval()
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            texts = _decode(base, processor, [prompts[n] for n in chosen], [sets[n] for n in chosen], max_new_tokens)
-            for number, text in zip(chosen, texts, strict=True):
-                answers[number] = text
+            pictures = [questions[number].images for number in chosen]
+            made = _decode(base, processor, [prompts[number] for number in chosen], pictures, max_new_tokens)
+            for number, text in zip(chosen, made, strict=True):
+                texts[number] = text
     finally:
         base.train(was_training)
-    return answers
+    return texts
 
 
-def check_numbers(images: Sequence[object], questions: Sequence[str]) -> None:
-    """Refuse questions that are not as many as pictures, and one picture where several are expected.
+def asked(images: Sequence[object], questions: Sequence[object]) -> list[Asked]:
+    """Questions with their pictures, from what `answer` takes.
 
     Raises:
-        DataError: if they are not.
+        DataError: if the numbers differ, or one has another form.
     """
-    _check_lists(images, questions)
-    if len(images) != len(questions):
+    pictures, texts = _listed(images, "images"), _listed(questions, "questions")
+    if len(pictures) != len(texts):
         raise DataError(
-            f"there are {len(images)} pictures and {len(questions)} questions",
+            f"there are {len(pictures)} pictures and {len(texts)} questions",
             remedy="give one question for each picture",
             field="questions",
         )
+    return [_one(shown, question) for shown, question in zip(pictures, texts, strict=True)]
 
 
-def _check_lists(*values: object) -> None:
-    """Refuse one picture or text where several are expected: letters of a path would be taken for paths.
+def _one(shown: Any, question: Any) -> Asked:
+    """One question with its pictures.
 
     Raises:
-        DataError: if there is one.
+        DataError: if either has another form.
     """
-    if any(isinstance(value, Picture) for value in values):
-        raise DataError("pictures and questions come as lists", remedy="write [picture], [question]", field="images")
+    if isinstance(shown, Picture):
+        shown = (shown,)
+    if not isinstance(shown, list | tuple) or not all(isinstance(picture, Picture) for picture in shown):
+        raise DataError(
+            f"the pictures of a question are a {type(shown).__name__}: {one_line(repr(shown))}",
+            remedy="give the path of a file, a PIL picture, or a list of these",
+            field="images",
+        )
+    turns = question if isinstance(question, list | tuple) else [question]
+    *before, last = turns or [None]
+    pairs = [turn for turn in before if isinstance(turn, list | tuple) and len(turn) == 2]
+    texts = [last, *(text for pair in pairs for text in pair)]
+    if len(pairs) < len(before) or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"a question is {one_line(repr(question))}",
+            remedy="give a text, or a list of earlier (question, answer) pairs with the question as its last item",
+            field="questions",
+        )
+    made = Asked((*((str(before), str(reply)) for before, reply in pairs), (str(last), None)), tuple(shown))
+    check_words(f"the question '{one_line(made.question, 60)}'", made.turns, len(made.images))
+    return made
+
+
+def _listed(values: Any, field: str) -> list[Any]:
+    """The items of a list or of another iterable.
+
+    Raises:
+        DataError: if it is one picture or text (its letters would be taken for paths), a mapping, a set or no iterable.
+    """
+    if isinstance(values, Picture | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        raise DataError(
+            f"pictures and questions come as lists, and {field} is a {type(values).__name__}",
+            remedy="write [picture], [question]",
+            field=field,
+        )
+    return list(values)
 
 
 def check_positive(**values: int) -> None:
@@ -134,19 +206,11 @@ def check_positive(**values: int) -> None:
         raise ConfigError(f"{bad} is {values[bad]}", remedy="give 1 or more", field=bad)
 
 
-def _prompt(processor: LlavaProcessor, question: str, images: int) -> str:
-    if IMAGE in question:
-        raise DataError(
-            f"the question '{question[:60]}' has an {IMAGE} marker in its words",
-            remedy="leave it out: the pictures stand before the question by themselves",
-            field="questions",
-        )
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    turn = [{"role": "user", "content": content}]
+def _prompt(processor: LlavaProcessor, question: Asked) -> str:
     with fitting():
-        prompt = prompt_text(processor, turn)
-        if prompt.count(processor.image_token) != images:
-            raise ValueError(f"its chat template does not write {images} pictures")
+        prompt = prompt_text(processor, messages(question.turns, len(question.images), question.system))
+        if prompt.count(processor.image_token) != len(question.images):
+            raise ValueError(f"its chat template does not write {len(question.images)} pictures")
     return prompt
 
 
@@ -154,7 +218,7 @@ def stream_answer(
     model: Any,
     processor: LlavaProcessor,
     images: Picture | Sequence[Picture],
-    question: str,
+    question: Question,
     max_new_tokens: int = 24,
 ) -> Generator[str, None, None]:
     """The answer to one question, word by word while it is made; joined, it is what `answer` gives.
@@ -165,8 +229,8 @@ def stream_answer(
     Args:
         model: a LLaVA model, with or without adapters; not to be trained meanwhile.
         processor: its processor.
-        images: a path, a PIL picture, or a sequence of these.
-        question: text.
+        images: a path, a PIL picture, or a list of these.
+        question: a text or a conversation, as in `answer`.
         max_new_tokens: longest answer, tokens.
 
     Raises:
@@ -175,9 +239,9 @@ def stream_answer(
     check_positive(max_new_tokens=max_new_tokens)
     base = base_of(model)
     check_fit(base, processor)
-    pictures = (images,) if isinstance(images, Picture) else tuple(images)
-    prompts = [_prompt(processor, question, len(pictures))]
-    inputs = _inputs(processor, prompts, [pictures])
+    one = _one(images, question)
+    prompts = [_prompt(processor, one)]
+    inputs = _inputs(processor, prompts, [one.images])
     _check_room(base, inputs, prompts, max_new_tokens)
     return _stream(base, processor, inputs, max_new_tokens)
 

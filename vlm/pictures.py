@@ -16,6 +16,7 @@ from aced_sdk.errors import DataError, ModelError
 from aced_sdk.files import printable
 from aced_sdk.processing import plain
 from aced_sdk.towers.trust import library_errors
+from vlm.skips import Unusable
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel
@@ -29,31 +30,25 @@ _MAX_UNSCALED = 2**24  # pixels that become numbers as they are
 def open_picture(source: Picture) -> Image.Image:
     """The whole picture as RGB; transparent parts become white, as they are for the student.
 
-    Of an animation it is the first frame. EXIF orientation is not applied, as in distillation.
+    Of an animation it is the first frame. EXIF orientation is not applied, as in distillation. 16-bit grey keeps its
+    upper 8 bits.
 
     Raises:
-        DataError: if the file is missing, torn, no picture or in a format that is not read, has too many pixels, or its
-            samples have more than 8 bits.
+        Unusable: if the file is missing, torn, no picture or in a format that is not read, has too many pixels, or its
+            samples have 32 bits.
     """
     if not isinstance(source, Picture):
-        raise DataError(
+        raise Unusable(
             f"a picture is given as {type(source).__name__}", remedy="give the path of a file, or a PIL picture"
         )
     try:
-        image = plain.open_picture(source, max_aspect=_MAX_ASPECT)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            raise DataError(
-                f"the picture {printable(source)} has samples of more than 8 bits (PIL's mode {image.mode}), and as "
-                "RGB they would be cut off at 255",
-                remedy="scale it to 8 bits first, by the range that matters in it",
-            )
-        image = plain.to_rgb(image)
+        return plain.to_rgb(plain.open_picture(source, max_aspect=_MAX_ASPECT))
     except plain.PictureError as error:
-        raise DataError(
-            f"the picture {printable(source)} cannot be read: {printable(error)}", remedy="replace or remove the file"
+        raise Unusable(
+            f"the picture {printable(source)} cannot be read: {printable(error)}",
+            remedy="replace or remove the file",
+            reason=error.reason,
         ) from error
-    image.info.pop("transparency", None)  # a colour that PNG calls clear: the student sees it, transformers' would not
-    return image
 
 
 def pixels_of(image_processor: Any, pictures: Sequence[Picture]) -> Tensor:

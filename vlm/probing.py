@@ -25,8 +25,10 @@ from aced_sdk.engine import factor
 from aced_sdk.errors import ConfigError, DataError, EngineError
 from aced_sdk.reporting import Progress
 from aced_sdk.towers import DualEncoder
+from vlm.chat import IMAGE
+from vlm.conversation import check_words
 from vlm.data import Sample, check_samples
-from vlm.generating import check_numbers, check_positive
+from vlm.generating import Question, asked, check_positive
 from vlm.pictures import Picture, pixels_of, same_picture
 from vlm.towers import VisionTower, open_tower
 
@@ -94,20 +96,29 @@ class LitModel:
         self.tokenizer = tokenizer
         self.decoder = decoder
 
-    def answer(self, images: Sequence[Picture], questions: Sequence[str], max_new_tokens: int = 24) -> list[str]:
+    def answer(self, images: Sequence[Picture], questions: Sequence[Question], max_new_tokens: int = 24) -> list[str]:
         """One answer for each picture and its question, decoded greedily.
 
         Raises:
             ConfigError: if `max_new_tokens` is not above 0.
-            DataError: if the numbers differ, a picture cannot be read, or a question is too long.
+            DataError: if the numbers differ, a question is no text or has not one picture, a picture cannot be read, or
+                a question is too long.
         """
-        check_numbers(images, questions)
-        if not images:
+        made = asked(images, questions)
+        if any(len(one.images) != 1 or len(one.turns) != 1 for one in made):
+            raise DataError(
+                "a LiT-decoder reads one picture and one question",
+                remedy="give one picture and one text for each, or use a model of vlm.build",
+                field="questions",
+            )
+        if not made:
             return []
-        different = {same_picture(image): image for image in images}
+        shown = [one.images[0] for one in made]
+        different = {same_picture(image): image for image in shown}
         order = {name: place for place, name in enumerate(different)}
-        places = torch.tensor([order[same_picture(image)] for image in images], dtype=torch.int64)
-        return self.answer_from(features(self.tower, list(different.values())), places, questions, max_new_tokens)
+        places = torch.tensor([order[same_picture(image)] for image in shown], dtype=torch.int64)
+        texts = [_read_as(one.turns[0][0]) for one in made]
+        return self.answer_from(features(self.tower, list(different.values())), places, texts, max_new_tokens)
 
     @torch.inference_mode()
     def answer_from(
@@ -216,11 +227,11 @@ def lit_decoder(
 
 
 def turns(data: Sequence[Sample]) -> Turns:
-    """All turns of the conversations.
+    """All turns of the conversations, each with the system prompt before its question.
 
     Raises:
-        DataError: if there is none, one is no `Sample`, or a conversation has no turns, an empty answer, or not
-            exactly one picture.
+        DataError: if there is none, one is no `Sample`, or a conversation has no turns, an empty answer, not exactly
+            one picture, or words that cannot be read.
     """
     if not data:
         raise DataError("there are no conversations", remedy="check the data", field="data")
@@ -237,11 +248,20 @@ def turns(data: Sequence[Sample]) -> Turns:
             remedy="fill it in or remove the conversation",
             field="data",
         )
+    for sample in data:
+        check_words(f"conversation '{sample.key}'", sample.turns, 1, sample.system)
     different = {same_picture(sample.images[0]): sample.images[0] for sample in data}
     order = {name: place for place, name in enumerate(different)}
     places = [order[same_picture(sample.images[0])] for sample in data for _ in sample.turns]
-    asked = [turn for sample in data for turn in sample.turns]
-    return Turns(list(different.values()), torch.tensor(places), [q for q, _ in asked], [a for _, a in asked])
+    questions = [_read_as(question, one.system) for one in data for question, _ in one.turns]
+    replies = [reply for sample in data for _, reply in sample.turns]
+    return Turns(list(different.values()), torch.tensor(places), questions, replies)
+
+
+def _read_as(question: str, system: str = "") -> str:
+    """A question as the decoder reads it; the picture has no place in its words."""
+    words = question.replace(IMAGE, "").strip() if IMAGE in question else question
+    return f"{system}\n{words}" if system else words
 
 
 @torch.no_grad()
@@ -313,15 +333,15 @@ def _rows(held: Turns, tokenizer: Tokenizer, config: LitDecoder) -> list[tuple[l
     """Token ids of each question and answer, and how many of them come before the answer."""
     rows = []
     for question, answer in zip(held.questions, held.answers, strict=True):
-        asked = [_START, *tokenizer.encode(question).ids, _ANSWER]
-        row = [*asked, *tokenizer.encode(answer).ids, _END]
+        lead = [_START, *tokenizer.encode(question).ids, _ANSWER]
+        row = [*lead, *tokenizer.encode(answer).ids, _END]
         if len(row) > config.max_tokens:
             raise DataError(
                 f"'{question[:60]}' and its answer have {len(row)} tokens, more than {config.max_tokens}",
                 remedy="raise max_tokens, or leave it out",
                 field="config.max_tokens",
             )
-        rows.append((row, len(asked)))
+        rows.append((row, len(lead)))
     return rows
 
 
@@ -330,7 +350,7 @@ def _collate(rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row, _ in rows) - 1
     ids = torch.full((len(rows), width), _PAD)
     targets = torch.full((len(rows), width), -100)
-    for place, (row, asked) in enumerate(rows):
+    for place, (row, lead) in enumerate(rows):
         ids[place, : len(row) - 1] = torch.tensor(row[:-1])
-        targets[place, asked - 1 : len(row) - 1] = torch.tensor(row[asked:])
+        targets[place, lead - 1 : len(row) - 1] = torch.tensor(row[lead:])
     return ids, targets

@@ -18,7 +18,7 @@ from aced_sdk.towers import DualEncoder
 from vlm.data import Sample
 from vlm.metrics import caption_scores
 from vlm.pictures import same_picture
-from vlm.probing import LitDecoder, LitModel, check_room, features, learn_tokens, train, turns
+from vlm.probing import LitDecoder, LitModel, Turns, check_room, features, learn_tokens, train, turns
 from vlm.scoring import deal, right
 from vlm.towers import open_tower
 
@@ -150,7 +150,7 @@ def rank_encoders(
             remedy="keep the pictures of both sets apart",
             field="held_out",
         )
-    exam = _Exam(held_out, asked.places, captions, seeds[0])
+    exam = _Exam(held_out, asked, captions, seeds[0])
     tokenizer = learn_tokens(taught, config)
     check_room(tokenizer, exam.questions, config.places, max_new_tokens)  # before anything is trained
     ranks = []
@@ -210,8 +210,8 @@ def _per_seed(name: str, vision: Vision | Sequence[Vision], seeds: Sequence[int]
 class _Exam:
     """The held-out questions, each about its own picture and about another sample's."""
 
-    def __init__(self, held_out: Sequence[Sample], places: Tensor, captions: Collection[str], seed: int) -> None:
-        self.questions = [question for sample in held_out for question, _ in sample.turns]
+    def __init__(self, held_out: Sequence[Sample], asked: Turns, captions: Collection[str], seed: int) -> None:
+        self.questions, places = asked.questions, asked.places
         self.accepted = [
             tuple(dict.fromkeys((reply, *(sample.answers if turn == len(sample.turns) - 1 else ()))))
             for sample in held_out

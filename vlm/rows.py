@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations as token rows. Conversations about the same pictures share one pass over them.
 
-A row is one prefix (the pictures) and several continuations. Every continuation sees the prefix and itself, at the
-positions it would have alone, so its loss is what it would be alone; only the cost differs. Rows are packed into bins.
+A row is one prefix (a system prompt and the pictures) and several continuations. Every continuation sees the prefix and
+itself, at the positions it would have alone, so its loss is what it would be alone; only the cost differs. A
+conversation with pictures after its first answer is a row of its own. Rows are packed into bins.
 
 Shapes: R bins of a batch, L their length.
 """
@@ -14,28 +15,30 @@ import heapq
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from aced_sdk.errors import DataError
 from aced_sdk.towers.trust import library_errors
-from vlm.chat import IMAGE
+from vlm import conversation
 from vlm.data import Sample, check_samples
 from vlm.pictures import Picture, same_picture
+from vlm.skips import Skips, Unusable
 from vlm.templates import encoded
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
 IGNORED = -100
-_MAX_TEXT = 2**20  # characters of a conversation
 _TEMPLATE = (
     "put vlm.chat.chat_template(processor.tokenizer)[0] into processor.chat_template, or a template of your own that "
     "writes pictures and has {% generation %} marks around the assistant's words"
 )
+_Encoded = tuple[list[int], list[int]]  # ids and targets of a conversation
 _ATTENTION = 500  # tokens at which attention costs about as much as everything else
 
 
@@ -48,7 +51,7 @@ class Row:
         targets: the token to predict at each place; -100 where nothing is learned.
         positions: place of each token in its own conversation.
         segments: 0 for the shared prefix, then 1, 2, ... for the continuations.
-        pictures: numbers of the pictures in the prefix.
+        pictures: numbers of the pictures, in the order of their tokens.
         samples: how many conversations it holds.
     """
 
@@ -86,14 +89,9 @@ class Batch:
     pictures: list[int]
 
 
-def messages(sample: Sample) -> list[dict[str, object]]:
+def messages(sample: Sample) -> list[dict[str, Any]]:
     """The conversation as chat templates take it."""
-    turns: list[dict[str, object]] = []
-    for number, (question, answer) in enumerate(sample.turns):
-        images = [{"type": "image"} for _ in sample.images] if number == 0 else []
-        turns.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
-        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return turns
+    return conversation.messages(sample.turns, len(sample.images), sample.system)
 
 
 def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tuple[list[int], list[int]]:
@@ -105,7 +103,8 @@ def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tupl
         image_tokens: tokens that one picture takes.
 
     Raises:
-        DataError: if nothing can be learned from it, or the chat template does not write its pictures.
+        Unusable: if nothing can be learned from it.
+        DataError: if the chat template fails, does not write its pictures, or does not mark its answers.
     """
     _check_words(sample)
     with library_errors(
@@ -148,25 +147,22 @@ def _lead(processor: LlavaProcessor, ids: list[int]) -> list[int]:
 
 def _check_words(sample: Sample) -> None:
     """Refuse what a sample made by hand can have wrong; readers have checked theirs."""
-    texts = [text for turn in sample.turns for text in turn]
-    if any(IMAGE in text for text in texts):
-        raise DataError(
-            f"conversation '{sample.key}' has an {IMAGE} marker in its words",
-            remedy="leave it out: Sample.images stand before the first question by themselves",
-        )
-    if sum(map(len, texts)) > _MAX_TEXT:
-        raise DataError(
-            f"conversation '{sample.key}' has more than {_MAX_TEXT:,} characters", remedy="shorten or remove it"
-        )
+    conversation.check_words(f"conversation '{sample.key}'", sample.turns, len(sample.images), sample.system)
     if not sample.turns or not all(answer.strip() for _, answer in sample.turns):
-        raise DataError(
+        raise Unusable(
             f"nothing can be learned from conversation '{sample.key}': it has an empty answer, or none",
             remedy="fill it in or remove the conversation",
+            reason="empty answer",
         )
 
 
 def make_rows(
-    samples: Sequence[Sample], processor: LlavaProcessor, image_tokens: int, share: int, limit: int
+    samples: Sequence[Sample],
+    processor: LlavaProcessor,
+    image_tokens: int,
+    share: int,
+    limit: int,
+    skips: Skips | None = None,
 ) -> tuple[list[Row], list[Picture]]:
     """Rows, and the list of pictures that they number.
 
@@ -176,49 +172,59 @@ def make_rows(
         image_tokens: as in `encode`.
         share: conversations about the same pictures that may come into one row.
         limit: tokens that the language model can read.
+        skips: counts the conversations that are left out because nothing can be learned from them or they are too long;
+            None: they are refused.
 
     Raises:
-        DataError: if there is no conversation, or one is no `Sample`, too long, or nothing to learn from.
+        DataError: if there is no conversation, one is no `Sample`, or as in `encode`.
     """
     if not samples:
         raise DataError("there are no conversations", remedy="check the data", field="data")
     check_samples(samples)
     numbers: dict[str | int, int] = {}
     pictures: list[Picture] = []
-    groups: dict[tuple[int, ...], list[tuple[list[int], list[int]]]] = defaultdict(list)
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Encoded]] = defaultdict(list)
     for sample in samples:
-        for image in sample.images:
-            if same_picture(image) not in numbers:
-                numbers[same_picture(image)] = len(pictures)
-                pictures.append(image)
-        row = encode(sample, processor, image_tokens)
-        if len(row[0]) > limit:
-            raise DataError(
-                f"conversation '{sample.key}' has {len(row[0])} tokens, the language model reads {limit}",
-                remedy="shorten or remove it; it is never cut, since that could cut a picture",
-            )
-        groups[tuple(numbers[same_picture(image)] for image in sample.images)].append(row)
+        with skips.counting() if skips else nullcontext():
+            ids, targets = encode(sample, processor, image_tokens)
+            if len(ids) > limit:
+                raise Unusable(
+                    f"conversation '{sample.key}' has {len(ids)} tokens, the language model reads {limit}",
+                    remedy="shorten or remove it; it is never cut, since that could cut a picture",
+                    reason="too long",
+                )
+            for image in sample.images:
+                if same_picture(image) not in numbers:
+                    numbers[same_picture(image)] = len(pictures)
+                    pictures.append(image)
+            shown = tuple(numbers[same_picture(image)] for image in sample.images)
+            prefix = _prefix(ids, targets, processor.image_token_id)
+            groups[shown, tuple(ids[:prefix])].append((ids, targets))
     rows = []
-    for key, group in groups.items():
-        size = share if key else 1
-        rows += [
-            _row(group[start : start + size], list(key), processor.image_token_id)
-            for start in range(0, len(group), size)
-        ]
+    for (shown, lead), group in groups.items():
+        size = share if lead else 1
+        rows += [_row(group[start : start + size], shown, len(lead)) for start in range(0, len(group), size)]
     return rows, pictures
 
 
-def _row(group: list[tuple[list[int], list[int]]], pictures: list[int], image_token: int) -> Row:
-    first = group[0][0]
-    prefix = len(first) - first[::-1].index(image_token) if pictures else 0
-    ids, targets = first[:prefix], [IGNORED] * prefix
+def _prefix(ids: list[int], targets: list[int], image_token: int) -> int:
+    """Tokens up to the last picture; 0 if there is none, or something is learned before it."""
+    if image_token not in ids:
+        return 0
+    prefix = len(ids) - ids[::-1].index(image_token)
+    learned = next(place for place, target in enumerate(targets) if target != IGNORED)
+    return prefix if prefix <= learned else 0
+
+
+def _row(group: list[_Encoded], pictures: Sequence[int], prefix: int) -> Row:
+    ids, targets = group[0][0][:prefix], [IGNORED] * prefix
     positions, segments = list(range(prefix)), [0] * prefix
     for number, (more_ids, more_targets) in enumerate(group, start=1):
         ids += more_ids[prefix:]
         targets += more_targets[prefix:]
         positions += range(prefix, len(more_ids))
         segments += [number] * (len(more_ids) - prefix)
-    return Row(ids, targets, positions, segments, pictures, len(group))
+    return Row(ids, targets, positions, segments, list(pictures), len(group))
 
 
 def collate(rows: Sequence[Row], pad: int) -> Batch:

@@ -8,12 +8,15 @@ import re
 import string
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from aced_sdk.errors import EvaluationError, UnsupportedError
+from vlm.chat import IMAGE
+from vlm.conversation import check_words, pictures_of_turn
 from vlm.data import Sample, check_samples
-from vlm.generating import answer, check_positive
+from vlm.generating import Asked, answers, check_positive
 from vlm.metrics import caption_scores
 from vlm.pictures import Picture, same_picture
 from vlm.vqa import vqa_accuracy
@@ -35,7 +38,7 @@ class ScoredAnswer:
         expected: right answers.
         answer: what the model said.
         right: whether that is one of them after `normalised`.
-        blind_answer: what it said about another sample's picture; None if that was not asked.
+        blind_answer: what it said about another sample's picture; None if that was not asked, or there is no picture.
         blind_right: whether that is right for the own picture.
     """
 
@@ -57,7 +60,7 @@ class KindScore:
         count: questions.
         accuracy: share of right answers.
         exact: share of answers that are right to the very character.
-        blind: `accuracy` with other samples' pictures; None if that was not asked.
+        blind: `accuracy` with other samples' pictures, over the questions with pictures; None if that was not asked.
         metrics: what `metric` adds: `vqa`, or the keys of `vlm.caption_scores`.
         blind_metrics: the same with other samples' pictures; None if that was not asked.
     """
@@ -107,13 +110,13 @@ def evaluate(
 ) -> Scores:
     """Ask every question of the data and score the answers.
 
-    Each turn of a conversation is asked alone. An answer is right if it equals an accepted one without regard to case,
-    punctuation and articles.
+    Each turn of a conversation is asked alone, after its system prompt, with the pictures shown up to it. An answer is
+    right if it equals an accepted one without regard to case, punctuation and articles.
 
     Args:
         model: a LLaVA model, with or without adapters.
         processor: its processor.
-        data: conversations with pictures.
+        data: conversations; those without pictures are not asked blind.
         metric: what is measured beside accuracy, per kind and over all. `vqa`: VQA accuracy (`vlm.vqa_accuracy`), for
             single questions with all annotators' answers in `Sample.answers`. `captions`: CIDEr, BLEU and ROUGE-L
             (`vlm.caption_scores`) against the right answers; CIDEr's word weights are those of the kind, or of all.
@@ -142,10 +145,8 @@ def evaluate(
     asked = [
         (sample, question, reply, turn) for sample in chosen for turn, (question, reply) in enumerate(sample.turns)
     ]
-    if not asked or not all(sample.images for sample in chosen):
-        raise EvaluationError(
-            "there is nothing to ask, or a conversation without a picture", remedy="check the data", field="data"
-        )
+    if not asked:
+        raise EvaluationError("there is nothing to ask", remedy="check the data", field="data")
     if metric == "vqa" and (bare := next((s for s in chosen if len(s.turns) > 1 or len(s.answers) < 4), None)):
         raise EvaluationError(
             f"VQA accuracy needs one question and the answers of at least four annotators, '{bare.key}' has "
@@ -153,13 +154,15 @@ def evaluate(
             remedy="use metric='accuracy', or give all annotators' answers, repetitions included",
             field="metric",
         )
-    questions = [question for _, question, _, _ in asked]
     longest = (40 if metric == "captions" else 12) if max_new_tokens is None else max_new_tokens
-    said = answer(model, processor, [sample.images for sample, *_ in asked], questions, longest, batch_size)
-    unseen: Sequence[str | None] = [None] * len(asked)
-    if blind:
-        dealt = deal([sample.images for sample, *_ in asked], seed)
-        unseen = answer(model, processor, dealt, questions, longest, batch_size)
+    questions = [_question(sample, turn) for sample, _, _, turn in asked]
+    said = answers(model, processor, questions, longest, batch_size)
+    unseen: list[str | None] = [None] * len(asked)
+    if shown := [number for number, one in enumerate(questions) if blind and one.images]:
+        dealt = deal([questions[number].images for number in shown], seed)
+        others = [_shown_instead(questions[number], pictures) for number, pictures in zip(shown, dealt, strict=True)]
+        for number, text in zip(shown, answers(model, processor, others, longest, batch_size), strict=True):
+            unseen[number] = text
     scored, exact, references = [], [], []
     for (sample, question, reply, turn), text, other in zip(asked, said, unseen, strict=True):
         more = sample.answers if turn == len(sample.turns) - 1 else ()
@@ -178,18 +181,35 @@ def evaluate(
     def score(numbers: Sequence[int]) -> KindScore:
         count, some, right_ones = len(numbers), [scored[n] for n in numbers], [references[n] for n in numbers]
         measure = _METRICS[metric]
-        texts = [one.blind_answer for one in some if one.blind_answer is not None]
+        dealt = [pair for pair in zip(some, right_ones, strict=True) if pair[0].blind_answer is not None]
         return KindScore(
             count,
             sum(one.right for one in some) / count,
             sum(exact[n] for n in numbers) / count,
-            sum(bool(one.blind_right) for one in some) / count if blind else None,
+            sum(bool(one.blind_right) for one, _ in dealt) / len(dealt) if dealt else None,
             measure([one.answer for one in some], right_ones),
-            measure(texts, right_ones) if blind else None,
+            measure([str(one.blind_answer) for one, _ in dealt], [of for _, of in dealt]) if dealt else None,
         )
 
     kinds = {kind: score(numbers) for kind, numbers in sorted(by_kind.items())}
     return Scores(score(range(len(scored))), kinds, scored)
+
+
+def _question(sample: Sample, turn: int) -> Asked:
+    """One turn of a conversation, asked alone.
+
+    Raises:
+        DataError: if the conversation has words that cannot be read.
+    """
+    check_words(f"conversation '{sample.key}'", sample.turns, len(sample.images), sample.system)
+    question, shown = pictures_of_turn(sample.turns, turn)
+    return Asked(((question, None),), sample.images[:shown], sample.system)
+
+
+def _shown_instead(one: Asked, pictures: Sequence[Picture]) -> Asked:
+    """The question about other pictures; where they have places in its words, repeated or cut to as many."""
+    count = len(one.images) if IMAGE in one.turns[0][0] else len(pictures)
+    return replace(one, images=tuple(islice(cycle(pictures), count)))
 
 
 def _no_more(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -44,6 +44,7 @@ from vlm.language import reads
 from vlm.loss import AnswerLoss
 from vlm.pictures import Features, check_fit
 from vlm.rows import Batch, Row, batch_at, collate, fingerprint, make_rows, shares
+from vlm.skips import Skips
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel
@@ -80,6 +81,7 @@ class TuneResult:
         samples: conversations trained on in this call.
         tokens: tokens read in this call, padding not counted.
         seconds: wall time of this call.
+        skipped: one message for each conversation that was left out.
     """
 
     model: Any
@@ -89,6 +91,7 @@ class TuneResult:
     samples: int
     tokens: int
     seconds: float
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass
@@ -137,13 +140,14 @@ def tune(
     Args:
         model: what `build` or `load` gave; changed in place.
         processor: its processor.
-        data: conversations.
+        data: conversations; those that are too long or teach nothing are left out, up to `config.max_bad_fraction`.
         config: stages and engine.
         directory: checkpoints, `events.jsonl` and `tune.json`.
         callbacks: hear every event.
 
     Raises:
         ConfigError: if the directory holds a run of another config or other data.
+        DataError: if too many conversations are too long or teach nothing, or a picture cannot be read.
         EngineError: if losses stay non-finite, or what was saved is not what was trained.
         UnsupportedError: for several processes or ZeRO without DeepSpeed, QLoRA at stage 3, and a model with adapters.
     """
@@ -160,7 +164,9 @@ def tune(
     started = time.perf_counter()
     folder = Path(directory)
     limit = reads(base.config.text_config)
-    rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit)
+    skips = Skips()
+    rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit, skips)
+    skips.check(len(data), config.max_bad_fraction)
     ranks = Ranks(launch, pick_device(config.engine, launch.local_rank))
     mine = _binding(config, rows, base)
     first = ranks.first(mine)
@@ -175,6 +181,8 @@ def tune(
         thread_limit(config.engine.threads),
         torch.random.fork_rng(),
     ):
+        if skips.messages and ranks.rank == 0:
+            sys.stderr.write(f"tune: {len(skips.messages)} of {len(data)} conversations are left out: {skips}\n")
         run = _Run(config, folder, rows, features, int(processor.tokenizer.pad_token_id), ranks, log)
         run.callbacks += [*callbacks, *([log] if log else [])]
         run.callbacks.append(lambda event: bar.advance(loss=event.loss) if isinstance(event, StepDone) else None)
@@ -183,7 +191,14 @@ def tune(
             run.losses.append(tuple(_train_stage(run, number, stage, base)))
     base.requires_grad_(False).eval()
     return TuneResult(
-        tuned, folder, tuple(run.parameters), tuple(run.losses), run.samples, run.tokens, time.perf_counter() - started
+        tuned,
+        folder,
+        tuple(run.parameters),
+        tuple(run.losses),
+        run.samples,
+        run.tokens,
+        time.perf_counter() - started,
+        tuple(skips.messages),
     )
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from aced_sdk.data.pool import IMAGES, Pool, UnusablePair
 from aced_sdk.errors import DataError
 from aced_sdk.files import parse_json, printable, whole_file
+from vlm.conversation import check_words
 from vlm.data import Sample, Samples, from_llava, from_messages, readable
 from vlm.generating import CAPTION_PROMPT
+from vlm.skips import Skips, Unusable
 
 _MAX_WORDS = 2**24  # bytes of a KEY.json or KEY.txt
 _MAX_PICTURE = 2**28
@@ -33,34 +35,33 @@ def load_webdataset(
         shards: tar files, folders of tars, or patterns with braces.
         folder: pictures are unpacked here under names made of their contents; those already there are kept.
         prompt: the question that captions answer.
-        max_bad_fraction: share of samples without words or a readable picture above which nothing is returned.
+        max_bad_fraction: largest fraction of samples that may be left out because they are malformed, or have no words
+            or no readable picture; `Samples.skipped` and `Samples.reasons` list them.
 
     Raises:
-        DataError: for a missing or broken tar, a malformed conversation (it is named), too many bad samples, or a
-            folder that cannot be written.
+        DataError: for a missing or broken tar, too many bad samples (the first is named), or a folder that cannot be
+            written.
     """
     pool = Pool(shards)
-    samples, bare = [], []
+    samples, skips = [], Skips()
     for row, packed in enumerate(pool.samples):
         key = printable(packed.key)
-        try:
-            samples.append(_sample(pool, row, Path(folder), prompt))
-        except UnusablePair as reason:
-            bare.append(f"sample '{key}': {reason}")
-        except OSError as error:
-            raise DataError(
-                f"the picture of sample '{key}' cannot be unpacked into {folder}: {error}",
-                remedy="free some space, or name a folder that can be written; what is there is kept",
-                field="folder",
-            ) from error
-    if len(bare) > max_bad_fraction * len(pool):
-        raise DataError(
-            f"{len(bare)} of {len(pool)} samples have no picture or no words; the first: {bare[0]}",
-            remedy="give every KEY a picture and a KEY.txt or a conversation, or raise max_bad_fraction",
-            field="max_bad_fraction",
-        )
-    read = readable(samples, max_bad_fraction, Path(folder))
-    return Samples(read.samples, read.skipped + tuple(bare))
+        with skips.counting():
+            try:
+                samples.append(_sample(pool, row, Path(folder), prompt))
+            except UnusablePair as reason:
+                raise Unusable(
+                    f"sample '{key}': {reason}",
+                    remedy="give every KEY a picture and a KEY.txt or a conversation",
+                    reason=str(reason),
+                ) from reason
+            except OSError as error:
+                raise DataError(
+                    f"the picture of sample '{key}' cannot be unpacked into {folder}: {error}",
+                    remedy="free some space, or name a folder that can be written; what is there is kept",
+                    field="folder",
+                ) from error
+    return readable(samples, skips, len(pool), max_bad_fraction, Path(folder))
 
 
 def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:
@@ -69,6 +70,7 @@ def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:
     Raises:
         UnusablePair: if it has no words, is a caption without a picture, or its KEY.json, which may have been a
             conversation, cannot be read, or if a member has too many bytes.
+        Unusable: if its conversation is malformed.
     """
     key, members = printable(pool.samples[row].key), pool.samples[row].members
     for extension, member in members.items():
@@ -88,6 +90,7 @@ def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:
     text = pool.text(row)
     if picture is None:
         raise UnusablePair("no picture")
+    check_words(f"sample '{key}'", [("", text)], 1)
     return Sample(key, ((prompt, text),), (picture,), str(metadata.get("kind", "caption")))
 
 

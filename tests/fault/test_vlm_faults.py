@@ -233,7 +233,7 @@ def test_conversations_that_teach_nothing_are_named(model: Any, tmp_path: Path) 
     for bad, words in (
         (vlm.Sample("bad", (("what is it ?", "  "),), image), "nothing can be learned from conversation 'bad'.*empty"),
         (vlm.Sample("bad", (), image), "nothing can be learned from conversation 'bad'.*empty answer, or none"),
-        (vlm.Sample("bad", (("<image> what is it ?", "red"),), image), "'bad' has an <image> marker in its words"),
+        (vlm.Sample("bad", (("<image> what is it ?", "red"),)), "'bad' has 1 <image> markers in its words and 0 pict"),
         (vlm.Sample("bad", (("what is it ?", "red <image>"),)), "'bad' has an <image> marker in its words"),
     ):
         with pytest.raises(DataError, match=words):

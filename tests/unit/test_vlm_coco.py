@@ -67,7 +67,7 @@ def test_a_picture_without_caption_is_told(tmp_path: Path) -> None:
         ({"annotations": ["x"]}, "number 0 of 'annotations' in .* has no image_id, caption"),
         ({"images": None}, "has no list 'images'"),
         ({"images": [{"id": 3, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}]}, "id 3 to two pictures"),
-        ({"annotations": []}, "0 of 0 conversations cannot be used"),
+        ({"annotations": []}, "there are no conversations"),
     ],
 )
 def test_captions_in_another_form(tmp_path: Path, changes: Json, words: str) -> None:
@@ -134,8 +134,8 @@ def test_pictures_may_bear_other_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "answered", "words"),
     [
-        ([question()], [], r"1 questions stand in one file alone; the first: 3000 is not in .*a\.json"),
-        ([question()], [annotation(), annotation(1)], r"1 questions .*; the first: 1 is not in .*q\.json"),
+        ([question()], [], r"1 of 1 .*1 question in one file alone.*question 3000 is not in .*a\.json"),
+        ([question()], [annotation(), annotation(1)], r"1 of 3 .*in one file alone.*question 1 is not in .*q\.json"),
         ([question()], [annotation(picture=301)], "question 3000 is about picture 300, its annotation about 301"),
         ([question(picture=301)], [annotation(picture=301)], r"'3000'.*COCO_val2014_000000000301\.jpg"),
         ([question()], [annotation(answers=["2"])], "question 3000 has no picture name or answers in VQAv2's form"),

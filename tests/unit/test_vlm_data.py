@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vlm
-from aced_sdk.errors import ConfigError, DataError, EvaluationError, UnsupportedError
+from aced_sdk.errors import ConfigError, DataError, EvaluationError
 from vlm.data import Samples
 from vlm.loss import attention_mask
 from vlm.pictures import open_picture
@@ -81,13 +81,6 @@ def test_turns_must_alternate(tmp_path: Path) -> None:
         read(tmp_path, broken)
     with pytest.raises(DataError, match="'bad' is not in LLaVA's form"):
         read(tmp_path, {"id": "bad", "image": "a.png"})
-
-
-def test_a_later_picture_is_a_known_limit(tmp_path: Path) -> None:
-    turns = [("human", "hello"), ("gpt", "yes"), ("human", "<image>what?"), ("gpt", "red")]
-    late = {"id": "late", "image": "a.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
-    with pytest.raises(UnsupportedError, match="'late' has a picture after its first question"):
-        read(tmp_path, late)
 
 
 def test_transparent_pictures_become_white(tmp_path: Path) -> None:

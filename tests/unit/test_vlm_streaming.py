@@ -20,7 +20,7 @@ import vlm
 from aced_sdk.errors import DataError
 from aced_sdk.files import printable
 from vlm.cli import register
-from vlm.generating import _inputs, _prompt, _Words
+from vlm.generating import _inputs, _prompt, _Words, asked
 from vlm.rows import encode
 
 MARKS = ["<s>", "<|im_start|>", "<|im_end|>"]
@@ -64,9 +64,9 @@ def test_a_question_has_the_tokens_it_was_trained_with(tmp_path: Path, begins: b
         processor.chat_template = "{{ bos_token }}" + processor.chat_template
     trained, targets = encode(vlm.Sample("s", (("Red?", "yes"),), (PICTURE,)), processor, llava.config.image_seq_length)
     prefix = trained[: next(place for place, target in enumerate(targets) if target >= 0) + 1]
-    (asked,) = _inputs(processor, [_prompt(processor, "Red?", 1)], [(PICTURE,)])["input_ids"].tolist()
-    assert asked == prefix
-    assert asked.count(processor.tokenizer.bos_token_id) == (begins or written)
+    (ids,) = _inputs(processor, [_prompt(processor, asked([PICTURE], ["Red?"])[0])], [(PICTURE,)])["input_ids"].tolist()
+    assert ids == prefix
+    assert ids.count(processor.tokenizer.bos_token_id) == (begins or written)
 
 
 # -- words one after the other ------------------------------------------------------------------------------------
