@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench clients docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +35,10 @@ lint: $(READY)
 ## need a demo with FULL=1 (lit_decoder, vlm_quality) or trl (vlm_step) are started by hand
 bench: $(READY)
 	for name in selection cache step onnx service $(if $(ORDERING),ordering); do $(RUN) -m benchmarks.$$name || exit 1; done
+
+## outside clients on artefacts made here, each in an environment of its own; `make clients ONLY='peft openvino'`
+clients: $(READY)
+	$(RUN) -m tools.clients $(if $(ONLY),--only $(ONLY),--output benchmarks/results/clients.json)
 
 ## run every code block of README.md and docs/
 docs: $(READY)

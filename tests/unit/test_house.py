@@ -37,7 +37,7 @@ def run(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def sources(root: Path) -> list[Path]:
-    folders = (*PACKAGES, "examples", "benchmarks", "tests")
+    folders = (*PACKAGES, "examples", "benchmarks", "tools", "tests")
     return [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
 
 
@@ -160,7 +160,7 @@ def test_no_floor_stands_above_its_pin_and_torch_follows_its_rule(root: Path) ->
 # --- the commands ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "docs"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "clients", "docs"])
 def test_each_target_makes_its_environment_first(root: Path, target: str, tmp_path: Path) -> None:
     environment = os.environ | {"CI": "true"}
     done = subprocess.run(
