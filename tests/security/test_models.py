@@ -340,7 +340,7 @@ def profile(architecture: str) -> str:
 
 def test_presets_name_their_errors() -> None:
     assert run(profile, "local-dir:~nosuchuser/x").refused("nosuchuser")
-    assert run(profile, "hf-hub:org/repo").refused("knows no architecture")
+    assert run(profile, "hf-hub:org/repo").refused("cannot be loaded")
 
 
 def test_text_towers_of_other_families_are_refused(texts: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from aced_sdk import cli
 from aced_sdk.config import DistillConfig, Engine, Optimizer
 from aced_sdk.engine import checkpoints, step_of
 from aced_sdk.engine.deepspeed_engine import deepspeed_json
+from aced_sdk.files import file_digests
 from tests.security.sandbox import run
 
 SECRET = "-----BEGIN PRIVATE KEY-----"  # no line break: a log would be cut before it
@@ -51,6 +52,15 @@ def copy(world: Path, tmp_path: Path) -> Path:
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "key").write_text(SECRET)
     return tmp_path
+
+
+def spoil(root: Path, change: Callable[[Path, dict[str, Any]], None]) -> None:
+    """Change the newest checkpoint and its state as somebody who writes the digests too; drop the older checkpoint."""
+    shutil.rmtree(root / "run" / "checkpoints" / "step-00000002")
+    folder = root / "run" / "checkpoints" / "step-00000004"
+    state = json.loads((folder / "state.json").read_text())
+    change(folder, state)
+    (folder / "state.json").write_text(json.dumps(state | {"files": file_digests(folder, ["state.json"])}))
 
 
 def _resume(root: Path) -> int:
@@ -155,6 +165,7 @@ def test_a_link_in_place_of_checkpoints_is_not_followed(copy: Path, place: str) 
 @pytest.mark.parametrize("attack", [pipe, link_out], ids=lambda attack: attack.__name__)
 @pytest.mark.parametrize("file", ["state.json", "loop.safetensors", "weights.safetensors", "optimizer.safetensors"])
 def test_a_checkpoint_holds_only_regular_files(copy: Path, file: str, attack: Callable[[Path], None]) -> None:
+    shutil.rmtree(copy / "run" / "checkpoints" / "step-00000002")
     path = copy / "run" / "checkpoints" / "step-00000004" / file
     attack(path)
     if attack is link_out:
@@ -187,7 +198,7 @@ def test_folders_of_odd_names_are_no_checkpoints(copy: Path, name: str) -> None:
 
 def test_a_planted_later_checkpoint_costs_no_checkpoint_of_the_run(copy: Path) -> None:
     shutil.copytree(copy / "run" / "checkpoints" / "step-00000004", copy / "run" / "checkpoints" / "step-99999999")
-    assert run(_resume, copy).refused("step-99999999", "not that of step")
+    assert run(_resume, copy).returned() == 4  # the planted one is damaged: its state is of another step
     shutil.rmtree(copy / "run" / "checkpoints" / "step-00000002")
     (copy / "run" / "events.jsonl").unlink()
     assert run(_distill_beside, copy).returned() == [4, 99999999]
@@ -219,11 +230,17 @@ STATES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_hostile_state_of_a_run_is_refused(copy: Path, name: str) -> None:
-    state = STATES[name]
-    path = copy / "run" / "checkpoints" / "step-00000004" / "state.json"
-    path.write_text(state if isinstance(state, str) else json.dumps(state))
-    outcome = run(_resume, copy)
-    assert name == "nothing" or outcome.refused("older checkpoint")
+    given = STATES[name]
+
+    def change(folder: Path, state: dict[str, Any]) -> None:
+        if isinstance(given, dict):
+            state.update(given)
+
+    spoil(copy, change)
+    if not isinstance(given, dict):
+        text = given if isinstance(given, str) else json.dumps(given)
+        (copy / "run" / "checkpoints" / "step-00000004" / "state.json").write_text(text)
+    assert run(_resume, copy).refused("older checkpoint")
 
 
 TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
@@ -250,10 +267,13 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_hostile_tensors_of_a_checkpoint_are_refused(copy: Path, name: str) -> None:
     file, change = TENSORS[name]
-    path = copy / "run" / "checkpoints" / "step-00000004" / f"{file}.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+
+    def spoilt(folder: Path, _: object) -> None:
+        tensors = load_file(folder / f"{file}.safetensors")
+        change(tensors)
+        save_file(tensors, folder / f"{file}.safetensors")
+
+    spoil(copy, spoilt)
     assert run(_resume, copy, mib=2048).refused()
 
 
