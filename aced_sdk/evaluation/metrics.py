@@ -54,7 +54,7 @@ def multilabel(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, flo
     """
     scores, averages = (images @ classes.T).cpu(), []
     step = max(1, _LABELS // len(images))
-    for score, label in zip(scores.split(step, dim=1), labels.split(step, dim=1), strict=True):
+    for score, label in zip(torch.split(scores, step, 1), torch.split(labels, step, 1), strict=True):
         truth = label.gather(0, score.argsort(dim=0, descending=True)).double()
         precision = truth.cumsum(dim=0) / torch.arange(1, len(truth) + 1).double()[:, None]
         averages.append((precision * truth).sum(dim=0) / truth.sum(dim=0).clamp(min=1))
@@ -92,7 +92,8 @@ def merged_retrieval(images: Tensor, texts: Tensor, owner: Tensor, same: Tensor)
 
 def _recall(images: Tensor, texts: Tensor, owner: Tensor, text: Tensor, prefix: str) -> dict[str, float]:
     """Recall, where the pictures `owner` and the texts `text` (both int64 [P]) belong together pair by pair."""
-    names, hits = ("image_to_text", "text_to_image"), {}
+    names = ("image_to_text", "text_to_image")
+    hits: dict[tuple[str, int], list[Tensor]] = {}
     for name, queries, others, query, other in (
         (names[0], images, texts, owner, text),
         (names[1], texts, images, text, owner),

@@ -151,7 +151,7 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
         wait: wait for another process that holds it, instead of an error.
 
     Raises:
-        ConfigError: if another process holds it and is not waited for, `.lock` is not a regular file, or the path holds a
+        ConfigError: if another process holds it and is not waited for, `.lock` is no regular file, or the path holds a
             NUL byte.
         OSError: if the folder cannot be written.
 
