@@ -17,7 +17,7 @@ from aced_sdk.files.reading import MIB, ReadError, read_bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * MIB
-_STRIP = 2**22  # pixels
+_STRIP = 2**20  # pixels
 _MAX_TILES = 2**16  # of a TIFF
 # Each scan of a progressive JPEG costs a pass over all pixels, and few bytes. Programs write ten; chance makes one of
 # 65,536 bytes of other data look like the start of one.
