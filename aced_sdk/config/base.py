@@ -20,7 +20,7 @@ from aced_sdk.files.reading import MIB
 
 _MAX_YAML = 4 * MIB  # a run over many shards that are named one by one
 _MAX_INT = 2**63 - 1
-_MISTAKES = 20  # that are told in words
+_MISTAKES, _MOST = 20, 1000  # that are told in words, and of which some are told at all
 
 
 class Config(BaseModel):
@@ -87,8 +87,11 @@ _NO_PLACES = re.compile(r"iid|static|independent|joint|Frozen|Stored|tuple\[.*|d
 
 def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
     """The mistakes that pydantic found; the field is that of the first."""
+    count = error.error_count()
+    if count > _MOST:  # pydantic takes long to list so many
+        return ConfigError(f"{count:,} mistakes in {kind.__name__}", remedy="correct the file")
     mistakes = [_mistake(dict(one), kind) for one in error.errors(include_url=False)[:_MISTAKES]]
-    first, count = mistakes[0], error.error_count()
+    first = mistakes[0]
     if count == 1:
         return first
     listed = "; ".join(f"{one.field or kind.__name__}: {one.cause} ({one.remedy})" for one in mistakes)

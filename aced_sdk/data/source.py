@@ -8,8 +8,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +38,11 @@ from aced_sdk.processing.plain import PictureError, to_rgb
 from aced_sdk.towers import DualEncoder
 
 _IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
+
+# Threads convert large pictures one at a time: each takes up to 12 bytes a pixel.
+_LARGE = 2**24
+_ONE_LARGE = Lock()
+
 Rows = NDArray[np.int64]
 
 
@@ -128,7 +135,10 @@ def resized(pool: Pool, row: int, encoder: DualEncoder, max_pixels: int) -> Tens
         UnusablePair: as `Pool.image`, and for a picture that has no RGB form.
     """
     try:
-        return encoder.resize(to_rgb(pool.image(row, max_pixels)))
+        image = pool.image(row, max_pixels)
+        turn: AbstractContextManager[Any] = _ONE_LARGE if image.width * image.height > _LARGE else nullcontext()
+        with turn:
+            return encoder.resize(to_rgb(image))
     except PictureError as error:
         raise UnusablePair(error.reason) from error
 

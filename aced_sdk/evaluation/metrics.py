@@ -54,7 +54,7 @@ def multilabel(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, flo
     """
     scores, averages = (images @ classes.T).cpu(), []
     step = max(1, _LABELS // len(images))
-    for score, label in zip(torch.split(scores, step, dim=1), torch.split(labels, step, dim=1), strict=True):
+    for score, label in zip(torch.split(scores, step, 1), torch.split(labels, step, 1), strict=True):
         truth = label.gather(0, score.argsort(dim=0, descending=True)).double()
         precision = truth.cumsum(dim=0) / torch.arange(1, len(truth) + 1).double()[:, None]
         averages.append((precision * truth).sum(dim=0) / truth.sum(dim=0).clamp(min=1))

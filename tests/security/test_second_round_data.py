@@ -167,7 +167,7 @@ def recalls(pictures: int, captions: int) -> float:
 
 
 def test_a_task_of_many_captions_is_ranked_in_pieces() -> None:
-    outcome = run(recalls, 1500, 150_000, seconds=120, mib=4096)
+    outcome = run(recalls, 1500, 150_000, seconds=240, mib=4096)
     assert outcome.returned() <= 1
     assert outcome.mib < 1500
 
@@ -304,12 +304,17 @@ def read(path: str) -> str:
     return DistillConfig.from_yaml(path).hash()
 
 
-@pytest.mark.parametrize("text", ["".join(f"a{n}: 0\n" for n in range(30_000)), "teacher: [" + "1," * 30_000 + "]"])
-def test_many_mistakes_are_counted_and_a_few_told(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["".join(f"a{n}: 0\n" for n in range(40_000)), "teacher: [" + "1," * 40_000 + "]"])
+def test_many_mistakes_are_counted(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     outcome = run(read, str(tmp_path / "c.yaml"), seconds=20)
-    assert outcome.refused("mistakes", " more")
-    assert len(outcome.value) < 20_000
+    assert outcome.refused("mistakes")
+
+
+def test_of_some_mistakes_a_few_are_told(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("".join(f"a{n}: 0\n" for n in range(300)))
+    with pytest.raises(ConfigError, match=r"30\d mistakes: .*; and \d+ more"):
+        read(str(tmp_path / "c.yaml"))
 
 
 def test_the_deepspeed_json_imports_no_module() -> None:
@@ -335,9 +340,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begin(folder: Path) -> None:
     os.environ["ACED_HOME"] = str(folder / "home")
-    config = tiny.distillation(folder / "run", folder / "pool", None, reference=Frozen(model=str(folder / "reference")))
+    config = tiny.distillation(folder / "run", folder / "pool", folder / "reference")
+    reference = Frozen(model=str(folder / "reference"))  # its cache lies where its fingerprint says
     try:
-        aced_sdk.distill(config.replace(schedule=config.schedule.replace(steps=4)))
+        aced_sdk.distill(config.replace(reference=reference, schedule=config.schedule.replace(steps=4)))
     finally:
         del os.environ["ACED_HOME"]
     shutil.rmtree(folder / "run/student")

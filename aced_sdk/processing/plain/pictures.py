@@ -18,7 +18,7 @@ from aced_sdk.files.reading import MIB, ReadError, read_bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * MIB
-_STRIP = 2**22  # pixels
+_STRIP = 2**20  # pixels
 # Bounds on what takes a decoder long; pictures of cameras and programs stay far below.
 _MAX_TILES = 2**16  # of a TIFF
 _MAX_SCANS = 64  # of a JPEG; the decoder goes over the whole picture for each
