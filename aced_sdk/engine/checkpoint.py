@@ -8,16 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from aced_sdk.engine.base import Engine
-from aced_sdk.engine.state import save_state, unreadable
+from aced_sdk.engine.state import load_tensors, save_state, unreadable
 from aced_sdk.errors import EngineError
 from aced_sdk.files import (
     ReadError,
-    check_links,
     inside,
     printable,
     read_json,
@@ -101,13 +98,12 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
         try:
-            check_links(folder)
-            state = read_json(folder / "state.json", MIB)
+            state = read_json(inside(folder, "state.json"), MIB)
             if not isinstance(state, dict) or state.get("step") != step_of(folder):
                 raise ReadError(f"state.json is not that of step {step_of(folder)}", remedy="")
-            return state, load_file(folder / "loop.safetensors")
-        except (OSError, ReadError, SafetensorError) as error:
+        except ReadError as error:
             raise unreadable(folder, error) from error
+        return state, load_tensors(folder, "loop.safetensors")
 
     state, tensors = engine.ranks.together(read)
     engine.load(folder)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from pathlib import Path
 
@@ -16,7 +17,12 @@ from aced_sdk.files.reading import MIB, ReadError, read_bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * MIB
+MAX_SCANS = 64  # of a JPEG; cameras and encoders write up to about 20, and each is a pass over all pixels
+MAX_SEGMENTS = 5000
 MAX_ASPECT = 200  # long side over short side: resizing the short side of a longer strip would blow it up
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd8\xff]", re.DOTALL)  # one with a length, or the end
 
 
 class PictureError(ValueError):
@@ -83,6 +89,7 @@ def _opened(source: bytes | str | Path, max_pixels: int) -> Image.Image:
         raise PictureError("too many bytes", f"{len(source):,}, the bound is {MAX_BYTES:,}")
     if size := _webp_size(source):  # Pillow reserves the canvas when it opens a WebP
         _check_size(*size, max_pixels, max(size))
+    _check_jpeg(source)
     try:
         return Image.open(io.BytesIO(source), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -112,3 +119,13 @@ def _webp_size(content: bytes) -> tuple[int, int] | None:
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     width, height = struct.unpack("<HH", content[26:30])
     return width & 0x3FFF, height & 0x3FFF
+
+
+def _check_jpeg(content: bytes) -> None:
+    """Refuse a JPEG of very many scans or segments, before its end; pass other formats."""
+    scans, segments, at = 0, 0, 2
+    while content[:2] == b"\xff\xd8" and (found := _MARKER.search(content, at)) and found[0] != b"\xff\xd9":
+        scans, segments = scans + (found[0] == b"\xff\xda"), segments + 1
+        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
+            raise PictureError("too many scans or segments")
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
