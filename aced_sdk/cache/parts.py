@@ -17,8 +17,8 @@ from aced_sdk.data import Pool
 from aced_sdk.errors import CacheError, ConfigError
 from aced_sdk.files import (
     ReadError,
+    check_tensors,
     inside,
-    open_regular,
     printable,
     read_json,
     save_tensors,
@@ -108,7 +108,7 @@ def read_part(path: Path, rows: int, manifest: CacheManifest, verify: bool) -> P
         CacheError: if it is missing, torn, a link out of the cache, of other sizes or types, or not what was written.
     """
     try:
-        open_regular(inside(path.parent, path.name)).close()  # safetensors would wait for a pipe
+        check_tensors(inside(path.parent, path.name))
         with safe_open(path, "pt") as stream:
             part = Part(*(stream.get_tensor(name) for name in ("image", "text", "usable")))
             whole, _, usable = (stream.metadata() or {}).get("sha256", "").partition(" ")

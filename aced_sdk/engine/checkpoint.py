@@ -9,12 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from aced_sdk.engine.base import Engine
-from aced_sdk.engine.state import save_state, unreadable
+from aced_sdk.engine.state import load_tensors, save_state, unreadable
 from aced_sdk.errors import EngineError
 from aced_sdk.files import (
     ReadError,
@@ -154,10 +152,7 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = read_checkpoint_state(folder)
-        try:
-            return state, load_file(folder / "loop.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise unreadable(folder, error) from error
+        return state, load_tensors(folder, "loop.safetensors")
 
     state, tensors = engine.ranks.together(read)
     engine.load(folder)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aced_sdk.errors import AcedError, EngineError
-from aced_sdk.files import printable, save_tensors
+from aced_sdk.files import ReadError, check_tensors, inside, printable, save_tensors
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -48,6 +48,20 @@ def unreadable(folder: Path, error: Exception) -> EngineError:
     )
 
 
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a file of a checkpoint.
+
+    Raises:
+        EngineError: if it is missing, torn, or a link out of the checkpoint.
+    """
+    try:
+        path = inside(folder, name)
+        check_tensors(path)
+        return dict(load_file(path))
+    except (OSError, ReadError, SafetensorError) as error:
+        raise unreadable(folder, error) from error
+
+
 def read_state(
     folder: Path, shapes: Mapping[str, torch.Size], trained: Sequence[torch.Size]
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
@@ -61,11 +75,7 @@ def read_state(
     Raises:
         EngineError: if a file is missing, torn or of another model.
     """
-    try:
-        weights = load_file(folder / "weights.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise unreadable(folder, error) from error
+    weights, moments = (load_tensors(folder, name) for name in ("weights.safetensors", "optimizer.safetensors"))
     _check(folder, weights, dict(shapes))
     # A parameter that has taken part in no step has no moments.
     indices = {name.split(".")[0] for name in moments}

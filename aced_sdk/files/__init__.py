@@ -5,6 +5,7 @@ from aced_sdk.files.digests import check_digests, file_digests
 from aced_sdk.files.reading import (
     ReadError,
     check_links,
+    check_tensors,
     expand,
     inside,
     one_line,
@@ -37,6 +38,7 @@ __all__ = [
     "alone",
     "check_digests",
     "check_links",
+    "check_tensors",
     "create",
     "expand",
     "file_digests",

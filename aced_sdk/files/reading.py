@@ -22,6 +22,7 @@ MAX_JSON = 64 * MIB  # a tokenizer.json with a large vocabulary has about 35 MB
 MAX_TEXT = 16 * MIB
 MAX_YAML = MIB
 MAX_LINE = 64 * MIB  # an event of a step with a large super-batch has several MB
+MAX_HEADER = 8 * MIB  # of a safetensors file: about 80,000 tensors
 MAX_DEPTH = 64  # of nested lists and mappings
 _MAX_NAME = 4096  # characters of a path inside of a folder
 _MAX_NODES = 500_000  # of a YAML file
@@ -121,6 +122,20 @@ def open_regular(path: str | Path, *, links: bool = True) -> BufferedReader:
         os.close(handle)
         raise ReadError(f"cannot read {printable(path)}: not a regular file", remedy="name a regular file")
     return os.fdopen(handle, "rb")
+
+
+def check_tensors(path: str | Path) -> None:
+    """Refuse a safetensors file before its library opens it, which waits for pipes and fills the memory with headers.
+
+    Raises:
+        ReadError: if it is not a regular file, or its header has more than `MAX_HEADER` bytes.
+    """
+    with open_regular(path) as stream:
+        size = int.from_bytes(stream.read(8), "little")
+    if size > MAX_HEADER:
+        raise ReadError(
+            f"the header of {printable(path)} has more than {MAX_HEADER:,} bytes", remedy="restore the file"
+        )
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 
 from aced_sdk.config import Data, DistillConfig
 from aced_sdk.data import Pool
 from aced_sdk.data.pool import UnusablePair
 from aced_sdk.engine import checkpoints
+from aced_sdk.engine.state import load_tensors
 from aced_sdk.errors import AcedError, DataError
-from aced_sdk.files import check_links, printable
+from aced_sdk.files import printable
 from aced_sdk.reporting.page import count, thumbnail_uri
 
 _SHOWN = 12
@@ -72,7 +72,7 @@ def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) ->
             groups += _by_draws(shown, counts)
         if last is not None:
             groups += _of_step(shown, last)
-    except (AcedError, OSError, SafetensorError) as error:
+    except (AcedError, OSError) as error:
         return [], f"The gallery is left out: {printable(error.cause if isinstance(error, AcedError) else error)}."
     missing = []
     if counts is None:
@@ -113,10 +113,8 @@ def _counts(folder: Path, pairs: int) -> npt.NDArray[np.int32] | None:
     found = checkpoints(folder)
     if not found:
         return None
-    check_links(found[-1])
-    with safe_open(found[-1] / "loop.safetensors", "pt") as tensors:
-        counts = tensors.get_tensor("counts")
-    if counts.dtype != torch.int32 or counts.ndim != 1 or bool((counts < 0).any()):
+    counts = load_tensors(found[-1], "loop.safetensors").get("counts")
+    if counts is None or counts.dtype != torch.int32 or counts.ndim != 1 or bool((counts < 0).any()):
         raise DataError(f"{printable(found[-1])} holds no draw counts", remedy="restore the checkpoint")
     if len(counts) != pairs:
         # Rows would name other pairs than those that were drawn.

@@ -83,7 +83,7 @@ def report(run_directory: str | Path) -> Path:
         The page's path.
 
     Raises:
-        DataError: if there is no event log, or nothing in it yet.
+        DataError: if there is no event log, it is broken, or nothing is in it yet.
         ConfigError: if the page cannot be written.
     """
     folder = Path(run_directory)
@@ -119,19 +119,23 @@ def report(run_directory: str | Path) -> Path:
         _evaluation(kinds.get("evaluated", [])),
         _selection(kinds, config if isinstance(config, DistillConfig) else None),
     ]
-    return write_page(
-        folder / "report.html",
-        "run.html.j2",
-        title=f"Run {one_line(Path(os.path.realpath(folder)).name)}",
-        state=_state(kinds),
-        tiles=_tiles(kinds),
-        sections=[section for section in sections if section is not None],
-        groups=groups,
-        left_out=left_out,
-        warnings=_warnings(kinds),
-        warnings_shown=_WARNINGS,
-        config=_text(folder),
-    )
+    try:
+        return write_page(
+            folder / "report.html",
+            "run.html.j2",
+            title=f"Run {one_line(Path(os.path.realpath(folder)).name)}",
+            state=_state(kinds),
+            tiles=_tiles(kinds),
+            sections=[section for section in sections if section is not None],
+            groups=groups,
+            left_out=left_out,
+            warnings=_warnings(kinds),
+            warnings_shown=_WARNINGS,
+            config=_text(folder),
+        )
+    except OSError as error:
+        cause = f"cannot write a report into {printable(folder)}: {error.strerror}"
+        raise DataError(cause, remedy="check permissions and space") from error
 
 
 def _config(folder: Path) -> DistillConfig | str:

@@ -145,6 +145,14 @@ def encoded(kind: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
+def scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    stream = io.BytesIO()
+    Image.new("L", (6000, 6000), 128).save(stream, "jpeg", progressive=True)
+    content = stream.getvalue()
+    return content[:-2] + content[content.rfind(b"\xff\xda") : -2] * count + content[-2:]
+
+
 def changed(content: bytes, at: int, by: bytes) -> bytes:
     return content[:at] + by + content[at + len(by) :]
 
@@ -172,6 +180,8 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
     "PPM": (lambda: ppm(30_000, 30_000), "unreadable picture"),
     "bomb": (lambda: bomb(60_000, 60_000), "too many pixels"),
     "long": (lambda: bomb(40_000, 2), "too long and thin"),
+    "JPEG scans": (lambda: scans(3000), "too many scans or segments"),
+    "JPEG segments": (lambda: encoded("jpeg")[:2] + b"\xff\xfe\0\2" * 1_000_000, "too many scans or segments"),
     "torn": (lambda: encoded("webp")[:40], "unreadable picture"),
     "empty": (bytes, "unreadable picture"),
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,22 @@ def test_hostile_tensors_of_a_checkpoint_are_refused(copy: Path, name: str) -> N
 
     spoil(copy, spoilt)
     assert run(_resume, copy, mib=2048).refused()
+
+
+def _long_header(path: Path) -> None:
+    """Ten million bytes of a header that names nothing; its reader takes ten times as much memory."""
+    tensors = b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_000))
+    path.write_bytes(struct.pack("<Q", len(tensors) + 2) + b"{" + tensors + b"}")
+
+
+def test_a_header_of_many_tensors_is_not_read(copy: Path) -> None:
+    _long_header(copy / "run" / "checkpoints" / "step-00000004" / "weights.safetensors")
+    assert run(_resume, copy).refused("weights.safetensors", "header")
+
+
+def test_a_report_that_cannot_be_written_has_a_name(copy: Path) -> None:
+    (copy / "run" / "report.html").mkdir()
+    assert run(_report, copy).refused("cannot write a report")
 
 
 # -- configs ------------------------------------------------------------------------------------------------------
