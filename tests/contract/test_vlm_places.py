@@ -159,7 +159,7 @@ NO_QUESTIONS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("question", NO_QUESTIONS, ids=repr)
+@pytest.mark.parametrize("question", NO_QUESTIONS)
 def test_questions_in_another_form_are_refused(model: tuple[Any, Any], question: Any) -> None:
     with pytest.raises(DataError, match=r"a question is .*\(question, answer\) pairs.*field: questions"):
         vlm.answer(*model, [RED], [question])
@@ -168,7 +168,7 @@ def test_questions_in_another_form_are_refused(model: tuple[Any, Any], question:
 
 
 @pytest.mark.parametrize(
-    "shown", [None, 7, b"x", {"path": "a.png"}, [None], [[RED]], {RED.mode}, np.zeros((1, 1, 3)), iter([RED])], ids=repr
+    "shown", [None, 7, b"x", {"path": "a.png"}, [None], [[RED]], {RED.mode}, np.zeros((1, 1, 3)), iter([RED])]
 )
 def test_pictures_in_another_form_are_refused(model: tuple[Any, Any], shown: Any) -> None:
     with pytest.raises(DataError, match=r"the pictures of a question are .*field: images"):
@@ -177,7 +177,7 @@ def test_pictures_in_another_form_are_refused(model: tuple[Any, Any], shown: Any
         vlm.stream_answer(*model, shown, QUESTION)
 
 
-@pytest.mark.parametrize("values", [None, 7, b"x", {"a": 1}, {"a"}], ids=repr)
+@pytest.mark.parametrize("values", [None, 7, b"x", {"a": 1}, {"a"}])
 def test_lists_in_another_form_are_refused(model: tuple[Any, Any], values: Any) -> None:
     for images, questions in ((values, [QUESTION]), ([RED], values)):
         with pytest.raises(DataError, match="come as lists"):
