@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import aced_sdk as aced
-from aced_sdk import cli
 from aced_sdk.config import DistillConfig, Engine, Optimizer
 from aced_sdk.engine import checkpoints, step_of
 from aced_sdk.engine.deepspeed_engine import deepspeed_json
@@ -405,58 +404,3 @@ def test_what_deepspeed_refuses_has_a_name(given: dict[str, Any]) -> None:
 
 def test_a_value_of_the_users_deepspeed_json_may_be_of_another_type() -> None:
     assert run(_deepspeed, {"steps_per_print": {"a": 1}}).returned()["steps_per_print"] == {"a": 1}
-
-
-# -- the terminal -------------------------------------------------------------------------------------------------
-
-
-def _command(*words: str) -> tuple[str, int]:
-    import contextlib
-    import io
-    import sys
-
-    sys.argv, heard = ["aced", *words], io.StringIO()
-    with contextlib.redirect_stderr(heard):
-        try:
-            cli.main()
-        except SystemExit as end:
-            return heard.getvalue(), int(end.code or 0)
-    return heard.getvalue(), 0
-
-
-@pytest.mark.parametrize(
-    "words", [("plan", "NAME.yaml"), ("report", "NAME"), ("resume", "NAME"), ("cache", "m", "NAME")]
-)
-def test_no_control_characters_reach_the_terminal(words: tuple[str, ...]) -> None:
-    name = "\x1b]0;owned\x07\x1b[2J\u202e\udcff"
-    text, code = run(_command, *(word.replace("NAME", name) for word in words)).returned()
-    assert code == 1
-    assert "Remedy:" in text
-    assert all(c.isprintable() or c == "\n" for c in text)
-
-
-@pytest.mark.parametrize("field", ["\x1b[2J", "[red]x[/]"])
-def test_names_of_fields_are_shown_as_they_are_written(tmp_path: Path, field: str) -> None:
-    values = {"student": {"architecture": "a"}, "data": {"shards": ["a"]}, "directory": "a", "schedule": {"steps": 3}}
-    (tmp_path / "config.yaml").write_text(json.dumps(values | {field: 1}))
-    text, _ = run(_command, "plan", str(tmp_path / "config.yaml")).returned()
-    assert ascii(field)[1:-1] in text
-
-
-def test_the_title_of_a_bar_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    from aced_sdk.reporting import Progress
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.delenv("RANK", raising=False)
-    stream = Terminal()
-    with Progress("distil [red]run[/] [/x]\x1b[2J\nnext", 4, stream=stream) as bar:
-        bar.advance(1, pair="[bold]\x1b]0;x\x07")
-    shown = stream.getvalue()
-    assert "distil [red]run[/] [/x]\\x1b[2J\\nnext" in shown
-    assert "pair [bold]\\x1b]0;x\\x07" in shown
