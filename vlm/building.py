@@ -13,7 +13,7 @@ from aced_sdk.towers import DualEncoder
 from vlm.chat import IMAGE, chat_template
 from vlm.checks import check_language, refused
 from vlm.config import Projector
-from vlm.decoding import decoding
+from vlm.decoding import decoding, drop_settings
 from vlm.language import load_language
 from vlm.projectors import empty_model, new_projector
 from vlm.tokens import add_image_token, settle
@@ -64,6 +64,7 @@ def build(
         settle(tokenizer, end)
         image_token = add_image_token(lm, tokenizer)
         _untie(lm)
+        drop_settings(lm.config)
         lm.config._name_or_path = ""  # a path of this machine has no place in what is saved
         model: Any = empty_model(tower, lm, connector, image_token, feature_layer)
         if type(model.model.language_model) is not type(lm.base_model) or lm.get_output_embeddings().bias is not None:
@@ -72,9 +73,9 @@ def build(
         model.model.language_model = lm.base_model
         model.lm_head = lm.get_output_embeddings()
         model.model.multi_modal_projector = new_projector(model, lm, connector, seed)
-        check_language(model.eval(), lm)
         given = lm.generation_config.to_dict() | {"eos_token_id": tokenizer.convert_tokens_to_ids(end)}
         model.generation_config = decoding(given | {"pad_token_id": tokenizer.pad_token_id}, tokenizer, image_token)
+        check_language(model.eval(), lm)
         return model, _processor(tower, tokenizer, template, connector)
 
 

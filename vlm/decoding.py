@@ -61,6 +61,16 @@ def settings(folder: Path) -> dict[str, Any]:
     return (text if isinstance(text, dict) else {}) | config
 
 
+def drop_settings(config: Any) -> None:
+    """Remove generation settings from a model's config, where older versions of transformers kept them."""
+    from transformers import GenerationConfig
+
+    own = type(config)().to_dict().keys() | {"use_cache"}
+    for name in (GenerationConfig().to_dict().keys() & vars(config).keys()) - own:
+        if not name.endswith("_token_id"):
+            delattr(config, name)
+
+
 def decoding(
     given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, image_token: int | None = None
 ) -> GenerationConfig:

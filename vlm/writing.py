@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aced_sdk.files import read_json, write_json
 from vlm.card import card
-from vlm.decoding import decoding, warn_of_lost
+from vlm.decoding import decoding, drop_settings, warn_of_lost
 from vlm.tokens import settle
 from vlm.trust import library_errors
 
@@ -108,25 +108,16 @@ def write(base: PreTrainedModel, processor: LlavaProcessor, folder: Path, traine
 
 def _shell(base: Any, processor: LlavaProcessor, trained: bool) -> Any:
     """An empty model that lends its `save_pretrained` to the plain weights."""
-    given = base.generation_config.to_dict()
+    given, config = base.generation_config.to_dict(), deepcopy(base.config)
     warn_of_lost(given)
+    drop_settings(config)
+    drop_settings(config.text_config)
     with torch.device("meta"):
-        shell = type(base)(_without_generation(base.config))
+        shell = type(base)(config)
     shell.load_state_dict(plain_state(base, trained), assign=True)
     shell.tie_weights()
     shell.generation_config = decoding(given, processor.tokenizer, base.config.image_token_id)
     return shell
-
-
-def _without_generation(config: Any) -> Any:
-    """A copy of a config without settings of generation, which older versions of transformers kept there."""
-    from transformers import GenerationConfig
-
-    copied, own = deepcopy(config), type(config)().to_dict().keys() | {"use_cache"}
-    for name in (GenerationConfig().to_dict().keys() & vars(copied).keys()) - own:
-        if not name.endswith("_token_id"):
-            delattr(copied, name)
-    return copied
 
 
 def _read_back(kind: Any, shapes: Mapping[str, torch.Size], processor: LlavaProcessor, folder: Path) -> None:
@@ -145,6 +136,8 @@ def _read_back(kind: Any, shapes: Mapping[str, torch.Size], processor: LlavaProc
     saved = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if _template(saved) != _template(processor):
         raise ValueError("its chat template, read back, is another")
+    if saved.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise ValueError("its vocabulary, read back, is another")
     for questions in (_QUESTIONS[:1], _QUESTIONS):
         ours, theirs = _inputs(processor, questions), _inputs(saved, questions)
         if odd := sorted(name for name in ours.keys() | theirs if not _equal(ours.get(name), theirs.get(name))):
