@@ -110,13 +110,17 @@ def prepare(model: PreTrainedModel, stage: Align | Adapt, seed: int) -> PreTrain
     return model
 
 
-def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MissingPackageError(
-            f"LoRA needs peft: {error}", remedy="pip install 'aced-sdk[vlm]'", field="stages"
-        ) from error
+def check_adapters(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The names of the layers that get adapters; call it before anything is trained.
+
+    Raises:
+        MissingPackageError: if peft or bitsandbytes is needed and not installed.
+        UnsupportedError: if the language model has no layers of these names.
+    """
+    _import("peft", "LoRA needs peft", "pip install 'aced-sdk[vlm]'", "stages")
+    if lora.qlora:
+        remedy = "pip install bitsandbytes, or leave out qlora=True"
+        _import("bitsandbytes", "QLoRA needs bitsandbytes", remedy, "lora.qlora")
     targets = [name for name, _ in model.named_modules() if re.fullmatch(lora.target_modules, name)]
     if not targets:
         raise UnsupportedError(
@@ -125,6 +129,20 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
             remedy="train it as a whole with Adapt(lora=None), or take a Llama-, Qwen- or Gemma-like one",
             field="lora.layers",
         )
+    return targets
+
+
+def _import(name: str, cause: str, remedy: str, field: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(f"{cause}: {error}", remedy=remedy, field=field) from error
+
+
+def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+    targets = check_adapters(model, lora)
+    from peft import LoraConfig, get_peft_model
+
     if lora.qlora:
         _to_four_bits(model, targets)
     config = LoraConfig(
@@ -142,14 +160,7 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 
 def _to_four_bits(model: Any, names: list[str]) -> None:
     """Hold these linear layers in NF4 from now on, so that peft puts its 4-bit adapters on them."""
-    try:
-        bitsandbytes = import_module("bitsandbytes")
-    except ImportError as error:
-        raise MissingPackageError(
-            f"QLoRA needs bitsandbytes: {error}",
-            remedy="pip install bitsandbytes, or leave out qlora=True",
-            field="lora.qlora",
-        ) from error
+    bitsandbytes = import_module("bitsandbytes")
     for name in names:
         parent, _, own = name.rpartition(".")
         old = model.get_submodule(name)

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aced_sdk.errors import ModelError, UnsupportedError
+from aced_sdk.errors import ModelError
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.trust import library_errors
 from vlm.chat import IMAGE, chat_template
+from vlm.checks import check_language, refused
 from vlm.config import Projector
+from vlm.decoding import decoding, drop_settings
 from vlm.language import load_language
 from vlm.projectors import empty_model, new_projector
+from vlm.tokens import add_image_token, settle
 from vlm.towers import VisionTower, open_tower
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
-
-_MAX_NEW_ROWS = 4096  # of embeddings, between those of the language model and the image token's
 
 
 def build(
@@ -60,18 +61,30 @@ def build(
         field="language",
     ):
         template, end = chat_template(tokenizer)
-        image_token = _add_image_token(lm, tokenizer)
+        settle(tokenizer, end)
+        image_token = add_image_token(lm, tokenizer)
+        _untie(lm)
+        drop_settings(lm.config)
         lm.config._name_or_path = ""  # a path of this machine has no place in what is saved
         model: Any = empty_model(tower, lm, connector, image_token, feature_layer)
         if type(model.model.language_model) is not type(lm.base_model) or lm.get_output_embeddings().bias is not None:
-            raise _refused(lm, "its body or its head")
+            raise refused(lm, "its body or its head")
         model.model.vision_tower = tower.model
         model.model.language_model = lm.base_model
         model.lm_head = lm.get_output_embeddings()
         model.model.multi_modal_projector = new_projector(model, lm, connector, seed)
-        _check_logits(model.eval(), lm)
-        _end_answers_with(model, lm, tokenizer, end)
+        given = lm.generation_config.to_dict() | {"eos_token_id": tokenizer.convert_tokens_to_ids(end)}
+        model.generation_config = decoding(given | {"pad_token_id": tokenizer.pad_token_id}, tokenizer, image_token)
+        check_language(model.eval(), lm)
         return model, _processor(tower, tokenizer, template, connector)
+
+
+def _untie(lm: PreTrainedModel) -> None:
+    """Give the head weights of its own where LLaVA would not find what it is tied to."""
+    body, words = lm.base_model, lm.get_input_embeddings()
+    if lm.get_output_embeddings().weight is words.weight and getattr(body, "embed_tokens", None) is not words:
+        lm.get_output_embeddings().weight = torch.nn.Parameter(words.weight.detach().clone())
+        lm.config.tie_word_embeddings = False
 
 
 def _check_layer(tower: VisionTower, feature_layer: int) -> None:
@@ -102,69 +115,3 @@ def _processor(
         image_token=IMAGE,
         num_additional_image_tokens=tower.prefix,
     )
-
-
-def _add_image_token(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Make `<image>` one token, with a row in the embedding that no prediction can prefer.
-
-    Raises:
-        ModelError: if the tokenizer cannot hold such a token, or numbers it far beyond the language model's tokens.
-    """
-    new = tokenizer.add_tokens([IMAGE], special_tokens=True)
-    index = tokenizer.convert_tokens_to_ids(IMAGE)
-    if (
-        index is None
-        or index == tokenizer.unk_token_id
-        or tokenizer.encode(f"a{IMAGE}b", add_special_tokens=False).count(index) != 1
-    ):
-        raise ModelError(
-            f"the tokenizer has no free token for pictures: '{IMAGE}' does not become one token of its own",
-            remedy=f"add '{IMAGE}' to its vocabulary as a special token, or take a tokenizer of the tokenizers library",
-            field="language",
-        )
-    index, rows = int(index), lm.get_input_embeddings().weight.shape[0]
-    if index > rows + _MAX_NEW_ROWS:
-        raise ModelError(
-            f"the tokenizer numbers '{IMAGE}' {index}, and the language model has embeddings of {rows} tokens",
-            remedy="take the tokenizer that belongs to the language model",
-            field="language",
-        )
-    if added := index >= rows:
-        lm.resize_token_embeddings(index + 1, mean_resizing=False)
-    if new or added:
-        with torch.no_grad():
-            for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-                table.weight[index].zero_()
-    tokenizer.padding_side = "left"
-    return index
-
-
-@torch.no_grad()
-def _check_logits(model: Any, lm: PreTrainedModel) -> None:
-    """A few tokens through both: what a language model does to its logits at the end has no place in LLaVA.
-
-    Gemma 2's cap is let pass: it keeps their order, so that greedy answers are the same.
-    """
-    ids = torch.arange(4).unsqueeze(0) + 3
-    expected, logits = lm(input_ids=ids).logits, model(input_ids=ids).logits
-    if cap := getattr(lm.config, "final_logit_softcapping", None):
-        logits = cap * torch.tanh(logits / cap)
-    if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
-        raise _refused(lm, "what it does to its logits")
-
-
-def _refused(lm: PreTrainedModel, what: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"the language model is a '{lm.config.model_type}', and LLaVA has no place for {what}",
-        remedy="take a Llama-, Qwen-, Gemma-, Mistral- or SmolLM-like model for text alone",
-        field="language",
-    )
-
-
-def _end_answers_with(model: Any, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: str) -> None:
-    stop = int(tokenizer.convert_tokens_to_ids(end))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = end
-    model.generation_config = lm.generation_config
-    model.generation_config.eos_token_id = stop
-    model.generation_config.pad_token_id = tokenizer.pad_token_id

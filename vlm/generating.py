@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
@@ -19,6 +20,7 @@ from aced_sdk.files import one_line
 from vlm.adapters import base_of
 from vlm.chat import IMAGE
 from vlm.conversation import check_words, messages
+from vlm.decoding import decoding
 from vlm.pictures import Picture, check_fit, check_shapes, fitting, open_picture
 from vlm.templates import prompt_text
 
@@ -289,7 +291,7 @@ def _stream(
     model.eval()
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            made = pool.submit(_generate, model, inputs, max_new_tokens, words)
+            made = pool.submit(_generate, model, processor.tokenizer, inputs, max_new_tokens, words)
             made.add_done_callback(lambda _: words.pieces.put(None))
             try:
                 while (piece := words.pieces.get()) is not None:
@@ -306,7 +308,7 @@ def _decode(
 ) -> list[str]:
     inputs = _inputs(processor, prompts, pictures)
     _check_room(model, inputs, prompts, max_new_tokens)
-    out = _generate(model, inputs, max_new_tokens)
+    out = _generate(model, processor.tokenizer, inputs, max_new_tokens)
     return [_text(processor, ids) for ids in out[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
@@ -349,13 +351,16 @@ def _check_room(model: Any, inputs: BatchFeature, prompts: list[str], max_new_to
 
 
 @torch.inference_mode()
-def _generate(model: Any, inputs: BatchFeature, max_new_tokens: int, words: _Words | None = None) -> Tensor:
+def _generate(
+    model: Any, tokenizer: Any, inputs: BatchFeature, max_new_tokens: int, words: _Words | None = None
+) -> Tensor:
     """Token ids [N, L], the prompts' first."""
+    greedy = copy(model)  # it shares the weights; the model's own settings stay as they are
+    greedy.generation_config = decoding(model.generation_config.to_dict(), tokenizer, model.config.image_token_id)
     with fitting():
-        ids: Tensor = model.generate(
+        ids: Tensor = greedy.generate(
             **inputs.to(model.device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             return_dict_in_generate=False,
             streamer=words,
         )

@@ -15,7 +15,8 @@ import numpy as np
 from aced_sdk.errors import ModelError, UnsupportedError
 from aced_sdk.files import whole_folder
 from vlm.adapters import base_of
-from vlm.saving import classic_names, free_for_a_model, plain_state, save
+from vlm.saving import free_for_a_model, save
+from vlm.writing import classic_names, plain_state
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aced_sdk.errors import MissingPackageError, ModelError, UnsupportedError
 from aced_sdk.files import ReadError, expand, home, inside, read_json, sha256, whole_folder, write_json
 from aced_sdk.towers.trust import bounded, check_folder, library_errors, weight_bytes
+from vlm.decoding import decoding, settings, warn_of_lost
 from vlm.gguf_header import check_gguf
 from vlm.hub import downloaded
 
@@ -19,7 +20,7 @@ _FACTS = "aced_language.json"
 
 
 def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32 and its tokenizer; no code of the folder runs.
+    """A causal language model in float32, decoding greedily, and its tokenizer; no code of the folder runs.
 
     Args:
         language: a transformers folder, a hub name, a GGUF file, or a folder with one GGUF file somewhere inside.
@@ -30,7 +31,7 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
         UnsupportedError: if it is a model of pictures and text.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     path = expand(language)
     with library_errors(
@@ -51,8 +52,12 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                generation_config=GenerationConfig(),  # transformers refuses some settings, and saves none of them
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        given = settings(folder)
+        warn_of_lost(given)
+        model.generation_config = decoding(given, tokenizer)
     if lost := sorted(found["missing_keys"]):
         raise ModelError(
             f"the language model '{language}' lacks {len(lost)} of its tensors, {lost[0]} first",

@@ -33,6 +33,10 @@ class AnswerLoss(nn.Module):
         self.model.model.multi_modal_projector = model.model.multi_modal_projector
         self.model.model.language_model = model.model.language_model
         self.model.lm_head = model.lm_head
+        part: Any
+        for part in self.modules():  # ZeRO stage 3 needs every parameter in every backward: no layer is left out
+            if hasattr(part, "layerdrop"):
+                part.layerdrop = 0.0
 
     def forward(
         self, features: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor, owners: Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from aced_sdk.errors import UnsupportedError
+from aced_sdk.errors import ModelError, UnsupportedError
 from vlm.config import Projector
 from vlm.towers import VisionTower
 
@@ -120,9 +120,20 @@ def new_projector(model: Any, language: PreTrainedModel, projector: Projector, s
 
 
 def _word_size(language: PreTrainedModel) -> Tensor:
-    """Root mean square of the word embeddings as layers see them: Gemma's are scaled on their way."""
+    """Root mean square of the word embeddings as layers see them: Gemma's are scaled on their way.
+
+    Raises:
+        ModelError: if they are all zero, or not all finite.
+    """
     embedding = language.get_input_embeddings()
-    some = torch.arange(0, embedding.weight.shape[0], 97)
+    used = embedding.weight.any(dim=1).nonzero().flatten()  # some models have rows of zeros
+    if not len(used) or not embedding.weight.isfinite().all():
+        raise ModelError(
+            "the language model's word embeddings are all zero, or not all finite",
+            remedy="take a trained language model, as its authors saved it",
+            field="language",
+        )
+    some = used[::97]
     scale = embedding(some).norm() / embedding.weight[some].norm()
     size: Tensor = scale * embedding.weight.pow(2).mean().sqrt()
     return size

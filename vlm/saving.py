@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from aced_sdk.errors import ModelError
 from aced_sdk.files import (
@@ -24,24 +20,18 @@ from aced_sdk.files import (
 from aced_sdk.towers.trust import bounded, check_folder, check_vision_language, library_errors, weight_bytes
 from vlm.adapters import base_of, has_adapter, load_adapter
 from vlm.card import card
+from vlm.decoding import decoding, settings, warn_of_lost
 from vlm.language import reads
 from vlm.pictures import check_fit
+from vlm.tokens import settle
+from vlm.writing import write, write_adapter
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor, PreTrainedModel
+    from transformers import LlavaProcessor
 
     from vlm.scoring import Scores
 
 _BASE, _ADAPTER, _MANIFEST = "base", "adapter", "aced_vlm.json"
-# Where each part lies in memory, and where servers and transformers 4 look for it on disk.
-_CLASSIC = {
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-}
-_VIT = "vision_tower.vision_model."
-_VITS = ("clip_vision_model", "siglip_vision_model")  # transformers 4 keeps these in a submodule of this name
 
 
 def save(
@@ -56,7 +46,8 @@ def save(
 ) -> Path:
     """Write a model, its processor, a model card and digests of all files, whole or not at all.
 
-    The model in memory stays as it is.
+    The model in memory stays as it is. The folder's settings are those of `vlm.answer`: answers are decoded greedily
+    and never contain `<image>`, and batches are padded on the left.
 
     Weights have LLaVA's classic names (`classic_names`) and the JSON files what older readers look for, so that
     transformers 4, transformers 5 and servers all read the folder.
@@ -75,7 +66,8 @@ def save(
 
     Raises:
         ModelError: with merge=False, if the model has no adapters, or is not the PeftModel that holds them; if the
-            processor is another model's; if the directory holds something else than a model.
+            processor is another model's; if transformers cannot save it; if the directory holds something else than a
+            model.
     """
     base = base_of(model)
     check_fit(base, processor)
@@ -88,11 +80,10 @@ def save(
         )
     with whole_folder(target) as folder:
         if merge:
-            _write(base, processor, folder, trained=True)
+            write(base, processor, folder, trained=True)
         else:
-            _write(base, processor, folder / _BASE, trained=False)
-            model.save_pretrained(folder / _ADAPTER, save_embedding_layers=False)
-            (folder / _ADAPTER / "README.md").unlink(missing_ok=True)  # peft's own has placeholders only
+            write(base, processor, folder / _BASE, trained=False)
+            write_adapter(model, folder / _ADAPTER)
         text = card(base, target.name, merge, scores, license, about)
         (folder / "README.md").write_text(text, encoding="utf-8")
         write_json(folder / _MANIFEST, {"format": 1, "files": file_digests(folder, [_MANIFEST])})
@@ -130,7 +121,7 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
         ModelError: if the folder is neither, was altered, names files outside of it, describes a model far larger than
             its weights, or is not whole: nothing is ever filled up with new weights.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
     folder = Path(directory)
     with library_errors(
@@ -145,13 +136,22 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
         check_vision_language(check_folder(held, pictures=True, tokens=True), held)
         with bounded(weight_bytes(held)):
             model, found = AutoModelForImageTextToText.from_pretrained(
-                held, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                held,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                generation_config=GenerationConfig(),  # transformers refuses some settings, and saves none of them
             )
         processor = AutoProcessor.from_pretrained(held, local_files_only=True, trust_remote_code=False)
         # LLaVA reads no pooling head of a tower, and some checkpoints have none
         lost = {name for name in found["missing_keys"] if ".head." not in name and ".pooler." not in name}
         check_fit(base_of(model), processor)
         reads(model.config.text_config)
+        settle(processor.tokenizer)
+        given = settings(held)
+        warn_of_lost(given)
+        model.generation_config = decoding(given, processor.tokenizer, model.config.image_token_id)
         if apart:
             model, more = load_adapter(model, folder / _ADAPTER)
             lost |= more
@@ -174,113 +174,3 @@ def _check_saved(folder: Path) -> None:
     if (folder / _MANIFEST).exists():
         files = read_json(folder / _MANIFEST).get("files")
         check_digests(folder, files, [_MANIFEST])
-
-
-def _write(base: PreTrainedModel, processor: LlavaProcessor, folder: Path, trained: bool) -> None:
-    with torch.device("meta"):  # an empty shell that lends its save_pretrained to the plain weights
-        shell = type(base)(base.config)
-    shell.load_state_dict(plain_state(base, trained), assign=True)
-    shell.tie_weights()
-    shell.generation_config = base.generation_config
-    state = shell.state_dict()
-    if shell.lm_head.weight is shell.get_input_embeddings().weight:
-        del state["lm_head.weight"]  # tied: the config says so, and a file holds a tensor once
-    tower = base.config.vision_config.model_type
-    if tower in _VITS:  # transformers 5 has a naming of its own for these, which version 4 and servers do not know
-        shell.save_pretrained(folder, state_dict=classic_names(state, tower), save_original_format=False)
-    else:
-        shell.save_pretrained(folder, state_dict=state)
-    processor.save_pretrained(folder)
-    _classic_json(folder)
-    for path in folder.glob("*config.json"):
-        write_json(path, _without_code(read_json(path)))
-
-
-def _classic_json(folder: Path) -> None:
-    """Add what transformers 4 and servers look for; without it they compute other numbers, or open no processor."""
-    config = read_json(folder / "config.json")
-    rope = config["text_config"].get("rope_parameters") or {}
-    if "rope_theta" in rope:  # a missing one is silently 10,000 in version 4
-        config["text_config"]["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["text_config"]["rope_scaling"] = rope
-    write_json(folder / "config.json", config)
-    parts = read_json(folder / "processor_config.json")
-    if "image_processor" in parts:
-        write_json(folder / "preprocessor_config.json", parts.pop("image_processor"))
-        write_json(folder / "processor_config.json", parts)
-    tokenizer = read_json(folder / "tokenizer_config.json")
-    if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # version 5's name for the same class
-        tokenizer |= {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask"],
-        }
-    write_json(folder / "tokenizer_config.json", tokenizer)
-
-
-def _without_code(value: Any) -> Any:
-    """A config without the names of Python files and repositories that its parts came with.
-
-    All parts are transformers' own. Other programs, llama.cpp's converter among them, would run that code.
-    """
-    if isinstance(value, dict):
-        return {key: _without_code(part) for key, part in value.items() if key not in ("auto_map", "custom_pipelines")}
-    return [_without_code(part) for part in value] if isinstance(value, list) else value
-
-
-def classic_names(state: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
-    """A LLaVA state dict under the names of LLaVA-1.5's published checkpoints.
-
-    They are `vision_tower.vision_model.*` (`vision_tower.*` for a tower that is no CLIP or SigLIP ViT),
-    `multi_modal_projector.*`, `language_model.model.*` and `language_model.lm_head.*`.
-
-    Args:
-        state: a state dict of `LlavaForConditionalGeneration` or `AyaVisionForConditionalGeneration`.
-        tower: the vision config's `model_type`.
-    """
-    classic = {}
-    for name, tensor in state.items():
-        part = next(part for part in _CLASSIC if name.startswith(part))
-        renamed = _CLASSIC[part] + name.removeprefix(part)
-        if tower in _VITS and renamed.startswith("vision_tower.") and not renamed.startswith(_VIT):
-            renamed = _VIT + renamed.removeprefix("vision_tower.")
-        classic[renamed] = tensor
-    return classic
-
-
-def plain_state(base: PreTrainedModel, trained: bool) -> dict[str, Tensor]:
-    """The state dict as if peft had never touched the model.
-
-    Args:
-        base: a model, with or without adapters.
-        trained: whether adapters are added into the weights and the trained projector is taken, or neither.
-    """
-    unwanted, wanted = (
-        (".original_module.", ".modules_to_save.default.")
-        if trained
-        else (".modules_to_save.default.", ".original_module.")
-    )
-    modules = dict(base.named_modules())
-    state: dict[str, Tensor] = {}
-    for name, tensor in base.state_dict().items():
-        if ".lora_" in name or unwanted in name or ".base_layer.weight." in name:  # the last: how 4 bits are read
-            continue
-        if name.endswith(".base_layer.weight"):
-            tensor = _weight(modules[name.removesuffix(".base_layer.weight")], trained)
-        state[name.replace(".base_layer.", ".").replace(wanted, ".")] = tensor
-    return state
-
-
-@torch.no_grad()
-def _weight(layer: Any, trained: bool) -> Tensor:
-    """The weight of a linear layer that has adapters, in full precision, with or without them."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
-    for adapter in layer.active_adapters if trained else ():
-        variant = layer.lora_variant.get(adapter)  # DoRA's magnitudes
-        if variant is None:
-            weight = weight + layer.get_delta_weight(adapter)
-        else:
-            weight = variant.merge_safe(layer, adapter, weight)
-    return weight

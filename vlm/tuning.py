@@ -37,7 +37,7 @@ from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.files import printable, read_json, tensor_digest, write_json
 from aced_sdk.reporting import JsonlWriter, Progress
-from vlm.adapters import base_of, check_saved, has_adapter, prepare, shown, snapshot, table
+from vlm.adapters import base_of, check_adapters, check_saved, has_adapter, prepare, shown, snapshot, table
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data import Sample
 from vlm.language import reads
@@ -45,6 +45,7 @@ from vlm.loss import AnswerLoss
 from vlm.pictures import Features, check_fit
 from vlm.rows import Batch, Row, batch_at, collate, fingerprint, make_rows, shares
 from vlm.skips import Skips
+from vlm.writing import check_adapter_savable, check_savable
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel
@@ -148,6 +149,7 @@ def tune(
     Raises:
         ConfigError: if the directory holds a run of another config or other data.
         DataError: if too many conversations are too long or teach nothing, or a picture cannot be read.
+        ModelError: if the model or the processor cannot be saved; nothing is trained then.
         EngineError: if losses stay non-finite, or what was saved is not what was trained.
         UnsupportedError: for several processes or ZeRO without DeepSpeed, QLoRA at stage 3, and a model with adapters.
     """
@@ -167,10 +169,14 @@ def tune(
     skips = Skips()
     rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit, skips)
     skips.check(len(data), config.max_bad_fraction)
+    for stage in config.stages:
+        if isinstance(stage, Adapt) and stage.lora:
+            check_adapters(base, stage.lora)
     ranks = Ranks(launch, pick_device(config.engine, launch.local_rank))
     mine = _binding(config, rows, base)
     first = ranks.first(mine)
     ranks.together(lambda: _check_same(mine, first, ranks.rank))
+    ranks.in_first(lambda: check_savable(base, processor))
     ranks.in_first(lambda: _claim(folder, mine))
     features = Features(base, processor, pictures, config.feature_cache_mb)
     total = sum(stage.steps for stage in config.stages)
@@ -188,6 +194,8 @@ def tune(
         run.callbacks.append(lambda event: bar.advance(loss=event.loss) if isinstance(event, StepDone) else None)
         for number, stage in enumerate(config.stages):
             tuned = prepare(base, stage, config.seed)
+            if tuned is not base:
+                ranks.in_first(partial(check_adapter_savable, tuned))
             run.losses.append(tuple(_train_stage(run, number, stage, base)))
     base.requires_grad_(False).eval()
     return TuneResult(
