@@ -41,7 +41,7 @@ class _Protocol(H11Protocol):
         others = [one for one in self.connections - {self} if isinstance(one, _Protocol) and one._waits_for_client]
         others = [one for one in others if not one.transport.is_closing()]
         if others:
-            min(others, key=lambda one: (not one._waits_for_head, one._since)).transport.abort()
+            min(others, key=lambda one: one._since).transport.abort()
         else:
             self.transport.write(_FULL)
             self.transport.close()
@@ -94,8 +94,8 @@ def create_server(
         app: what `create_app` gives; it bounds the time of bodies.
         host: address to listen on.
         port: port to listen on.
-        max_connections: above, a new connection closes the oldest one that waits for its client: first those without a
-            whole request head, then those without a whole body. Keep it below the limit on open files.
+        max_connections: above, a new connection closes the one that has waited longest for its client. Keep it below
+            the limit on open files.
         max_seconds: a connection is closed if a request head, or the reading of an answer, takes longer.
         options: more options of `uvicorn.Config`.
     """

@@ -103,6 +103,19 @@ def test_healthy_clients_are_served_while_520_slow_ones_are_held(encoder: export
             assert {status for status, _ in pool.map(lambda _: ask(port, "/image", picture()), range(16))} == {200}
 
 
+def test_healthy_clients_do_not_push_one_another_out(encoder: export.OnnxEncoder) -> None:
+    """Old connections go first, also where they have sent more of a request than the new ones."""
+    with serving(encoder, {"max_connections": 16}) as port, ExitStack() as stack:
+        for _ in range(16):
+            hold(stack, port, HALF_BODY)
+        time.sleep(0.3)  # all are read
+        healthy = [hold(stack, port, b"GET /health HTTP/1.1\r\n") for _ in range(8)]
+        time.sleep(0.3)
+        for connection in healthy:
+            connection.sendall(b"Host: a\r\nConnection: close\r\n\r\n")
+            assert b"200 OK" in connection.recv(65536)
+
+
 def closed_within(connection: socket.socket, seconds: float) -> float:
     """Seconds until the other side closes."""
     begin = time.monotonic()
