@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,8 @@ from vlm.pictures import Picture, open_picture
 from vlm.skips import Skips, Unusable
 
 _MAX_JSON = 4 * 2**30  # LLaVA's JSON of pre-training has several hundred MB
+_MAX_PICTURES = 1000  # of a conversation
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
-_EDGES = re.compile(rf"^(?:\s*{IMAGE})+|(?:{IMAGE}\s*)+$")
 
 
 @dataclass(frozen=True)
@@ -238,6 +237,12 @@ def _sample(key: str, messages: list[tuple[str, str]], images: tuple[Picture, ..
             remedy="write one marker for each picture",
             reason="markers and pictures differ in number",
         )
+    if len(images) > _MAX_PICTURES:
+        raise Unusable(
+            f"conversation '{key}' has {len(images):,} pictures",
+            remedy=f"show at most {_MAX_PICTURES:,}",
+            reason="too many pictures",
+        )
     questions = [_pictures_first(question) for question in questions]
     if not all(questions) or not all(answers):
         what = "question" if not all(questions) else "answer"
@@ -261,7 +266,9 @@ def _pictures_first(question: str) -> str:
 
     Empty if there are no words.
     """
-    inner = _EDGES.sub("", question).strip()
+    parts = question.split(IMAGE)
+    filled = [place for place, part in enumerate(parts) if part.strip()]
+    inner = IMAGE.join(parts[filled[0] : filled[-1] + 1]).strip() if filled else ""
     if not inner or IMAGE in inner:
         return inner and question
     return IMAGE * question.count(IMAGE) + inner

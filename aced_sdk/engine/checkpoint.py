@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import warnings
@@ -38,7 +40,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoints/step-00000100` and drop all but the newest `keep`. All processes call it, rank 0 writes.
 
-    `state.json` holds the digests of the other files.
+    `state.json` holds the digests of the other files, and one of its own values.
 
     Args:
         directory: the run's folder.
@@ -60,7 +62,8 @@ def save_checkpoint(
             with whole_folder(target) as folder:
                 save_state(folder, weights, moments)
                 save_tensors(folder / "loop.safetensors", {name: t.contiguous() for name, t in tensors.items()})
-                write_json(folder / _STATE, {"step": step} | state | {"files": file_digests(folder)})
+                values = {"step": step} | state | {"files": file_digests(folder)}
+                write_json(folder / _STATE, values | {"digest": state_digest(values)})
                 sync(folder)  # a checkpoint counts once it is on the disk
             sync(target.parent)
         except OSError as error:
@@ -122,6 +125,8 @@ def read_checkpoint_state(folder: Path) -> dict[str, Any]:
         state = read_json(folder / _STATE, MIB)
         if not isinstance(state, dict) or state.get("step") != step_of(folder):
             raise ReadError(f"{_STATE} is not that of step {step_of(folder)}", remedy="")
+        if state.pop("digest", None) != state_digest(state):
+            raise ReadError(f"{_STATE} is not the file that was saved", remedy="")
         files = state.pop("files", None)
         if not isinstance(files, dict):
             raise ReadError(f"{_STATE} holds no digests of the other files", remedy="")
@@ -129,6 +134,11 @@ def read_checkpoint_state(folder: Path) -> dict[str, Any]:
     except ReadError as error:
         raise unreadable(folder, error) from error
     return state
+
+
+def state_digest(values: dict[str, Any]) -> str:
+    """sha256 of the values of `state.json`, all but its own `digest`."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def step_of(checkpoint: Path) -> int:

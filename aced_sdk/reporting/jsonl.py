@@ -60,7 +60,7 @@ class JsonlWriter:
         """Append one event; it is handed to the operating system before this returns."""
         line = json.dumps(_finite(event.to_dict()), ensure_ascii=False, allow_nan=False)
         with self._writing():
-            self._stream.write(line.encode(errors="backslashreplace") + b"\n")  # a lone surrogate as JSON writes it
+            self._stream.write(line.encode(errors="replace") + b"\n")  # names of files need not be UTF-8
             self._stream.flush()
 
     def truncate_after(self, step: int) -> None:

@@ -171,7 +171,7 @@ def test_bad_inputs_are_named(pristine: Path, tmp_path: Path) -> None:
         (np.zeros((4, 4, 3), np.float32), r"images\[3\] is an array of float32"),
         (np.zeros((0, 4, 3), np.uint8), r"images\[3\]"),
         (None, r"images\[3\] is a NoneType"),
-        (Image.new("La", (4, 4)), r"images\[3\] of mode La .* cannot be resized"),
+        (Image.new("F", (4, 4)), r"images\[3\] of mode F .* 32 bits"),
         (postscript.getvalue(), r"images\[3\] cannot be decoded: unreadable picture: not a whole JPEG, PNG"),
     ):
         with pytest.raises(export.InputError, match=message) as caught:

@@ -180,8 +180,8 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
     "PPM": (lambda: ppm(30_000, 30_000), "unreadable picture"),
     "bomb": (lambda: bomb(60_000, 60_000), "too many pixels"),
     "long": (lambda: bomb(40_000, 2), "too long and thin"),
-    "JPEG scans": (lambda: scans(3000), "too many scans or segments"),
-    "JPEG segments": (lambda: encoded("jpeg")[:2] + b"\xff\xfe\0\2" * 1_000_000, "too many scans or segments"),
+    "JPEG scans": (lambda: scans(3000), "too many scans or too much EXIF data"),
+    "JPEG segments": (lambda: encoded("jpeg")[:2] + b"\xff\xfe\0\2" * 1_000_000, "unreadable picture"),
     "torn": (lambda: encoded("webp")[:40], "unreadable picture"),
     "empty": (bytes, "unreadable picture"),
 }
@@ -403,9 +403,9 @@ def test_a_task_is_a_folder_of_the_root(tmp_path: Path, name: str) -> None:
 
 
 SAMPLES: dict[str, tuple[str, str, Callable[[], bytes], str]] = {
-    "EPS": ("zero_shot", "png", PICTURES["EPS"][0], "unreadable picture"),
-    "broken AVIF": ("zero_shot", "png", PICTURES["AVIF"][0], "unreadable picture"),
-    "a class of 20 MB": ("zero_shot", "cls", lambda: b"0" * 20_000_000, "KEY.cls has too many bytes"),
+    "EPS": ("classification", "png", PICTURES["EPS"][0], "unreadable picture"),
+    "broken AVIF": ("classification", "png", PICTURES["AVIF"][0], "unreadable picture"),
+    "a class of 20 MB": ("classification", "cls", lambda: b"0" * 20_000_000, "KEY.cls has too many bytes"),
     "captions without end": ("retrieval", "txt", lambda: b"a\n" * 30_000, "too many captions"),
     "a long caption": ("retrieval", "txt", lambda: b"a" * 20_000, "caption has too many bytes"),
     "a caption of 20 MB": ("retrieval", "txt", lambda: b"a" * 20_000_000, "KEY.txt has too many bytes"),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import aced_sdk as aced
 from aced_sdk.config import DistillConfig, Engine, Optimizer
 from aced_sdk.engine import checkpoints, step_of
+from aced_sdk.engine.checkpoint import state_digest
 from aced_sdk.engine.deepspeed_engine import deepspeed_json
 from aced_sdk.files import file_digests
 from tests.security.sandbox import run
@@ -59,8 +60,10 @@ def spoil(root: Path, change: Callable[[Path, dict[str, Any]], None]) -> None:
     shutil.rmtree(root / "run" / "checkpoints" / "step-00000002")
     folder = root / "run" / "checkpoints" / "step-00000004"
     state = json.loads((folder / "state.json").read_text())
+    del state["digest"]
     change(folder, state)
-    (folder / "state.json").write_text(json.dumps(state | {"files": file_digests(folder, ["state.json"])}))
+    state["files"] = file_digests(folder, ["state.json"])
+    (folder / "state.json").write_text(json.dumps(state | {"digest": state_digest(state)}))
 
 
 def _resume(root: Path) -> int:
@@ -215,7 +218,6 @@ def _distill_beside(root: Path) -> list[int]:
 
 STATES: dict[str, Any] = {
     "a list": [],
-    "nothing": {"step": 4},
     "another step": {"step": 3, "position": 32},
     "a text": {"step": 4, "position": "32"},
     "a negative position": {"step": 4, "position": -1},
@@ -284,13 +286,13 @@ def _long_header(path: Path) -> None:
 
 
 def test_a_header_of_many_tensors_is_not_read(copy: Path) -> None:
-    _long_header(copy / "run" / "checkpoints" / "step-00000004" / "weights.safetensors")
+    spoil(copy, lambda folder, _: _long_header(folder / "weights.safetensors"))
     assert run(_resume, copy).refused("weights.safetensors", "header")
 
 
 def test_a_report_that_cannot_be_written_has_a_name(copy: Path) -> None:
     (copy / "run" / "report.html").mkdir()
-    assert run(_report, copy).refused("cannot write a report")
+    assert run(_report, copy).refused("report.html")
 
 
 # -- configs ------------------------------------------------------------------------------------------------------

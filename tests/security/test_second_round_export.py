@@ -275,7 +275,7 @@ def _conversation(path: Path, question: str, image: Any) -> Path:
 
 def test_many_markers_and_long_names_are_read_in_linear_time(tmp_path: Path) -> None:
     many = _conversation(tmp_path / "many.json", "x " + "<image>" * 50_000 + " x", ["a.png"] * 50_000)
-    assert run(_load, many, tmp_path, seconds=20).refused("amid its words")
+    assert run(_load, many, tmp_path, seconds=20).refused("pictures")
     long = _conversation(tmp_path / "long.json", "<image> x", "a/" * 200_000 + "x.png")
     assert run(_load, long, tmp_path, seconds=20).refused("too long")
 

@@ -113,13 +113,15 @@ def test_a_pipe_among_checkpoints_is_not_waited_for(left: Path, name: str) -> No
 def test_draw_counts_without_a_dimension_are_named(left: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    from aced_sdk.engine.checkpoint import state_digest
     from aced_sdk.files import file_digests
 
     folder = left / "checkpoints/step-00000002"
     tensors = load_file(folder / "loop.safetensors")
     save_file(tensors | {"counts": tensors["counts"][0].clone()}, folder / "loop.safetensors")
     state = json.loads((folder / "state.json").read_text()) | {"files": file_digests(folder, ["state.json"])}
-    (folder / "state.json").write_text(json.dumps(state))
+    del state["digest"]
+    (folder / "state.json").write_text(json.dumps(state | {"digest": state_digest(state)}))
     with pytest.raises(aced_sdk.AcedError, match="counts of 1 pairs"):
         aced_sdk.resume(left)
 

@@ -31,9 +31,6 @@ _END, _SCAN, _APP1, _ALONE = 0xD9, 0xDA, 0xE1, (0x01, 0xD8)
 MAX_ASPECT = 200  # long side over short side: resizing the short side of a longer strip would blow it up
 
 
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd8\xff]", re.DOTALL)  # one with a length, or the end
-
-
 class PictureError(ValueError):
     """A picture that cannot be used.
 
