@@ -241,6 +241,6 @@ def test_a_run_of_two_stopped_in_one_process_goes_on_alone(
 def test_a_picture_that_one_process_cannot_read_ends_both(folder: Path, tmp_path: Path) -> None:
     (first, heard), (second, told) = launch(folder, tmp_path, 2, zero=1, torn=1)
     assert (first, second) == (7, 7)
-    assert "process 1 failed: DataError" in heard
+    assert "process 1 failed: Unusable" in heard
     assert "No such file or directory" in heard
     assert "No such file or directory" in told

@@ -68,7 +68,7 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def right(folder: Path) -> Path:
-    """Let a language model's tokenizer pad on the right, as most do that say nothing."""
+    """Let a language model's tokenizer say that it pads on the right; one that says nothing does so too."""
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "right"}))
     return folder
@@ -95,7 +95,8 @@ def same(found: list[Any], expected: list[str], tolerance: float = 1e-4) -> None
 def test_every_saved_form_answers_alone_and_in_batches_as_it_did(tmp_path: Path) -> None:
     expected, places = {}, []
     for name, chatml in (("marks", True), ("plain", False)):
-        words = right(language(tmp_path / name, chatml=chatml))
+        words = language(tmp_path / name, chatml=chatml)
+        assert AutoTokenizer.from_pretrained(words if chatml else right(words)).padding_side == "right"
         model, processor = vlm.build(student(tmp_path / f"student-{name}"), words)
         plan = config(align=20, adapt=20, learning_rate=3e-2)
         tuned = vlm.tune(model, processor, samples(1), plan, directory=tmp_path / f"run-{name}").model
@@ -113,7 +114,7 @@ def test_every_saved_form_answers_alone_and_in_batches_as_it_did(tmp_path: Path)
 
 
 def test_other_kinds_and_half_precision_answer_as_they_did(tmp_path: Path) -> None:
-    words = right(language(tmp_path / "words"))
+    words = language(tmp_path / "words")
     text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     architecture = {"embed_dim": 16, "vision_cfg": CONVOLUTIONS, "text_cfg": text}
     convolutional = towers.build(Student(architecture=architecture), seed=0).eval()
@@ -135,7 +136,7 @@ def test_other_kinds_and_half_precision_answer_as_they_did(tmp_path: Path) -> No
 
 def test_what_a_call_sets_is_not_saved(tmp_path: Path) -> None:
     """Answers, and a processor whose user has changed it, leave no trace in the files."""
-    model, processor = vlm.build(student(tmp_path / "student"), right(language(tmp_path / "words")))
+    model, processor = vlm.build(student(tmp_path / "student"), language(tmp_path / "words"))
     first = vlm.save(model, processor, tmp_path / "first")
     vlm.answer(model, processor, COLOURS, [SHORT] * 3, 2)
     processor(text=[SHORT], padding="max_length", max_length=40, truncation=True)
