@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from aced_sdk.config import Config
+from aced_sdk.processing.plain import to_rgb
 
 MAX_SIDE = 2_048  # pixels; the largest towers of open_clip and timm take 1,024
 
@@ -54,12 +55,7 @@ class Preprocess(Config):
         geometry = whole.transforms[:-2]  # the last two are ToTensor and Normalize, done on the device later
 
         def resize(image: Image.Image) -> Tensor:
-            if image.mode in ("P", "LA", "PA"):
-                image = image.convert("RGBA")  # resampling palette indices would be meaningless
-            if image.mode == "RGBA":
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image)
-            image = image.convert("RGB")
+            image = to_rgb(image)
             for step in geometry:
                 image = step(image)
             return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
