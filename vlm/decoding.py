@@ -97,7 +97,7 @@ def warn_of_lost(given: Mapping[str, Any]) -> None:
 
     known = GenerationConfig().to_dict().keys() - _SILENT - (_SAMPLING if given.get("do_sample") is True else set())
     lost = [name for name in sorted(known & given.keys()) if not _neutral(name, given[name])]
-    lost = [name for name in lost if name not in _KEPT or not _KEPT[name](given[name])]
+    lost = [name for name in lost if not name.startswith("_") and not (name in _KEPT and _KEPT[name](given[name]))]
     if lost:
         warnings.warn(
             f"the generation settings {', '.join(f'{name}={given[name]!r:.40}' for name in lost)} are left out: "
