@@ -105,7 +105,7 @@ def open_session(path: Path, options: Any, providers: Sequence[str]) -> Any:
             f"onnxruntime cannot load {printable(path)}: {printable(error)}", remedy="export the student again"
         ) from error
     for name in providers:
-        if name not in session.get_providers():  # onnxruntime only warns, and goes on without it
+        if name not in session.get_providers():  # onnxruntime only warns, and continues without it
             raise InputError(
                 f"onnxruntime cannot start '{name}' here",
                 remedy="install its driver and libraries, or leave it out",

@@ -20,7 +20,7 @@ from aced_sdk.files.reading import MIB
 
 _MAX_YAML = 4 * MIB  # a run over many shards that are named one by one
 _MAX_INT = 2**63 - 1
-_MISTAKES, _MOST = 20, 1000  # that are told in words, and of which some are told at all
+_MISTAKES, _MOST = 20, 1000  # listed in an error; above the second number only some are counted
 
 
 class Config(BaseModel):

@@ -105,7 +105,7 @@ def report(run_directory: str | Path) -> Path:
     steps = kinds.get("step_done", [])
     if not steps:
         raise DataError(
-            f"{printable(folder)} tells of no step yet", remedy="wait until the run has taken its first step"
+            f"{printable(folder)} has logged no step yet", remedy="wait until the run has taken its first step"
         )
     config = _config(folder)
     groups: list[Group] = []

@@ -84,7 +84,7 @@ def restore(folder: Path, parts: Parts) -> Progress:
         CacheError: if the run has learned from other frozen models.
     """
     state, tensors = load_checkpoint(folder, parts.engine)
-    if state.get("frozen", parts.frozen) != parts.frozen:  # older checkpoints do not tell
+    if state.get("frozen", parts.frozen) != parts.frozen:  # older checkpoints lack it
         raise CacheError(
             "a reference or teacher has changed since the run was started: a resumed run would mix two models",
             remedy="restore the model's folder, or start a new run",

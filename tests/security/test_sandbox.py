@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sandbox itself: each way to end is told apart."""
+"""The sandbox reports each way in which a call can end."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from vlm.vqa import vqa_normalised
         ("t-shirt", "t shirt"),  # a space for punctuation
         ("black/white", "black white"),
         ("wait!", "wait"),
-        ("a, b,c", "bc"),  # the comma stands beside a space somewhere: it goes everywhere ("a" is an article)
+        ("a, b,c", "bc"),  # one comma is next to a space, so all commas are removed ("a" is an article)
         ("x, b,c", "x bc"),
         ("red, green", "red green"),  # none where one stands already
         ("girl's", "girl's"),  # apostrophes stay
