@@ -181,7 +181,7 @@ def cache_embeddings(
     if not isinstance(data, Data):
         given = [data] if isinstance(data, str | PathLike) else data
         data = Data(shards=tuple(fspath(shard) for shard in given))
-    pool = Pool(data.shards)
+    pool = Pool(data.shards, caption_lines=data.caption_lines)
     write: Callable[..., EmbeddingCache]
     if isinstance(model, Stored):
         fingerprint, write = stored_fingerprint(model), partial(write_stored, model)

@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from aced_sdk.data.pool import IMAGES, Pool, UnusablePair
+from aced_sdk.data.pool import Pool, UnusablePair
+from aced_sdk.data.samples import IMAGES
 from aced_sdk.errors import DataError
 from aced_sdk.files import parse_json, printable, whole_file
 from vlm.conversation import check_words

@@ -142,8 +142,8 @@ def read_manifest(directory: Path) -> CacheManifest:
 
 
 def bound_shards(pool: Pool) -> tuple[tuple[str, str], ...]:
-    """File name and sha256 of each shard."""
-    return tuple(zip((shard.name for shard in pool.shards), pool.digests, strict=True))
+    """File name and binding of each shard."""
+    return tuple(zip((shard.name for shard in pool.shards), pool.bindings, strict=True))
 
 
 def check_binding(

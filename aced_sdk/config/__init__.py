@@ -7,11 +7,12 @@ Sizes count examples, lengths count steps (one step trains one sub-batch), rates
 from aced_sdk.config.base import Config
 from aced_sdk.config.curation import Curation, Iid, Independent, Joint, LossForm, Score, SelectionLoss, StaticFilter
 from aced_sdk.config.engine import Engine, Optimizer, Schedule
-from aced_sdk.config.models import Data, Frozen, Stored, Student
+from aced_sdk.config.models import CaptionLines, Data, Frozen, Stored, Student
 from aced_sdk.config.objective import Contrastive, Distillation, Objective
 from aced_sdk.config.run import DistillConfig, Evaluation
 
 __all__ = [
+    "CaptionLines",
     "Config",
     "Contrastive",
     "Curation",

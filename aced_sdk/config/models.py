@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from aced_sdk.config.base import Config
 from aced_sdk.config.curation import LossForm
+
+CaptionLines = Literal["join", "first"]
+
+
+def _several(value: Any) -> Any:
+    """One path stands for a tuple of one."""
+    return (fspath(value),) if isinstance(value, str | PathLike) else value
 
 
 class Student(Config):
@@ -59,8 +67,8 @@ class Stored(Config):
 class Data(Config):
     """The pool: pairs in WebDataset tars (KEY.jpg|png|webp, KEY.txt, KEY.json)."""
 
-    shards: tuple[str, ...] = Field(
-        min_length=1, description="tar files or folders of tars; braces such as {0000..0099} expand"
+    shards: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
+        min_length=1, description="a tar, a folder of tars, or several; braces such as {0000..0099} expand"
     )
     prepared: Path | None = Field(
         None,
@@ -71,5 +79,10 @@ class Data(Config):
     max_pixels: int = Field(100_000_000, gt=0, description="pictures with more pixels are skipped and counted")
     max_caption_bytes: int = Field(
         4096, gt=0, description="pairs with longer captions are skipped and counted: a word of many letters takes long"
+    )
+    caption_lines: CaptionLines = Field(
+        "join",
+        description="a caption of several lines: 'join' reads it as one text, 'first' takes its first line, "
+        "for pools that hold one caption per line",
     )
     workers: int = Field(2, ge=1, le=1024, description="threads that read and decode ahead")

@@ -7,21 +7,22 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from aced_sdk.data.tars import Member, TarError, entries
+from aced_sdk.config import CaptionLines
+from aced_sdk.data.samples import IMAGES, Sample, group
+from aced_sdk.data.tars import Member, TarError, UnsupportedTar, entries
 from aced_sdk.errors import DataError
 from aced_sdk.files import ReadError, expand, open_regular, parse_json, printable, sha256
 from aced_sdk.files.reading import MIB
 from aced_sdk.processing.plain import PictureError, open_picture
 from aced_sdk.processing.plain.pictures import MAX_BYTES
 
-IMAGES = frozenset({"png", "jpg", "jpeg", "webp", "bmp"})
 MAX_SHARDS = 1_000_000
 _MAX_PATTERN = 50_000  # letters
 _MAX_LETTERS = 500_000_000  # of all names that a pattern gives
@@ -33,28 +34,23 @@ class UnusablePair(Exception):
     """A pair that cannot be trained on; counted and skipped. Its argument is the reason in a few words."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One key of a shard with its members by extension."""
-
-    key: str
-    shard: int
-    members: dict[str, Member]
-
-
 class Pool:
     """All samples of some shards in a fixed order; a row number names a sample for good.
 
     Args:
         shards: tar files, folders of tars, or patterns with braces such as `cc12m/{00000..00012}.tar`.
         patterns: False takes braces and `~` for letters of a name.
+        caption_lines: as `Data.caption_lines`.
 
     Raises:
         DataError: if a shard is missing, is no tar or is cut off, or if there is no sample at all.
     """
 
-    def __init__(self, shards: Sequence[str | Path], *, patterns: bool = True) -> None:
+    def __init__(
+        self, shards: Sequence[str | Path], *, patterns: bool = True, caption_lines: CaptionLines = "join"
+    ) -> None:
         self.shards = shard_paths(shards, patterns=patterns)
+        self.caption_lines = caption_lines
         self.samples: list[Sample] = [s for number, path in enumerate(self.shards) for s in _samples(path, number)]
         if not self.samples:
             raise DataError(
@@ -70,9 +66,14 @@ class Pool:
         return tuple(sha256(shard) for shard in self.shards)
 
     @cached_property
+    def bindings(self) -> tuple[str, ...]:
+        """What decides the pairs of each shard: the digest of its bytes, and `caption_lines` where it is set."""
+        return self.digests if self.caption_lines == "join" else tuple(f"{one}:first-line" for one in self.digests)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the shards' contents in order."""
-        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+        """Hex digest of the `bindings` in order."""
+        return hashlib.sha256("".join(self.bindings).encode()).hexdigest()
 
     def shard_rows(self) -> Iterator[tuple[Path, range]]:
         """Each shard with its rows."""
@@ -88,11 +89,13 @@ class Pool:
         """The bytes of one member; None if the sample has none of that extension.
 
         Raises:
-            UnusablePair: if it has more than `limit` bytes.
+            UnusablePair: if it has more than `limit` bytes, or the sample has a `problem`.
             ReadError: if the shard cannot be read any more.
             DataError: if it was cut off since it was opened.
         """
         sample = self.samples[row]
+        if sample.problem:
+            raise UnusablePair(sample.problem)
         member = sample.members.get(extension)
         if member is None:
             return None
@@ -112,27 +115,52 @@ class Pool:
         Raises:
             UnusablePair: if there is none, it is broken, or it has more than `max_pixels` pixels.
         """
-        extension = next((e for e in self.samples[row].members if e in IMAGES), None)
+        sample = self.samples[row]
+        extension = next((e for e in sample.members if e in IMAGES), None)
         if extension is None:
-            raise UnusablePair("no picture")
+            raise UnusablePair(sample.problem or "no picture")
         try:
             return open_picture(self.read(row, extension) or b"", max_pixels=max_pixels)
         except PictureError as error:
             raise UnusablePair(error.reason) from error
 
     def text(self, row: int, max_bytes: int = MAX_CAPTION) -> str:
-        """The caption.
+        """The caption: KEY.txt, or `caption` of KEY.json if there is no KEY.txt.
 
         Raises:
             UnusablePair: if it is missing, empty, not UTF-8, or has more than `max_bytes` bytes.
         """
+        raw = self.read(row, "txt", max_bytes)
         try:
-            text = (self.read(row, "txt", max_bytes) or b"").decode().strip()
+            text = self._json_caption(row, max_bytes) if raw is None else raw.decode()
         except UnicodeDecodeError as error:
             raise UnusablePair("caption is not UTF-8") from error
-        if not text:
+        lines = text.strip().splitlines() if self.caption_lines == "first" else [text]
+        if not lines or not lines[0].strip():
             raise UnusablePair("empty caption")
-        return text
+        return lines[0].strip()
+
+    def _json_caption(self, row: int, max_bytes: int) -> str:
+        caption = self.metadata(row).get("caption")
+        if not isinstance(caption, str):
+            raise UnusablePair("no caption")
+        if len(caption.encode(errors="surrogatepass")) > max_bytes:
+            raise UnusablePair("the caption in KEY.json has too many bytes")
+        if not caption.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise UnusablePair("caption is not UTF-8")
+        return caption
+
+    def many_lines(self, rows: int = 256) -> tuple[int, int]:
+        """How many captions have several lines, and how many were read: at most `rows`, spread over the pool."""
+        several = read = 0
+        for row in np.linspace(0, len(self) - 1, min(rows, len(self))).astype(int):
+            try:
+                raw = self.read(int(row), "txt", MAX_CAPTION) or b""
+            except UnusablePair:
+                continue
+            read += 1
+            several += sum(bool(line.strip()) for line in raw.splitlines()) > 1
+        return several, read
 
     def metadata(self, row: int) -> dict[str, Any]:
         """KEY.json, or an empty mapping where there is none or it is broken: metadata never decides training."""
@@ -234,15 +262,13 @@ def _samples(path: Path, number: int) -> tuple[Sample, ...]:
 @lru_cache(maxsize=4096)  # a run plans, caches and trains over the same shards, and a process may make many runs
 def _index(path: Path, number: int, size: int, mtime_ns: int) -> tuple[Sample, ...]:
     """The samples of a tar; size and time of change are those of the file that was read."""
-    samples: dict[str, Sample] = {}
+    files: list[tuple[str, Member | None]] = []
     try:
         with open_regular(path) as stream:
-            for name, member in entries(stream, size):
-                folder, _, file = name.rpartition("/")
-                key, _, extension = file.partition(".")
-                key = f"{folder}/{key}" if folder else key
-                samples.setdefault(key, Sample(key, number, {})).members[extension.lower()] = member
+            files.extend(entries(stream, size))
+    except UnsupportedTar as error:
+        raise _wrong(f"the shard {printable(path)} {error.args[0]}", error.args[1]) from error
     except (TarError, ReadError, OSError) as error:
-        cause = f"the shard {printable(path)} is broken or cut off after {len(samples)} samples: {error}"
+        cause = f"the shard {printable(path)} is broken or cut off after {len(files)} files: {error}"
         raise _wrong(cause, "fetch or write it again, or leave it out") from error
-    return tuple(samples.values())
+    return group(files, number)

@@ -6,21 +6,30 @@ Python's `tarfile` trusts the sizes in headers: some make it allocate them, some
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 
+from aced_sdk.files import printable
 from aced_sdk.files.reading import MIB
 
 BLOCK = 512
 _MAX_EXTENSION = MIB  # of a pax header or a long name
+_MAX_GAP = 64 * MIB  # of zeros between two tars in one file
 _REGULAR = (b"0", b"\0", b"7")
+_HARD_LINK, _SOFT_LINK = b"1", b"2"
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 
 class TarError(Exception):
     """A file that is not an uncompressed tar, or not a whole one; its argument says why."""
+
+
+class UnsupportedTar(TarError):
+    """A file of a kind that is not read; its arguments are the end of a sentence about it, and a remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +40,37 @@ class Member:
     size: int
 
 
-def entries(stream: BufferedReader, length: int) -> Iterator[tuple[str, Member]]:
+def entries(stream: BufferedReader, length: int) -> Iterator[tuple[str, Member | None]]:
     """Name and place of each regular file of a tar (ustar, GNU or pax), in order.
+
+    A link has the place of the file that it names, or None if no such file is before it in the tar.
+    Several tars in one file (`cat a.tar b.tar`) are read one after another.
 
     Args:
         stream: the tar.
         length: its bytes.
 
     Raises:
-        TarError: if a header is broken, the end is missing, or a file is sparse.
+        UnsupportedTar: if the file is compressed, or a file in it is sparse.
+        TarError: if a header is broken or the end is missing.
     """
-    offset, name, size = 0, None, None  # name and size: as an extension header before a file gives them
+    stream.seek(0)
+    start = stream.read(8)
+    for magic, kind_of_file in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise UnsupportedTar(f"is compressed with {kind_of_file}", "decompress it: pairs are read at their offsets")
+    places: dict[str, Member] = {}
+    offset, name, target, size = 0, None, None, None  # the last three: as extension headers before a file give them
     while True:
         stream.seek(offset)
         header = stream.read(BLOCK)
         if len(header) < BLOCK:
             raise TarError("the end mark is missing")
         if header == bytes(BLOCK):
-            return
+            offset = _next_tar(stream, offset, length)
+            if offset >= length:
+                return
+            continue
         _check_sum(header)
         kind, claimed = header[156:157], _number(header[124:136])
         extends = kind in (b"L", b"K", b"x", b"X", b"g")
@@ -66,15 +88,51 @@ def entries(stream: BufferedReader, length: int) -> Iterator[tuple[str, Member]]
             content = stream.read(held)
             if kind == b"L":
                 name = _text(content)
+            elif kind == b"K":
+                target = _text(content)
             elif kind in (b"x", b"X"):
                 records = _pax(content)
-                name, size = records.get("path", name), _pax_size(records, size)
+                if any(key.startswith("GNU.sparse.") for key in records):
+                    raise _sparse(records.get("GNU.sparse.name", records.get("path", "")))
+                name, target = records.get("path", name), records.get("linkpath", target)
+                size = _pax_size(records, size)
             continue
+        name = _name(header) if name is None else name
         if kind == b"S":
-            raise TarError("sparse files are not supported")
+            raise _sparse(name)
         if kind in _REGULAR:
-            yield _name(header) if name is None else name, Member(data, held)
-        name = size = None
+            place = places[name] = Member(data, held)
+            yield name, place
+        elif kind in (_HARD_LINK, _SOFT_LINK):
+            target = _text(header[157:257]) if target is None else target
+            if kind == _SOFT_LINK:
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+            found = places.get(target)
+            if found is not None:
+                places[name] = found
+            yield name, found
+        name = target = size = None
+
+
+def _next_tar(stream: BufferedReader, offset: int, length: int) -> int:
+    """The first block from `offset` on that is not all zeros; `length` if there is none.
+
+    Raises:
+        TarError: if there are more than 64 MiB of zeros.
+    """
+    stream.seek(offset)
+    for start in range(offset, min(offset + _MAX_GAP, length), MIB):
+        chunk = stream.read(MIB)
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros < len(chunk):
+            return start + zeros // BLOCK * BLOCK
+    if offset + _MAX_GAP < length:
+        raise TarError("more than 64 MiB of zeros follow an end mark")
+    return length
+
+
+def _sparse(name: str) -> UnsupportedTar:
+    return UnsupportedTar(f"holds a sparse file, '{printable(name)}'", "write it again without tar's option --sparse")
 
 
 def _check_sum(header: bytes) -> None:
@@ -119,8 +177,6 @@ def _pax(content: bytes) -> dict[str, str]:
 
 
 def _pax_size(records: dict[str, str], before: int | None) -> int | None:
-    if any(key.startswith("GNU.sparse.") for key in records):
-        raise TarError("sparse files are not supported")
     if "size" not in records:
         return before
     if not re.fullmatch(r"[0-9]{1,18}", records["size"]):

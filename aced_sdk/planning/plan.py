@@ -57,7 +57,7 @@ def plan(config: DistillConfig) -> Plan:
         DataError: if the shards cannot be read.
         EvaluationError: if an evaluation task is missing or lacks a file.
     """
-    pool = Pool(config.data.shards)
+    pool = Pool(config.data.shards, caption_lines=config.data.caption_lines)
     if (root := config.evaluation.data_root) is not None:
         for name in expand_names(config.evaluation.tasks):
             open_task(name, root)

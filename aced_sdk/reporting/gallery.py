@@ -65,7 +65,7 @@ def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) ->
     """
     groups: list[Group] = []
     try:
-        pool = Pool(config.data.shards)
+        pool = Pool(config.data.shards, caption_lines=config.data.caption_lines)
         counts = _counts(folder, len(pool))
         shown = _Reader(pool, config.data)
         if counts is not None:

@@ -39,6 +39,7 @@ from aced_sdk.training.step import can_accumulate
 
 CONFIG = "config.yaml"
 _SKIPPED = "look at the shards; data.max_bad_fraction bounds how many may be left out"
+_LINES = "if each line is a caption of its own, set data.caption_lines to 'first'"
 Watch = Callable[[str, int, int], None]
 
 
@@ -101,7 +102,7 @@ def _start(
 ) -> Run:
     started = time.perf_counter()
     torch.manual_seed(config.seed)
-    pool = Pool(config.data.shards)
+    pool = Pool(config.data.shards, caption_lines=config.data.caption_lines)
     if resume_from is not None:
         check_pool(resume_from, pool.fingerprint)
     encoder = build(config.student, config.seed)
@@ -155,6 +156,9 @@ def _start(
     parts.emit(RunStarted(step_of(resume_from) if resume_from else 0, config.schedule.steps, config.hash(), facts))
     if usable < len(pool) and resume_from is None:
         parts.emit(Warned(0, f"{len(pool) - usable} of {len(pool)} pairs are unusable and left out", _SKIPPED))
+    several, read = pool.many_lines() if config.data.caption_lines == "join" else (0, 1)
+    if several > read / 2:
+        parts.emit(Warned(0, f"{several} of {read} captions have several lines and are read as one text", _LINES))
     done = train(config, parts, resume_from)
     if isinstance(source, Decoding) and source.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.bad.most_common())

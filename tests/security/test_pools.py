@@ -101,7 +101,8 @@ def _index(path: Path) -> int:
 @pytest.mark.parametrize("name", TARS)
 def test_a_hostile_tar_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "0.tar").write_bytes(TARS[name])
-    assert run(_index, tmp_path / "0.tar", mib=256).refused("broken or cut off", "data.shards")
+    cause = "sparse" if name == "a sparse file" else "broken or cut off"
+    assert run(_index, tmp_path / "0.tar", mib=256).refused(cause, "data.shards")
 
 
 @pytest.mark.parametrize("target", ["a pipe", "/dev/zero", "nothing"])
@@ -131,7 +132,7 @@ def test_honest_tars_are_read_as_tarfile_reads_them(tmp_path: Path, form: int) -
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
     with path.open("rb") as stream:
-        found = [(name, m.offset, m.size) for name, m in entries(stream, path.stat().st_size)]
+        found = [(name, m.offset, m.size) for name, m in entries(stream, path.stat().st_size) if m]
     assert found == expected
     assert len(found) == len(names)
 
