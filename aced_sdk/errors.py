@@ -46,6 +46,14 @@ class ModelError(AcedError):
     """A model folder or architecture that cannot be used as asked."""
 
 
+class EncoderError(AcedError):
+    """Base of what calls of an encoder raise."""
+
+
+class InputError(EncoderError, ValueError):
+    """A picture, a text or an option that cannot be used; `field` names it."""
+
+
 class CacheError(AcedError):
     """An embedding cache that does not fit the model, the preprocessing or the data."""
 

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aced_sdk.processing.plain.inputs import Picture, at_least_one, read_input_header
 from export.errors import ClosedError, FolderError, InputError, QueueFullError
-from export.pictures import Picture, read_header
 from export.runtime import Floats, OnnxEncoder
-from export.sessions import at_least_one
 
 _LONGEST_WAIT_MS = 60_000
 _BYTES_PER_PIXEL = 16  # of a picture while it is decoded and laid on white
@@ -75,7 +74,7 @@ class Batcher:
         room = _Room(max_decoded)
 
         def decode(picture: Picture) -> NDArray[Any]:
-            header = read_header(picture, "images[0]", encoder.max_pixels)
+            header = read_input_header(picture, "images[0]", encoder.max_pixels)
             with room.of(_BYTES_PER_PIXEL * header.width * header.height):
                 return encoder.preprocess([header])
 

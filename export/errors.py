@@ -6,20 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from aced_sdk.errors import AcedError
+from aced_sdk.errors import EncoderError, InputError
 from aced_sdk.files import ReadError
 
-
-class EncoderError(AcedError):
-    """Base of what `OnnxEncoder` raises."""
+__all__ = ["ClosedError", "EncoderError", "FolderError", "InputError", "QueueFullError", "folder_errors"]
 
 
 class FolderError(EncoderError):
     """An exported folder that is missing, altered, not safe to load, or lacks what was asked for."""
-
-
-class InputError(EncoderError, ValueError):
-    """A picture, a text or an option that cannot be used; `field` names it."""
 
 
 class QueueFullError(EncoderError):

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aced_sdk.files import printable, read_json
-from aced_sdk.processing import plain
 from aced_sdk.processing.plain import to_rgb
+from aced_sdk.processing.plain.inputs import Picture, open_input
 from export.errors import FolderError, InputError, folder_errors
 
 MAX_SIDE = 2048  # of a tower's pictures
 _MAX_BYTES = 2**16  # of preprocessor_config.json
-
-_REMEDIES = {
-    "too many pixels": "make it smaller, or give OnnxEncoder a larger max_pixels",
-    "too long and thin": "cut it to pieces",
-}
-
-Picture = Image.Image | str | Path | bytes | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -134,12 +125,12 @@ def _crop_or_pad(image: Image.Image, height: int, width: int, fill: int) -> Imag
 
 
 def prepare(source: Picture, place: str, geometry: Geometry, max_pixels: int) -> NDArray[np.uint8]:
-    """`open_picture`, then `Geometry.pixels`.
+    """`open_input`, then `Geometry.pixels`.
 
     Raises:
         InputError: naming `place`, if it cannot be read, has more than `max_pixels` pixels, or is far longer than wide.
     """
-    image = open_picture(source, place, max_pixels)
+    image = open_input(source, place, max_pixels)
     most = max(max_pixels, 16 * geometry.width * geometry.height)
     if geometry.resized_pixels(*image.size) > most:  # the short side of a long strip may have to grow a lot
         raise InputError(
@@ -153,51 +144,3 @@ def prepare(source: Picture, place: str, geometry: Geometry, max_pixels: int) ->
             remedy="make it an ordinary RGB picture",
             field=place,
         ) from error
-
-
-def open_picture(source: Picture, place: str, max_pixels: int) -> Image.Image:
-    """A decoded picture from a PIL image, a path, encoded bytes, or a uint8 array [H, W], [H, W, 3] or [H, W, 4].
-
-    Raises:
-        InputError: naming `place`, if it cannot be read, is in a format that is not in
-            `aced_sdk.processing.plain.FORMATS`, has more than `max_pixels` pixels, or is far longer than wide.
-    """
-    header = read_header(source, place, max_pixels)
-    with _input_errors(place, source):
-        return plain.open_picture(header, max_pixels=max_pixels)
-
-
-def read_header(source: Picture, place: str, max_pixels: int) -> Image.Image:
-    """As `open_picture`; its pixels are decoded when they are asked for."""
-    if isinstance(source, np.ndarray):
-        source = _from_array(source, place)
-    if not isinstance(source, (Image.Image, bytes, str, Path)):
-        raise InputError(
-            f"{place} is a {type(source).__name__}", remedy="give PIL images, paths, bytes or uint8 arrays", field=place
-        )
-    with _input_errors(place, source):
-        return plain.read_header(source, max_pixels=max_pixels)
-
-
-@contextmanager
-def _input_errors(place: str, source: Picture) -> Iterator[None]:
-    try:
-        yield
-    except plain.PictureError as error:
-        where = f"{place} ({printable(source)})" if isinstance(source, (str, Path)) else place
-        raise InputError(
-            f"{where} cannot be decoded: {printable(error)}",
-            remedy=_REMEDIES.get(error.reason, f"give a whole picture in one of {', '.join(plain.FORMATS)}"),
-            field=place,
-        ) from error
-
-
-def _from_array(pixels: NDArray[Any], place: str) -> Image.Image:
-    known = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
-    if pixels.dtype != np.uint8 or not known or pixels.size == 0:
-        raise InputError(
-            f"{place} is an array of {pixels.dtype} {list(pixels.shape)}",
-            remedy="give uint8 [H, W], [H, W, 3] or [H, W, 4]",
-            field=place,
-        )
-    return Image.fromarray(pixels)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +14,18 @@ from tokenizers import Tokenizer
 
 from aced_sdk.files import inside, printable
 from aced_sdk.processing.plain import read_tokenizer
+from aced_sdk.processing.plain.inputs import Picture, at_least_one, picture_batches, text_batches
 from export.cleaning import clean_text
 from export.errors import EncoderError, FolderError, InputError, folder_errors
 from export.graph_file import check_graph_file
 from export.manifest import GEOMETRY, INPUTS, OUTPUTS, TOKENIZER, check_files, needed_files, read_manifest
-from export.pictures import Geometry, Picture, prepare
-from export.sessions import at_least_one, check_ends, known_providers, open_session, run_session, session_options
+from export.pictures import Geometry, prepare
+from export.sessions import check_ends, known_providers, open_session, run_session, session_options
 
 MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn
 MAX_BATCH = 256
 MAX_CHARACTERS = 10_000  # of one text: a tower reads some hundred, and cleaning takes time that grows with the square
 
-Item = TypeVar("Item")
 Floats = NDArray[np.float32]
 
 
@@ -148,21 +147,21 @@ class OnnxEncoder:
         """The learned bias of the sigmoid loss; 0 where there is none."""
         return float(self._manifest["bias"])
 
-    def encode_image(self, images: Iterable[Picture], batch_size: int = 32) -> Floats:
+    def encode_image(self, images: Picture | Iterable[Picture], batch_size: int = 32) -> Floats:
         """L2-normalised float32 [N, D].
 
         Args:
-            images: PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]. Transparency is
-                laid on white; EXIF orientation is not applied, as in training.
+            images: PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]; one of them counts
+                as a list of one. Transparency is laid on white; EXIF orientation is not applied, as in training.
             batch_size: at most so many pictures, and at most `max_batch`, are decoded and in memory at once.
 
         Raises:
             InputError: naming the picture that cannot be used.
             FolderError: if no vision graph was exported.
         """
-        if isinstance(images, (str, bytes, Path, Image.Image, np.ndarray)):
-            raise InputError("one picture was given, not a list of them", remedy="put it into a list", field="images")
-        return self._encode("vision", images, batch_size, self.preprocess)
+        size = self._batch("vision", batch_size)
+        batches = picture_batches(images, size)
+        return self._joined([self.embed("vision", self.preprocess(batch, first)) for first, batch in batches])
 
     def encode_text(self, texts: str | Iterable[str], batch_size: int = 256) -> Floats:
         """L2-normalised float32 [N, D].
@@ -171,7 +170,8 @@ class OnnxEncoder:
             InputError: if something is no text.
             FolderError: if no text graph was exported.
         """
-        return self._encode("text", [texts] if isinstance(texts, str) else texts, batch_size, self.tokenize)
+        size = self._batch("text", batch_size)
+        return self._joined([self.embed("text", self.tokenize(batch, n)) for n, batch in text_batches(texts, size)])
 
     def warm_up(self, batch_sizes: Sequence[int] = (1,)) -> None:
         """Run every graph once per batch size, so that the first request does not pay for memory and kernels."""
@@ -315,25 +315,13 @@ class OnnxEncoder:
         if not any(name in INPUTS[loaded] for loaded in self._sessions):
             self._graph(part)  # which is not there, and says so
 
-    def _encode(
-        self, part: str, items: Iterable[Item], batch_size: int, prepare: Callable[[Sequence[Item], int], NDArray[Any]]
-    ) -> Floats:
+    def _batch(self, part: str, batch_size: int) -> int:
         at_least_one(batch_size=batch_size)
         self._graph(part)
-        size = min(batch_size, self.max_batch)
-        out = [self.embed(part, prepare(batch, first)) for first, batch in _batches(items, size)]
-        return np.concatenate(out) if out else np.empty((0, self.embedding_dim), np.float32)
+        return min(batch_size, self.max_batch)
 
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
-    try:
-        left = iter(items)
-    except TypeError:
-        raise InputError(f"a {type(items).__name__} was given", remedy="give a list", field="inputs") from None
-    first = 0
-    while batch := list(islice(left, size)):
-        yield first, batch
-        first += len(batch)
+    def _joined(self, parts: list[Floats]) -> Floats:
+        return np.concatenate(parts) if parts else np.empty((0, self.embedding_dim), np.float32)
 
 
 def _normalised(embeddings: Floats) -> Floats:

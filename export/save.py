@@ -21,6 +21,7 @@ from PIL import Image
 from aced_sdk import towers
 from aced_sdk.errors import ConfigError, MissingPackageError, UnsupportedError
 from aced_sdk.files import printable, sha256, write_json
+from aced_sdk.processing.plain.inputs import open_input
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.folder import CONFIG, WEIGHTS
 from aced_sdk.towers.folder import MANIFEST as STUDENT_MANIFEST
@@ -29,7 +30,6 @@ from export.errors import EncoderError, InputError
 from export.folder import export_folder, front_matter
 from export.graphs import FILES, float16_graph, float32_graph, is_large, save_graph
 from export.manifest import INPUTS, MANIFEST, OUTPUTS, check_files, manifest_digest, read_manifest
-from export.pictures import open_picture
 from export.quantize import described, int8_graph
 from export.report import SUFFIX, ExportError, ExportReport, Graph, Manifest, Part, Precision, Source
 from export.tokenizer import write_tokenizer
@@ -218,7 +218,7 @@ def opened(field: str, paths: Sequence[str | Path]) -> list[Image.Image]:
         ExportError: if one cannot be read.
     """
     try:
-        return [open_picture(path, f"{field}[{n}]", runtime.MAX_PIXELS) for n, path in enumerate(paths)]
+        return [open_input(path, f"{field}[{n}]", runtime.MAX_PIXELS) for n, path in enumerate(paths)]
     except InputError as error:
         raise ExportError(error.cause, remedy=error.remedy, field=field) from error
 

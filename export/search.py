@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from aced_sdk.files import ReadError, parse_json, printable, whole_file
+from aced_sdk.processing.plain.inputs import Picture, at_least_one
 from export.arrays import read_arrays
 from export.errors import FolderError, InputError
-from export.pictures import Picture
 from export.runtime import Floats, OnnxEncoder
-from export.sessions import at_least_one
 
 _MAX_BYTES = 2**36  # of a saved search: 2**24 entries of 1024 numbers
 

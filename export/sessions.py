@@ -16,6 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from aced_sdk.files import printable
+from aced_sdk.processing.plain.inputs import at_least_one
 from export.errors import EncoderError, FolderError, InputError
 
 SECONDS_PER_ROW = 60.0
@@ -23,17 +24,6 @@ _MEMORY_SHARE = 0.75  # of the machine's memory, for all graphs of this process
 
 _RUNNING: dict[int, tuple[float, Any]] = {}  # runs in progress: when each must end, and its RunOptions
 _watch = Thread()
-
-
-def at_least_one(**values: int) -> None:
-    """Refuse counts below 1.
-
-    Raises:
-        InputError: naming the first of them.
-    """
-    for name, value in values.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}", remedy="give at least 1", field=name)
 
 
 def session_options(threads: int | None, precision: str) -> Any:

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from aced_sdk.processing.plain.inputs import Picture, at_least_one
 from export.errors import EncoderError
-from export.pictures import Picture
 from export.runtime import Floats, OnnxEncoder
-from export.sessions import at_least_one
 
 
 class Guess(NamedTuple):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aced_sdk.config import LossForm
-from aced_sdk.errors import ModelError
+from aced_sdk.errors import InputError, ModelError
 from aced_sdk.files import tensor_digest
+from aced_sdk.processing.plain import PictureError
+from aced_sdk.processing.plain.inputs import Picture, at_least_one, open_input, picture_batches, text_batches
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.profile import Profile, profile_model
 from aced_sdk.towers.replica import evaluating, replaced
@@ -72,14 +74,18 @@ class DualEncoder(nn.Module):
         """Exactly what open_clip's validation transform gives: normalised float32 [3, H, W]."""
         return self.normalise(self.resize(image))
 
-    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+    def tokenize(self, texts: str | Iterable[str]) -> Tensor:
         """Token ids, int64 [N, context_length], padded and cut as the text tower expects.
 
         Raises:
+            InputError: if something is no text.
             ModelError: if the tokenizer fails.
         """
+        read = [text for _, batch in text_batches(texts, 1024) for text in batch]
+        if not read:
+            return torch.empty(0, self.context_length, dtype=torch.int64)
         with tokenizing("the tokenizer fails on these texts"):
-            tokens: Tensor = self.tokenizer([texts] if isinstance(texts, str) else list(texts))
+            tokens: Tensor = self.tokenizer(read)
         return tokens
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -139,17 +145,52 @@ class DualEncoder(nn.Module):
         )
 
     @torch.no_grad()
-    def encode_image(self, images: Tensor | Sequence[Image.Image], batch_size: int | None = None) -> Tensor:
-        """L2-normalised float32 [N, D] for pictures, or for a batch of their tensors (as for `forward`)."""
-        parts = []
-        size = batch_size or self._image_batch()
+    def encode_image(self, images: Tensor | Picture | Iterable[Picture], batch_size: int | None = None) -> Tensor:
+        """L2-normalised float32 [N, D].
+
+        Args:
+            images: PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]; one of them counts
+                as a list of one. Or a batch of pixels as for `forward`. EXIF orientation is not applied, as in
+                training.
+            batch_size: pictures of a forward pass; None: what suits the device.
+
+        Raises:
+            InputError: naming the picture that cannot be used.
+        """
+        size = self._image_batch() if batch_size is None else batch_size
+        at_least_one(batch_size=size)
         model = evaluating(self.model)
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            if not isinstance(part, Tensor):
-                part = torch.stack([self.resize(image) for image in part])
-            parts.append(self._towers(model, part.to(self.mean.device))["image_features"].float())
-        return torch.cat(parts) if parts else torch.empty(0, self.embedding_dim)
+        parts = [
+            self._towers(model, part.to(self.mean.device))["image_features"].float()
+            for part in self._pixels(images, size)
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, self.embedding_dim, device=self.mean.device)
+
+    def _pixels(self, images: Tensor | Picture | Iterable[Picture], size: int) -> Iterator[Tensor]:
+        """Batches for `_towers`."""
+        if isinstance(images, Tensor):
+            if (
+                images.ndim != 4
+                or images.shape[1] != 3
+                or not (images.dtype == torch.uint8 or images.is_floating_point())
+            ):
+                raise InputError(
+                    f"images is a tensor of {str(images.dtype).removeprefix('torch.')} {list(images.shape)}",
+                    remedy="give uint8 or normalised float pixels [N, 3, H, W]",
+                    field="images",
+                )
+            yield from torch.split(images, size) if len(images) else ()
+            return
+        for first, batch in picture_batches(images, size):
+            pictures = (open_input(picture, f"images[{first + n}]") for n, picture in enumerate(batch))
+            yield torch.stack([self._resized(picture, first + n) for n, picture in enumerate(pictures)])
+
+    def _resized(self, picture: Image.Image, number: int) -> Tensor:
+        try:
+            return self.resize(picture)
+        except PictureError as error:
+            place = f"images[{number}]"
+            raise InputError(f"{place}: {error}", remedy="make it an ordinary RGB picture", field=place) from error
 
     def _image_batch(self) -> int:
         """Pictures per forward pass without gradient: on a CPU no more than its caches take, which is faster."""
@@ -157,12 +198,14 @@ class DualEncoder(nn.Module):
         return 256 if self.mean.device.type != "cpu" else min(256, max(8, 200_000 // (height * width)))
 
     @torch.no_grad()
-    def encode_text(self, texts: Tensor | str | Sequence[str], batch_size: int = 256) -> Tensor:
+    def encode_text(self, texts: Tensor | str | Iterable[str], batch_size: int = 256) -> Tensor:
         """L2-normalised float32 [N, D] for texts, or for their tokens.
 
         Raises:
+            InputError: if something is no text.
             ModelError: if the tokens are another model's.
         """
+        at_least_one(batch_size=batch_size)
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         self._check(tokens)
         embeddings = torch.empty(len(tokens), self.embedding_dim)

@@ -187,14 +187,9 @@ def test_bad_inputs_are_named(pristine: Path, tmp_path: Path) -> None:
     assert encoder.encode_image(good for _ in range(3)).shape == (3, 8)
     assert encoder.preprocess([]).shape == (0, 3, 16, 16)
     assert encoder.tokenize([]).shape == (0, 8)
-    for encode in (encoder.encode_image, encoder.encode_text):
-        with pytest.raises(export.InputError, match="a NoneType was given"):
-            encode(None)  # type: ignore[arg-type]
     for names in ("cat", [1]):
         with pytest.raises(export.InputError, match="classnames is no list of strings"):
             export.ZeroShot(encoder, names)  # type: ignore[arg-type]
-    with pytest.raises(export.InputError, match="not a list"):
-        encoder.encode_image(good)  # type: ignore[arg-type]
 
 
 def test_a_strip_does_not_grow_without_bound() -> None:

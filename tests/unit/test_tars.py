@@ -18,10 +18,10 @@ from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.errors import DataError
 
 
-def blob(files: Sequence[tuple[str, bytes]], **form: int) -> bytes:
+def blob(files: Sequence[tuple[str, bytes]]) -> bytes:
     """A tar of these files, in this order."""
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", **form) as tar:
+    with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, content in files:
             info = tarfile.TarInfo(name)
             info.size = len(content)

@@ -75,7 +75,7 @@ def test_bad_samples_are_counted_up_to_the_limit(tmp_path: Path) -> None:
     assert len(samples) == 3
     assert len(samples.skipped) == 3
     assert samples.reasons == {"no caption": 1, "no picture": 1, "unreadable picture": 1}
-    with pytest.raises(DataError, match=r"3 of 6 conversations cannot be used \(1 empty caption, .*'x'"):
+    with pytest.raises(DataError, match=r"3 of 6 conversations cannot be used \(1 no caption, .*'x'"):
         vlm.load_webdataset([shard], tmp_path / "pictures")
 
 
