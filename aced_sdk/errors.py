@@ -35,7 +35,13 @@ def _rebuild(kind: type[AcedError], cause: str, remedy: str, field: str | None) 
 
 
 class ConfigError(AcedError, ValueError):
-    """A config value that cannot work. Also a ValueError, so that pydantic can gather it from nested models."""
+    """A config value that cannot work. Also a ValueError, so that pydantic can gather it from nested models.
+
+    Attributes:
+        mistakes: one error for each mistake, if the config has several.
+    """
+
+    mistakes: tuple[ConfigError, ...] = ()
 
 
 class DataError(AcedError):

@@ -90,22 +90,33 @@ def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
     count = error.error_count()
     if count > _MOST:  # pydantic takes long to list so many
         return ConfigError(f"{count:,} mistakes in {kind.__name__}", remedy="correct the file")
-    mistakes = [_mistake(dict(one), kind) for one in error.errors(include_url=False)[:_MISTAKES]]
-    first = mistakes[0]
-    if count == 1:
-        return first
-    listed = "; ".join(f"{one.field or kind.__name__}: {one.cause} ({one.remedy})" for one in mistakes)
-    listed += f"; and {count - len(mistakes):,} more" if count > len(mistakes) else ""
-    return ConfigError(f"{count:,} mistakes: {listed}", remedy="correct these fields", field=first.field)
+    found = [one for raw in error.errors(include_url=False)[:_MISTAKES] for one in _mistakes(dict(raw), kind)]
+    if count == 1 and len(found) == 1:
+        return found[0]
+    more = count - _MISTAKES
+    listed = "; ".join(f"{one.field or kind.__name__}: {one.cause} ({one.remedy})" for one in found[:_MISTAKES])
+    listed += f"; and {more:,} more" if more > 0 else ""
+    cause = f"{len(found) + max(more, 0):,} mistakes: {listed}"
+    whole = ConfigError(cause, remedy="correct these fields", field=found[0].field)
+    whole.mistakes = tuple(found)
+    return whole
 
 
-def _mistake(found: dict[str, Any], kind: type[BaseModel]) -> ConfigError:
-    """One mistake as cause, remedy and dotted field."""
+def _mistakes(found: dict[str, Any], kind: type[BaseModel]) -> list[ConfigError]:
+    """A mistake that pydantic found, as cause, remedy and dotted field; those of a config inside one by one."""
     place = [str(part) for part in found["loc"] if not _NO_PLACES.fullmatch(str(part))]
     inner = found.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
-        field = ".".join(place + ([inner.field] if inner.field else []))
-        return ConfigError(inner.cause, remedy=inner.remedy, field=field or None)
+        return [
+            ConfigError(
+                one.cause, remedy=one.remedy, field=".".join([*place, one.field] if one.field else place) or None
+            )
+            for one in (inner.mistakes or (inner,))
+        ]
+    return [_mistake(found, place, kind)]
+
+
+def _mistake(found: dict[str, Any], place: list[str], kind: type[BaseModel]) -> ConfigError:
     place = [one_line(part) for part in place]
     field = ".".join(place)
     if found["type"] == "extra_forbidden":

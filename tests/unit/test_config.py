@@ -132,6 +132,22 @@ def test_methods_say_what_they_read() -> None:
     assert config.replace(objective=aced.Objective()).teachers == ()
 
 
+def test_mistakes_of_nested_configs_are_listed_one_by_one() -> None:
+    with pytest.raises(ConfigError, match=r"^5 mistakes: ") as caught:
+        aced.DistillConfig(student={"archtecture": "x"}, data={"shard": "x"}, directory="x")  # type: ignore[arg-type]
+    fields = [one.field for one in caught.value.mistakes]
+    assert fields == ["student.architecture", "student.archtecture", "data.shards", "data.shard", "schedule"]
+    assert str(caught.value).count("mistakes") == 1
+
+
+def test_one_path_stands_for_a_list_of_shards(tmp_path: Path) -> None:
+    assert aced.Data(shards="pics").shards == ("pics",)  # type: ignore[arg-type]
+    assert aced.Data(shards=tmp_path).shards == (str(tmp_path),)  # type: ignore[arg-type]
+    for wrong in (3, None, b"pics", []):
+        with pytest.raises(ConfigError, match="shards"):
+            aced.Data(shards=wrong)  # type: ignore[arg-type]
+
+
 def test_all_mistakes_are_listed_at_once_with_sensible_digits() -> None:
     with pytest.raises(ConfigError, match="3 mistakes") as caught:
         aced.Joint(gain=-0.123456789, super_batch=0, gian=2)
