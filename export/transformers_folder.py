@@ -16,6 +16,7 @@ from aced_sdk.errors import ConfigError, UnsupportedError
 from aced_sdk.files import read_json, write_json
 from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.huggingface import activation, clip_image_processor, is_clip_vit, is_siglip_vit
+from aced_sdk.towers.trust import without_bars
 from export import parity
 from export.folder import export_folder, front_matter, replaceable
 from export.report import ExportError
@@ -80,7 +81,7 @@ def to_transformers(
         raise ExportError(f"{target} holds something else", remedy="name a new or an empty folder", field="directory")
     student, source = load_student(student_folder)
     siglip = _supported(student, part)
-    with export_folder(target) as folder:
+    with without_bars(), export_folder(target) as folder:
         if onnx is not None:
             lay_beside(Path(onnx), source, folder)
         model = vision_model(student, siglip) if part == "vision" else whole_model(student, siglip)

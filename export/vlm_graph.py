@@ -22,7 +22,7 @@ from torch.nn import functional
 from aced_sdk.config import Config
 from aced_sdk.errors import AcedError, ConfigError, MissingPackageError, ModelError, UnsupportedError
 from aced_sdk.files import ReadError, inside, printable, read_json, sha256, write_json
-from aced_sdk.towers.trust import bounded, check_folder, check_vision_language, weight_bytes
+from aced_sdk.towers.trust import bounded, check_folder, check_vision_language, weight_bytes, without_bars
 from export import parity
 from export.folder import export_folder
 from export.graphs import check_inference, clean, float16_graph, save_graph
@@ -240,7 +240,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
                 field="vlm_folder",
             )
         check_vision_language(config, folder)
-        with bounded(weight_bytes(folder)):
+        with without_bars(), bounded(weight_bytes(folder)):
             model, found = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 local_files_only=True,

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +68,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, set[s
     from peft import PeftModel, get_peft_model_state_dict
 
     held = _check_adapter(folder)
-    adapted: Any = PeftModel.from_pretrained(model, str(folder), trust_remote_code=False, use_safetensors=True)
+    with _quiet():
+        adapted: Any = PeftModel.from_pretrained(model, str(folder), trust_remote_code=False, use_safetensors=True)
     return adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - held
 
 
@@ -153,9 +156,17 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         modules_to_save=[PROJECTOR],
         use_dora=lora.dora,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore what peft's call of a renamed attribute makes transformers 5 warn of: no user can change it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _to_four_bits(model: Any, names: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aced_sdk.errors import MissingPackageError, ModelError, UnsupportedError
 from aced_sdk.files import ReadError, expand, home, inside, read_json, sha256, whole_folder, write_json
-from aced_sdk.towers.trust import bounded, check_folder, library_errors, weight_bytes
+from aced_sdk.towers.trust import bounded, check_folder, library_errors, weight_bytes, without_bars
 from vlm.decoding import decoding, settings, warn_of_lost
 from vlm.gguf_header import check_gguf
 from vlm.hub import downloaded
@@ -137,7 +137,7 @@ def converted(gguf: Path) -> Path:
     del quantised.config.quantization_config
     fresh = type(quantised)(quantised.config)
     fresh.load_state_dict(quantised.state_dict())
-    with whole_folder(target) as folder:
+    with without_bars(), whole_folder(target) as folder:
         fresh.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / _FACTS, facts)

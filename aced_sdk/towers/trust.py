@@ -93,6 +93,21 @@ _MODULES = 50_000
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no progress bars of transformers and huggingface_hub within the block: they go to logs and pipes too."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def library_errors(
     cause: str,
     remedy: str,
@@ -100,7 +115,7 @@ def library_errors(
     *,
     kind: type[AcedError] = ModelError,
 ) -> Iterator[None]:
-    """Turn any error of a library into one of `kind`; other errors of this project pass.
+    """Turn any error of a library into one of `kind`; other errors of this project pass. No bar of transformers shows.
 
     Contents of a foreign folder make transformers and its dependencies raise many kinds of errors. Tokenizers written
     in Rust raise a PanicException, which is no `Exception`.
@@ -109,7 +124,8 @@ def library_errors(
         AcedError: of `kind`, with `cause` and the error's text.
     """
     try:
-        yield
+        with without_bars():
+            yield
     except BaseException as error:
         if isinstance(error, AcedError) and not isinstance(error, ReadError):
             raise
