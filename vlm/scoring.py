@@ -10,15 +10,17 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aced_sdk.errors import EvaluationError, UnsupportedError
 from vlm.chat import IMAGE
 from vlm.conversation import check_words, pictures_of_turn
-from vlm.data import Sample, check_samples
+from vlm.data import Sample, check_samples, readable
 from vlm.generating import Asked, answers, check_positive
 from vlm.metrics import caption_scores
-from vlm.pictures import Picture, same_picture
+from vlm.pictures import Picture, open_picture, same_picture
+from vlm.skips import Skips
 from vlm.vqa import vqa_accuracy
 
 if TYPE_CHECKING:
@@ -75,11 +77,16 @@ class KindScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores over all questions (`total`), per kind, and every answer."""
+    """Scores over all questions (`total`), per kind, and every answer.
+
+    Attributes:
+        reasons: conversations that were left out, by reason.
+    """
 
     total: KindScore
     kinds: dict[str, KindScore]
     samples: list[ScoredAnswer]
+    reasons: dict[str, int] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -107,6 +114,7 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
+    max_bad_fraction: float = 0.02,
 ) -> Scores:
     """Ask every question of the data and score the answers.
 
@@ -125,9 +133,12 @@ def evaluate(
         seed: of the draw and the deal.
         max_new_tokens: longest answer, tokens; None: 12, or 40 for captions.
         batch_size: questions decoded together.
+        max_bad_fraction: largest fraction of the conversations that may be left out because their words or a picture
+            cannot be read; they are counted in `Scores.reasons`.
 
     Raises:
-        ConfigError, DataError, ModelError: as `answer`; ConfigError also for a limit below 1.
+        ConfigError, DataError, ModelError: as `answer`; ConfigError also for a limit below 1; DataError also if more
+            than `max_bad_fraction` are left out.
         EvaluationError: if there is nothing to ask, only one picture to deal, or annotators' answers are missing.
         UnsupportedError: for another metric.
     """
@@ -142,6 +153,17 @@ def evaluate(
     check_samples(chosen)
     if limit is not None and limit < len(chosen):
         chosen = random.Random(seed).sample(chosen, limit)
+    kept, skips = list[Sample](), Skips()
+    for sample in chosen:
+        with skips.counting():
+            for turn in range(len(sample.turns)):
+                _question(sample, turn)
+            for image in sample.images:
+                if not isinstance(image, str | Path):
+                    open_picture(image)
+            kept.append(sample)
+    if chosen:
+        chosen = list(readable(kept, skips, len(chosen), max_bad_fraction))
     asked = [
         (sample, question, reply, turn) for sample in chosen for turn, (question, reply) in enumerate(sample.turns)
     ]
@@ -192,7 +214,7 @@ def evaluate(
         )
 
     kinds = {kind: score(numbers) for kind, numbers in sorted(by_kind.items())}
-    return Scores(score(range(len(scored))), kinds, scored)
+    return Scores(score(range(len(scored))), kinds, scored, dict(skips.reasons))
 
 
 def _question(sample: Sample, turn: int) -> Asked:

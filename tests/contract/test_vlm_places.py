@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vlm
 from aced_sdk.errors import DataError
@@ -232,3 +233,18 @@ def test_tuning_leaves_out_and_counts_bad_conversations(
     with pytest.raises(DataError, match=r"3 of 123 conversations cannot be used .*the first: .*'empty'"):
         vlm.tune(llava, processor, data, plan.model_copy(update={"max_bad_fraction": 0.02}), directory=tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_evaluate_leaves_out_what_cannot_be_read(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    odd = [
+        vlm.Sample("words", (("say \ud800", "red"),), (RED,)),
+        vlm.Sample("torn", ((QUESTION, "red"),), (tmp_path / "torn.png",)),
+        vlm.Sample("floats", ((QUESTION, "red"),), (Image.new("F", (24, 24)),)),
+    ]
+    with pytest.raises(DataError, match=r"3 of \d+ conversations cannot be used .*'words'.*max_bad_fraction"):
+        vlm.evaluate(*model, [*samples(), *odd], max_new_tokens=2)
+    scores = vlm.evaluate(*model, [*samples(), *odd], max_new_tokens=2, max_bad_fraction=0.5)
+    assert scores.reasons == {"unpaired surrogate": 1, "unreadable picture": 1, "samples of 32 bits": 1}
+    expected = vlm.evaluate(*model, samples(), max_new_tokens=2)
+    assert (scores.total, scores.samples) == (expected.total, expected.samples)
