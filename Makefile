@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: demo test lint bench clients docs clean
+.PHONY: demo test lint bench clients fuzz docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +39,10 @@ bench: $(READY)
 ## outside clients on artefacts made here, each in an environment of its own; `make clients ONLY='peft openvino'`
 clients: $(READY)
 	$(RUN) -m tools.clients $(if $(ONLY),--only $(ONLY),--output benchmarks/results/clients.json)
+
+## 50,000 random inputs through every reader of foreign data: about an hour on two cores
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m tools.fuzz --output benchmarks/results/fuzz.json
 
 ## run every code block of README.md and docs/
 docs: $(READY)

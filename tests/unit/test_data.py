@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import tarfile
 from pathlib import Path
@@ -231,3 +232,21 @@ def test_nothing_usable_stops_at_once(tmp_path: Path, tower: DualEncoder) -> Non
     with pytest.raises(DataError, match="4 unreadable picture"):
         next(batches)
     batches.close()
+
+
+@pytest.mark.parametrize("place", ["os.posix_fallocate", "numpy.save"])
+def test_a_full_disk_leaves_no_half_prepared_pool(
+    tmp_path: Path, tower: DualEncoder, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pool = Pool([write_pool(tmp_path / "pool", pairs=8)])
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        with pytest.raises(DataError, match="No space left on device") as caught:
+            prepare(pool, tower, settings(pool), tmp_path / "prepared")
+    assert "free disk space" in caught.value.remedy
+    assert caught.value.field == "data.prepared"
+    assert not list((tmp_path / "prepared").iterdir())
+    assert len(prepare(pool, tower, settings(pool), tmp_path / "prepared").usable()) == 8
