@@ -164,11 +164,11 @@ def _model_config(student: DualEncoder, inputs: set[str]) -> dict[str, object]:
     width = {"projection_dim": student.embedding_dim}
     height, side = student.preprocess_config.size
     size = {"image_size": side if height == side else [height, side], "num_channels": 3}
-    vision = {"model_type": f"{kind}_vision_model", **size, **width}
+    vision: dict[str, object] = {"model_type": f"{kind}_vision_model", **size, **width}
     if "input_ids" not in inputs:
         return vision
-    text = {"model_type": f"{kind}_text_model", "max_position_embeddings": student.context_length, **width}
-    text |= token_ids(student)
+    text: dict[str, object] = {"model_type": f"{kind}_text_model", **width, **token_ids(student)}
+    text["max_position_embeddings"] = student.context_length
     if "pixel_values" not in inputs:
         return text
     scale = {"logit_scale_init_value": math.log(student.scale)}

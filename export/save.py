@@ -16,9 +16,9 @@ from PIL import Image
 
 from aced_sdk import towers
 from aced_sdk.errors import ConfigError, MissingPackageError, UnsupportedError
-from aced_sdk.files import printable, sha256, write_json
+from aced_sdk.files import expand, printable, sha256, write_json
 from aced_sdk.towers import DualEncoder
-from aced_sdk.towers.folder import CONFIG, WEIGHTS
+from aced_sdk.towers.folder import CONFIG, weights_of
 from aced_sdk.towers.folder import MANIFEST as STUDENT_MANIFEST
 from export import check, parity, runtime
 from export.errors import EncoderError, InputError
@@ -198,9 +198,9 @@ def load_student(student_folder: str | PathLike[str]) -> tuple[DualEncoder, Sour
             f"{name} lies on a hub", remedy="load it and save it as a folder first", field="student_folder"
         )
     student = towers.load(name)
-    folder = Path(name.removeprefix("local-dir:"))
+    folder = expand(name.removeprefix("local-dir:"))
     license = towers.read_manifest(folder).license if (folder / STUDENT_MANIFEST).is_file() else "unknown"
-    source = Source(weights_sha256=sha256(folder / WEIGHTS), config_sha256=sha256(folder / CONFIG), license=license)
+    source = Source(weights_sha256=sha256(weights_of(folder)), config_sha256=sha256(folder / CONFIG), license=license)
     return student, source
 
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import onnx
+
 from aced_sdk.files import inside, open_regular, printable
 from export.errors import EncoderError
 from export.graph_file import check_graph_file
-from export.manifest import check_files, read_manifest
+from export.manifest import SHORT, check_files, read_manifest
 from export.report import ExportError, Source
 
 
@@ -48,7 +50,11 @@ def lay_beside(export: Path, source: Source, folder: Path) -> None:
         for path in sorted((folder / "onnx").glob("*.onnx")):
             data = path.with_name(f"{path.name}_data")
             check_graph_file(path, data.name if data.exists() else None)
-    except EncoderError as error:
+            onnx.checker.check_model(str(path))
+            for value in onnx.load(str(path), load_external_data=False).graph.input:
+                if value.name == "input_ids" and value.type.tensor_type.shape.dim[1].dim_param != SHORT:
+                    raise ValueError("it does not pad texts")
+    except Exception as error:  # onnx and protobuf raise many kinds for graphs of another make
         raise ExportError(
             f"{printable(export)} holds a graph that no export writes: {printable(error)}",
             remedy="export the student again",
