@@ -197,7 +197,7 @@ class OnnxEncoder:
         Args:
             images: as for `encode_image`.
             classnames: C names.
-            templates: texts with `{}` where the name belongs.
+            templates: texts with `{}` or `{c}` where the name belongs.
 
         Raises:
             InputError: if there are no classes or a template has no place for the name.
@@ -216,10 +216,15 @@ class OnnxEncoder:
         for field, values in (("classnames", classnames), ("templates", templates)):
             if isinstance(values, str) or not all(isinstance(value, str) for value in values):
                 raise InputError(f"{field} is no list of strings", remedy="give one", field=field)
+        templates = [template.replace("{}", "{c}") for template in templates]  # as aced_sdk.evaluation reads them
         for template in templates:
-            if "{}" not in template:
-                raise InputError(f"'{template}' has no {{}}", remedy="write {} for the class name", field="templates")
-        prompts = [template.replace("{}", name) for name in classnames for template in templates]
+            if "{c}" not in template:
+                raise InputError(
+                    f"the template {printable(repr(template))} has neither {{}} nor {{c}}",
+                    remedy="write one of them where the class's name belongs",
+                    field="templates",
+                )
+        prompts = [template.replace("{c}", name) for name in classnames for template in templates]
         each = self.encode_text(prompts).reshape(len(classnames), len(templates), -1)
         return _normalised(each.mean(axis=1))
 
