@@ -11,6 +11,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from aced_sdk.errors import UnsupportedError
 from aced_sdk.towers import DualEncoder
-from export.manifest import INPUTS, OUTPUTS
+from export.manifest import INPUTS, OUTPUTS, SHORT
 from export.report import ExportError, Part
+from export.tokenizer import padding_of
 
 FILES: dict[Part, str] = {"vision": "vision_model", "text": "text_model", "both": "model", "patches": "patches_model"}
 EXTERNAL_ABOVE = 2_000_000_000  # bytes of weights; protobuf holds 2 GB, so that larger graphs keep theirs beside them
@@ -55,8 +57,9 @@ class Tower(nn.Module):
     Args:
         student: whose towers are copied; convolutional ones are re-parameterised.
         part: "vision" and "text" give embeddings before normalisation, as transformers' towers do; "both" gives
-            L2-normalised ones and scale * cosine + bias, as transformers' CLIPModel does; "patches" gives [N, T, W],
-            what the last block leaves (a ViT's class token first, and before its last norm).
+            L2-normalised ones and logits per image and per text, as transformers' CLIPModel and SiglipModel do: scale *
+            cosine, and `graph_bias`; "patches" gives [N, T, W], what the last block leaves (a ViT's class token first,
+            and before its last norm).
         uint8: whether pixel_values are uint8 [N, H, W, 3] of the tower's size, or normalised float32 [N, 3, H, W].
     """
 
@@ -67,7 +70,7 @@ class Tower(nn.Module):
         super().__init__()
         self.part, self.uint8 = part, uint8
         self.model = _inference_copy(student, part)
-        self.scale, self.bias = student.scale, student.bias
+        self.scale, self.bias = student.scale, graph_bias(student)
         self.register_buffer("mean", student.mean)
         self.register_buffer("std", student.std)
         self.eval()
@@ -84,7 +87,8 @@ class Tower(nn.Module):
         if self.part == "vision":
             return image
         image, text = F.normalize(image, dim=-1), F.normalize(self._text(inputs[1]), dim=-1)
-        return image, text, self.scale * image @ text.T + self.bias
+        logits = self.scale * image @ text.T + self.bias
+        return image, text, logits, logits.T
 
     def _text(self, input_ids: Tensor) -> Tensor:
         out: Tensor = self.model.encode_text(input_ids)  # type: ignore[operator]
@@ -97,6 +101,16 @@ class Tower(nn.Module):
             return tokens
         features: Tensor = visual.trunk.forward_features(pixels)
         return features if features.dim() == 3 else features.flatten(2).transpose(1, 2)
+
+
+def is_siglip_text(student: DualEncoder) -> bool:
+    """Whether the text tower reads both ways, as SigLIP's does: it reads its padding too."""
+    return bool(student.model_cfg["text_cfg"].get("no_causal_mask"))
+
+
+def graph_bias(student: DualEncoder) -> float:
+    """The bias inside the logits: SiglipModel has one, CLIPModel none, and clients take a softmax of its logits."""
+    return student.bias if is_siglip_text(student) else 0.0
 
 
 def _inference_copy(student: DualEncoder, part: Part) -> nn.Module:
@@ -135,8 +149,8 @@ def float32_graph(
 ) -> onnx.ModelProto:
     """One part of the student as a checked float32 graph with a dynamic batch size.
 
-    A text input has the student's whole context length, because open_clip adds all its positions. For `uint8` see
-    `Tower`.
+    A text input has the student's whole context length, because open_clip adds all its positions; `pad_inside` lets it
+    be shorter. For `uint8` see `Tower`.
 
     Raises:
         UnsupportedError: for a part that this tower does not have.
@@ -169,6 +183,56 @@ def float32_graph(
     onnx.helper.set_model_props(model, metadata)
     check_inference(model, part)
     return model
+
+
+def pad_inside(model: onnx.ModelProto, student: DualEncoder) -> onnx.ModelProto:
+    """Let `input_ids` [N, L] be shorter than L: the graph's first nodes pad them as the student's tokenizer does.
+
+    Clients pad texts to the longest of a batch, as transformers does, or not at all. Longer ones stay an error.
+
+    Args:
+        model: a graph. A large one is changed, others are copied; one without texts stays as it is.
+        student: whose tokenizer says with what, and on which side.
+
+    Raises:
+        ExportError: if the graph is no valid ONNX.
+    """
+    name, padded = "input_ids", "input_ids_padded"
+    if not any(value.name == name for value in model.graph.input):
+        return model
+    large = is_large(model)
+    if not large:
+        model = _copied(model)
+    graph = model.graph
+    (given,) = (value for value in graph.input if value.name == name)
+    for node in graph.node:
+        node.input[:] = [padded if one == name else one for one in node.input]
+    given.type.tensor_type.shape.dim[1].ClearField("dim_value")
+    given.type.tensor_type.shape.dim[1].dim_param = SHORT
+    pad_id, _, side = padding_of(student)
+    constants = {"zero": [0], "length": [student.context_length], "pad": pad_id, "axis": [1]}
+    for key, value in constants.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.int64), f"{padded}_{key}"))
+    ends = [f"{padded}_zero", f"{padded}_missing"] if side == "right" else [f"{padded}_missing", f"{padded}_zero"]
+    own = onnx.helper.make_node
+    nodes = [
+        own("Shape", [name], [f"{padded}_given"], start=1, end=2),
+        own("Sub", [f"{padded}_length", f"{padded}_given"], [f"{padded}_difference"]),
+        own("Max", [f"{padded}_difference", f"{padded}_zero"], [f"{padded}_missing"]),  # a negative one would cut
+        own("Concat", ends, [f"{padded}_pads"], axis=0),
+        own("Pad", [name, f"{padded}_pads", f"{padded}_pad", f"{padded}_axis"], [padded]),
+    ]
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+    if not large:
+        _valid(model, "text")
+    return model
+
+
+def _copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    return copied
 
 
 def is_large(model: onnx.ModelProto) -> bool:
@@ -238,10 +302,8 @@ def float16_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
     blocked = [*DEFAULT_OP_BLOCK_LIST, "Gelu"]
-    half = OnnxModel(convert_float_to_float16(copied, keep_io_types=True, op_block_list=blocked))
+    half = OnnxModel(convert_float_to_float16(_copied(model), keep_io_types=True, op_block_list=blocked))
     half.topological_sort()  # the converter appends its casts at the end
     check_inference(half.model, "float16")
     return half.model

@@ -17,7 +17,7 @@ from export.errors import FolderError, folder_errors
 MANIFEST = "export.json"
 GEOMETRY = "preprocessor_config.json"
 TOKENIZER = "tokenizer.json"
-FORMAT = 2
+FORMAT = 3
 PRECISIONS = ("fp32", "fp16", "int8")
 
 # Names as in optimum and transformers.js, so that their users find what they know.
@@ -30,9 +30,10 @@ INPUTS: dict[str, tuple[str, ...]] = {
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "vision": ("image_embeds",),
     "text": ("text_embeds",),
-    "both": ("image_embeds", "text_embeds", "logits_per_image"),
+    "both": ("image_embeds", "text_embeds", "logits_per_image", "logits_per_text"),
     "patches": ("last_hidden_state",),
 }
+SHORT = "sequence_length"  # of `input_ids`: from 1 to the context length; the graph pads the rest
 
 _MAX_BYTES = 4 * 2**20
 _MAX_FILES = 1000
@@ -59,7 +60,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     known = {"kind": "onnx_dual_encoder", "format": FORMAT}
     if not isinstance(manifest, dict) or {key: manifest.get(key) for key in known} != known:
         raise FolderError(f"{where} is not an export of format {FORMAT}", remedy="export again, or update this package")
-    missing = {"graphs", "files", "text", "source", "embedding_dim", "scale", "bias", "pixels"} - manifest.keys()
+    missing = {
+        "graphs",
+        "files",
+        "text",
+        "source",
+        "embedding_dim",
+        "scale",
+        "bias",
+        "graph_bias",
+        "pixels",
+    } - manifest.keys()
     if missing:
         raise FolderError(f"{where} lacks {', '.join(sorted(missing))}", remedy="export the student again")
     check_digest(manifest, where)
@@ -108,7 +119,7 @@ def _checked(manifest: Mapping[str, Any]) -> list[str]:
     _require(all(Path(name).as_posix() == name for name in names), "a file's name")
     _require(isinstance(manifest["source"]["weights_sha256"], str), "source")
     _require(isinstance(manifest["embedding_dim"], int) and 1 <= manifest["embedding_dim"] <= _MAX_WIDTH, "width")
-    _require(all(abs(manifest[name]) <= _MAX_LOGIT for name in ("scale", "bias")), "scale or bias")
+    _require(all(abs(manifest[name]) <= _MAX_LOGIT for name in ("scale", "bias", "graph_bias")), "scale or bias")
     _require(manifest["pixels"] in ("float32", "uint8"), "pixels")
     if text is not None or any("input_ids" in graph["inputs"] for graph in graphs):
         _require(text["cleaning"] in CLEANINGS, "text cleaning")

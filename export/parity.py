@@ -154,7 +154,8 @@ def _embeddings(encoder: OnnxEncoder, part: str, images: Sequence[Any], texts: S
     inputs = {"pixel_values": encoder.preprocess(images), "input_ids": encoder.tokenize(texts)}
     out = encoder.outputs("both", inputs)
     image, text = out["image_embeds"], out["text_embeds"]
-    off = np.abs(out["logits_per_image"] - (encoder.scale * image @ text.T + encoder.bias)).max()
+    logits = encoder.scale * image @ text.T + encoder.graph_bias
+    off = np.maximum(np.abs(out["logits_per_image"] - logits).max(), np.abs(out["logits_per_text"] - logits.T).max())
     if off > FLOAT32_BOUND * max(1.0, encoder.scale) and encoder.precision == "fp32":
         image = np.full_like(image, np.nan)  # logits that do not follow from the embeddings: nothing agrees
     return {"vision": image, "text": text}

@@ -99,12 +99,13 @@ class Source(Config):
 class Manifest(Config):
     """`export.json`: what the folder is; the runtime relies on it."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     kind: Literal["onnx_dual_encoder"] = "onnx_dual_encoder"
     source: Source
     embedding_dim: int
     scale: float
     bias: float
+    graph_bias: float = Field(description="what the logits of the graph of both towers contain of `bias`: all or 0")
     opset: int
     pixels: Literal["float32", "uint8"] = Field(
         description="pixel_values: normalised float32 [N, 3, H, W], or uint8 [N, H, W, 3] of the same size"

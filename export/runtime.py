@@ -18,7 +18,7 @@ from aced_sdk.processing.plain.inputs import Picture, at_least_one, picture_batc
 from export.cleaning import clean_text
 from export.errors import EncoderError, FolderError, InputError, folder_errors
 from export.graph_file import check_graph_file
-from export.manifest import GEOMETRY, INPUTS, OUTPUTS, TOKENIZER, check_files, needed_files, read_manifest
+from export.manifest import GEOMETRY, INPUTS, OUTPUTS, SHORT, TOKENIZER, check_files, needed_files, read_manifest
 from export.pictures import Geometry, prepare
 from export.sessions import check_ends, known_providers, open_session, run_session, session_options
 
@@ -109,7 +109,7 @@ class OnnxEncoder:
         if TOKENIZER in places:
             self._cleaning: str = text["cleaning"]
             self._tokenizer = _tokenizer(places[TOKENIZER], text["context_length"])
-            ends["input_ids"] = ("tensor(int64)", text["context_length"])
+            ends["input_ids"] = ("tensor(int64)", SHORT)
         self._sessions = {}
         for part, graph in graphs.items():
             check_graph_file(places[graph["file"]], graph.get("data"))
@@ -146,6 +146,11 @@ class OnnxEncoder:
     def bias(self) -> float:
         """The learned bias of the sigmoid loss; 0 where there is none."""
         return float(self._manifest["bias"])
+
+    @property
+    def graph_bias(self) -> float:
+        """What the logits of the graph of both towers contain of `bias`: all of it for SigLIP's shape, else 0."""
+        return float(self._manifest["graph_bias"])
 
     def encode_image(self, images: Picture | Iterable[Picture], batch_size: int = 32) -> Floats:
         """L2-normalised float32 [N, D].
@@ -192,7 +197,7 @@ class OnnxEncoder:
         Args:
             images: as for `encode_image`.
             classnames: C names.
-            templates: texts with `{}` where the name belongs.
+            templates: texts with `{}` or `{c}` where the name belongs.
 
         Raises:
             InputError: if there are no classes or a template has no place for the name.
@@ -211,10 +216,15 @@ class OnnxEncoder:
         for field, values in (("classnames", classnames), ("templates", templates)):
             if isinstance(values, str) or not all(isinstance(value, str) for value in values):
                 raise InputError(f"{field} is no list of strings", remedy="give one", field=field)
+        templates = [template.replace("{}", "{c}") for template in templates]  # as aced_sdk.evaluation reads them
         for template in templates:
-            if "{}" not in template:
-                raise InputError(f"'{template}' has no {{}}", remedy="write {} for the class name", field="templates")
-        prompts = [template.replace("{}", name) for name in classnames for template in templates]
+            if "{c}" not in template:
+                raise InputError(
+                    f"the template {printable(repr(template))} has neither {{}} nor {{c}}",
+                    remedy="write one of them where the class's name belongs",
+                    field="templates",
+                )
+        prompts = [template.replace("{c}", name) for name in classnames for template in templates]
         each = self.encode_text(prompts).reshape(len(classnames), len(templates), -1)
         return _normalised(each.mean(axis=1))
 
@@ -268,7 +278,8 @@ class OnnxEncoder:
         """Every output of a graph by name.
 
         Args:
-            part: a loaded graph; "both" gives `image_embeds` and `text_embeds`, L2-normalised, and `logits_per_image`.
+            part: a loaded graph; "both" gives `image_embeds` and `text_embeds`, L2-normalised, `logits_per_image`
+                (scale * cosine + `graph_bias`) and `logits_per_text`.
             inputs: `pixel_values`, `input_ids` or both, at most `max_batch` rows each.
 
         Raises:
@@ -289,6 +300,7 @@ class OnnxEncoder:
             "image_embeds": (pictures, self.embedding_dim),
             "text_embeds": (texts, self.embedding_dim),
             "logits_per_image": (pictures, texts),
+            "logits_per_text": (texts, pictures),
         }
         for name, value in values.items():
             if value.shape != shapes.get(name, (pictures, *value.shape[1:3])):

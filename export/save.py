@@ -4,37 +4,31 @@
 from __future__ import annotations
 
 import json
-import shutil
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
-import onnx
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from aced_sdk import towers
 from aced_sdk.errors import ConfigError, MissingPackageError, UnsupportedError
-from aced_sdk.files import printable, sha256, write_json
+from aced_sdk.files import expand, printable, sha256, write_json
 from aced_sdk.processing.plain.inputs import open_input
 from aced_sdk.towers import DualEncoder
-from aced_sdk.towers.folder import CONFIG, WEIGHTS
+from aced_sdk.towers.folder import CONFIG, weights_of
 from aced_sdk.towers.folder import MANIFEST as STUDENT_MANIFEST
 from export import check, parity, runtime
 from export.errors import EncoderError, InputError
-from export.folder import export_folder, front_matter
-from export.graphs import FILES, float16_graph, float32_graph, is_large, save_graph
-from export.manifest import INPUTS, MANIFEST, OUTPUTS, check_files, manifest_digest, read_manifest
-from export.quantize import described, int8_graph
-from export.report import SUFFIX, ExportError, ExportReport, Graph, Manifest, Part, Precision, Source
-from export.tokenizer import write_tokenizer
+from export.folder import export_folder
+from export.graphs import graph_bias
+from export.manifest import MANIFEST, check_files, manifest_digest, read_manifest
+from export.onnx_folder import Settings, calibration_of, card, write_configs, write_graphs
+from export.report import ExportError, ExportReport, Manifest, Part, Precision, Source
 
-_QUANTISED = "_quantized"  # the name under which transformers.js looks for int8, its dtype "q8"
 _PACKAGES = ("aced-sdk", "torch", "onnx", "onnxruntime", "open_clip_torch", "timm", "tokenizers")
 
 
@@ -58,9 +52,10 @@ def to_onnx(
     """Write a folder that `OnnxEncoder` runs without torch, verified from picture and text to embedding.
 
     The folder holds `onnx/{vision_model,text_model,model,patches_model}{,_fp16,_int8}.onnx` (and int8 once more under
-    transformers.js's name, `_quantized`, as a hard link), `preprocessor_config.json`, `tokenizer.json`, `README.md`,
-    torch's embeddings of some inputs for `verify_folder`, and the manifest `export.json`. It appears whole or not at
-    all; an older export there is replaced.
+    transformers.js's name, `_quantized`, as a hard link), `config.json`, `preprocessor_config.json`, `tokenizer.json`,
+    `tokenizer_config.json`, `README.md`, torch's embeddings of some inputs for `verify_folder`, and the manifest
+    `export.json`. fastembed, optimum and transformers.js open it too. It appears whole or not at all; an older export
+    there is replaced.
 
     Args:
         student_folder: a saved student.
@@ -114,21 +109,19 @@ def to_onnx(
         )
     own_pictures, own_calibration = opened("pictures", pictures), opened("calibration", calibration)
     student, source = load_student(student_folder)
-    settings = _Settings(parts, precisions, opset, preprocess_in_graph, int8_cosine)
+    settings = Settings(parts, precisions, opset, preprocess_in_graph, int8_cosine)
     with export_folder(target) as folder:
-        calibrated = _calibration(own_calibration or own_pictures, texts)
-        graphs = _write_graphs(student, folder, settings, source, *calibrated)
-        if any("pixel_values" in INPUTS[part] for part in parts):
-            write_json(folder / "preprocessor_config.json", _preprocessor_config(student))
+        graphs = write_graphs(student, folder, settings, source, calibration_of(own_calibration or own_pictures, texts))
         manifest = Manifest(
             source=source,
             embedding_dim=student.embedding_dim,
             scale=student.scale,
             bias=student.bias,
+            graph_bias=graph_bias(student),
             opset=opset,
             pixels="uint8" if preprocess_in_graph else "float32",
             graphs=graphs,
-            text=write_tokenizer(student, folder / "tokenizer.json") if {"text", "both"} & set(parts) else None,
+            text=write_configs(student, folder, parts),
             files={},
             versions={name: version(name) for name in _PACKAGES},
         )
@@ -140,7 +133,7 @@ def to_onnx(
             _refuse_drops(report, max_zero_shot_drop)
         if measure:
             report = _timed(folder, manifest, student, report)
-        (folder / "README.md").write_text(_card(manifest, report), encoding="utf-8")
+        (folder / "README.md").write_text(card(manifest, report), encoding="utf-8")
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {name: sha256(folder / name) for name in names if name != MANIFEST}
         _write(folder, manifest.replace(report=report, files=files))
@@ -205,9 +198,9 @@ def load_student(student_folder: str | PathLike[str]) -> tuple[DualEncoder, Sour
             f"{name} lies on a hub", remedy="load it and save it as a folder first", field="student_folder"
         )
     student = towers.load(name)
-    folder = Path(name.removeprefix("local-dir:"))
+    folder = expand(name.removeprefix("local-dir:"))
     license = towers.read_manifest(folder).license if (folder / STUDENT_MANIFEST).is_file() else "unknown"
-    source = Source(weights_sha256=sha256(folder / WEIGHTS), config_sha256=sha256(folder / CONFIG), license=license)
+    source = Source(weights_sha256=sha256(weights_of(folder)), config_sha256=sha256(folder / CONFIG), license=license)
     return student, source
 
 
@@ -239,124 +232,6 @@ def _write(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST, values | {"digest": manifest_digest(values)})
 
 
-class _Settings(NamedTuple):
-    parts: Sequence[Part]
-    precisions: Sequence[Precision]
-    opset: int
-    uint8: bool
-    int8_cosine: float
-
-
-def _calibration(own: list[Image.Image], texts: Sequence[str]) -> tuple[list[Image.Image], list[str], int]:
-    """Pictures, texts, and how many of the pictures are the user's own."""
-    return own or parity.pictures(), [*parity.TEXTS, *texts], len(own)
-
-
-def _write_graphs(
-    student: DualEncoder,
-    folder: Path,
-    settings: _Settings,
-    source: Source,
-    pictures: list[Image.Image],
-    texts: list[str],
-    own: int,
-) -> tuple[Graph, ...]:
-    (folder / "onnx").mkdir()
-    metadata = {
-        "source_weights_sha256": source.weights_sha256,
-        "source_config_sha256": source.config_sha256,
-        "license": source.license,
-        "aced_sdk": version("aced-sdk"),
-        "torch": version("torch"),
-    }
-    graphs = []
-    for part in settings.parts:
-        model = float32_graph(student, part, settings.opset, metadata, settings.uint8)
-        if is_large(model) and set(settings.precisions) != {"fp32"}:
-            raise UnsupportedError(
-                f"the {part} graph is above 2 GB, and only fp32 can be that large",
-                remedy="export with precisions=('fp32',)",
-                field="precisions",
-            )
-        for precision in settings.precisions:
-            name = f"onnx/{FILES[part]}{SUFFIX[precision]}.onnx"
-            quantised = None
-            if precision == "int8":
-                feeds = _feeds(student, part, settings.uint8, pictures, texts)
-                made = int8_graph(model, feeds, settings.int8_cosine)
-                onnx.save_model(made.model, str(folder / name))
-                _link(folder / name, folder / f"onnx/{FILES[part]}{_QUANTISED}.onnx")
-                quantised = described(made, own)
-                if made.method == "static" and not own:
-                    warnings.warn(
-                        f"the int8 {part} graph was calibrated on built-in pictures; give calibration=[...], pictures "
-                        "like those it will see",
-                        stacklevel=3,
-                    )
-            elif precision == "fp16":
-                onnx.save_model(float16_graph(model), str(folder / name))
-            else:
-                save_graph(model, folder / name)
-            data = f"{name}_data"
-            graphs.append(
-                Graph(
-                    part=part,
-                    precision=precision,
-                    file=name,
-                    data=data if (folder / data).is_file() else None,
-                    inputs=INPUTS[part],
-                    outputs=OUTPUTS[part],
-                    quantised=quantised,
-                )
-            )
-    return tuple(graphs)
-
-
-def _feeds(
-    student: DualEncoder, part: Part, uint8: bool, pictures: Sequence[Image.Image], texts: Sequence[str]
-) -> list[dict[str, NDArray[Any]]]:
-    """Calibration inputs of one row each; where pictures and texts go in together, as many as there are of both."""
-    columns: dict[str, list[NDArray[Any]]] = {}
-    if "pixel_values" in INPUTS[part]:
-        resized = [student.resize(picture) for picture in pictures]
-        columns["pixel_values"] = [
-            (pixels.permute(1, 2, 0) if uint8 else student.normalise(pixels)).numpy()[None] for pixels in resized
-        ]
-    if "input_ids" in INPUTS[part]:
-        columns["input_ids"] = [row[None] for row in student.tokenize(texts).numpy()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)  # a second name, not a second copy of the bytes
-    except OSError:
-        shutil.copy(source, target)
-
-
-def _preprocessor_config(student: DualEncoder) -> dict[str, object]:
-    """The keys of transformers' CLIPImageProcessor, and after them what it has no words for."""
-    config = student.preprocess_config
-    height, width = config.size
-    squash = config.resize_mode == "squash"
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width} if squash else {"shortest_edge": min(height, width)},
-        "resample": 3 if config.interpolation == "bicubic" else 2,
-        "do_center_crop": not squash,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.mean),
-        "image_std": list(config.std),
-        "do_convert_rgb": True,
-        "resize_mode": config.resize_mode,
-        "fill_color": config.fill_color,
-    }
-
-
 def _compare(
     folder: Path,
     manifest: Manifest,
@@ -384,19 +259,3 @@ def _timed(folder: Path, manifest: Manifest, student: DualEncoder, report: Expor
     torch_ms, graph_ms = check.latencies(folder, manifest.graphs, student, threads)
     graphs = tuple(graph.replace(latency_ms=graph_ms[graph.part, graph.precision]) for graph in report.graphs)
     return report.replace(graphs=graphs, torch_latency_ms=torch_ms, threads=threads)
-
-
-def _card(manifest: Manifest, report: ExportReport) -> str:
-    rows = "".join(
-        f"| {graph.part} | {graph.precision} | {graph.bytes:,} | {graph.max_abs:.1e} | {graph.min_cosine:.5f} |\n"
-        for graph in report.graphs
-    )
-    return (
-        front_matter(license=manifest.source.license, pipeline_tag="zero-shot-image-classification")
-        + "# A dual encoder as ONNX\n\n"
-        "```python\nfrom export import OnnxEncoder  # needs onnxruntime, numpy, pillow, tokenizers\n"
-        'encoder = OnnxEncoder("FOLDER")\n```\n\n'
-        "`image_embeds` and `text_embeds` leave the graphs unnormalised; OnnxEncoder divides by their L2 norm. "
-        "`input_ids` has the whole context length, padded as `tokenizer.json` says.\n\n"
-        "| part | precision | bytes | max abs to torch | least cosine to torch |\n|---|---|---|---|---|\n" + rows
-    )

@@ -111,8 +111,8 @@ def _timm_tower(student: DualEncoder) -> _Tower:
             field="student_folder",
         )
     cfg = student.model_cfg["vision_cfg"]
-    arguments = {"global_pool": cfg["timm_pool"]} if cfg.get("timm_pool") else {}
     trunk = _with_projection(student)
+    arguments = _arguments(student, trunk)
     fixed = bool(trunk.pretrained_cfg.get("fixed_input_size"))  # type: ignore[union-attr, operator]
     fused = reparameterize_model(trunk)  # a copy
     name = cfg["timm_model_name"]
@@ -125,6 +125,31 @@ def _timm_tower(student: DualEncoder) -> _Tower:
         except TypeError:
             pass  # this family cannot be built folded: timm folds it after loading
     return _Tower(name, arguments, _tensors(trunk), fixed)
+
+
+def _arguments(student: DualEncoder, trunk: nn.Module) -> dict[str, Any]:
+    """With what timm builds this trunk.
+
+    open_clip changes the pooling after it has built a ViT, which keeps its norm in front of the pooling; built with
+    that pooling, the norm would follow it (`fc_norm`).
+
+    Raises:
+        UnsupportedError: if timm builds it with other tensors.
+    """
+    cfg = student.model_cfg["vision_cfg"]
+    pool = {"global_pool": cfg["timm_pool"]} if cfg.get("timm_pool") else {}
+    for more in ({}, {"fc_norm": False}, {"fc_norm": True}):
+        try:
+            built = _create(cfg["timm_model_name"], student, {**pool, **more})
+        except TypeError:  # a family without this argument
+            continue
+        if set(built.state_dict()) == set(trunk.state_dict()):
+            return {**pool, **more}
+    raise UnsupportedError(
+        f"timm builds {cfg['timm_model_name']} with another norm where its pooling is {cfg.get('timm_pool')!r}",
+        remedy="take export.to_onnx, or load the folder with open_clip",
+        field="student_folder",
+    )
 
 
 def _original(name: str) -> str:

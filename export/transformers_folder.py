@@ -28,6 +28,8 @@ Tower = Literal["both", "vision"]
 BIAS_KEY = "aced_logit_bias"
 _SOURCE_KEY = "aced_source"
 _BOUND = 1e-5  # max-abs on normalised embeddings of the same tensors
+_MODALITIES = ("text", "image")  # as sentence-transformers names them
+_PIPELINE_LENGTH = 64  # to which transformers' zero-shot pipeline pads texts of every SigLIP model
 _PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 _SIGLIP_TEXT = _PLAIN_TEXT | {
     "no_causal_mask", "pool_type", "proj_type", "proj_bias", "norm_kwargs", "act_kwargs",
@@ -88,6 +90,8 @@ def to_transformers(
         _save(model, folder)
         (clip_image_processor(student) if part == "vision" else processor(student, siglip)).save_pretrained(folder)
         _classic_json(folder)
+        if siglip and part == "both":
+            _sentence_transformers(folder)
         keys = {_SOURCE_KEY: source.weights_sha256} | ({} if siglip else {BIAS_KEY: student.bias})
         write_json(folder / "config.json", _read(folder / "config.json") | keys)
         report = _compared(folder, type(model), student, part)
@@ -173,6 +177,20 @@ def _classic_json(folder: Path) -> None:
             write_json(folder / "tokenizer_config.json", tokenizer)
 
 
+def _sentence_transformers(folder: Path) -> None:
+    """Let sentence-transformers pad texts to the whole context: by itself it pads to the longest of a batch."""
+    kind = "sentence_transformers.base.modules.transformer.Transformer"
+    write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": kind}])
+    gives = {name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in _MODALITIES}
+    config = {
+        "transformer_task": "feature-extraction",
+        "modality_config": gives,
+        "module_output_name": "sentence_embedding",
+        "processing_kwargs": {"text": {"padding": "max_length", "truncation": True}},
+    }
+    write_json(folder / "sentence_bert_config.json", config)
+
+
 def _read(path: Path) -> dict[str, Any]:
     return dict(read_json(path))
 
@@ -229,17 +247,7 @@ def _card(student: DualEncoder, report: TransformersReport, license: str, kind: 
     whole = report.text_max_abs is not None
     auto = "AutoProcessor" if whole else "AutoImageProcessor"
     task = "zero-shot-image-classification" if whole else "image-feature-extraction"
-    notes = ""
-    if kind == "CLIPModel" and student.bias:
-        notes = (
-            f"The student was trained with a sigmoid loss and a bias of {student.bias:.4f}, for which CLIPModel has no "
-            f"place: config.json keeps it as `{BIAS_KEY}`. Add it to the logits before a sigmoid; "
-            "rankings do not need it.\n\n"
-        )
-    if kind == "SiglipModel":
-        notes = 'Give texts `padding="max_length"`: the text tower reads its padding.\n\n'
-    if kind == "SiglipVisionModel":
-        notes = "The embedding is `pooler_output`.\n\n"
+    notes = _notes(student, kind)
     largest = max(report.image_max_abs, report.text_max_abs or 0.0)
     return (
         front_matter(library_name="transformers", license=license, pipeline_tag=task)
@@ -254,4 +262,45 @@ def _card(student: DualEncoder, report: TransformersReport, license: str, kind: 
         "lays transparency on white nor cleans text as open_clip does (ftfy, HTML entities): give it RGB pictures and "
         "plain text.\n\n"
         f"Embeddings of the same tensors differ by at most {largest:.1e}.\n"
+    )
+
+
+def _notes(student: DualEncoder, kind: str) -> str:
+    """What a user of this class must know."""
+    length = student.context_length
+    notes = ""
+    if kind == "CLIPModel" and student.bias:
+        notes = (
+            f"The student was trained with a sigmoid loss and a bias of {student.bias:.4f}, for which CLIPModel has no "
+            f"place: config.json keeps it as `{BIAS_KEY}`. Add it to the logits before a sigmoid; "
+            "rankings do not need it.\n\n"
+        )
+    if kind == "CLIPModel":
+        notes += _without_pipeline(
+            "transformers' zero-shot pipeline does not cut texts: it fails if a label in its template has more than "
+            f"{length} tokens. Then use model and processor",
+            "padding=True",
+            "softmax(-1)",
+        )
+    if kind == "SiglipModel":
+        notes = 'Give texts `padding="max_length"`: the text tower reads its padding.\n\n'
+        if length != _PIPELINE_LENGTH:
+            effect = "it fails" if length < _PIPELINE_LENGTH else "its scores are wrong"
+            notes += _without_pipeline(
+                f"transformers' zero-shot pipeline pads texts to {_PIPELINE_LENGTH} tokens, and this model reads "
+                f"{length}: {effect}. Use model and processor",
+                'padding="max_length"',
+                "sigmoid()",
+            )
+    if kind == "SiglipVisionModel":
+        notes = "The embedding is `pooler_output`.\n\n"
+    return notes
+
+
+def _without_pipeline(why: str, padding: str, last: str) -> str:
+    return (
+        f"{why}:\n\n```python\n"
+        'texts = [f"This is a photo of {label}." for label in labels]\n'
+        f'inputs = processor(images=images, text=texts, {padding}, truncation=True, return_tensors="pt")\n'
+        f"scores = model(**inputs).logits_per_image.{last}\n```\n\n"
     )

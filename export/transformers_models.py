@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from aced_sdk.towers.huggingface import (
     siglip_vision_weights,
     vision_weights,
 )
-from export.tokenizer import write_tokenizer
+from export.tokenizer import backend
 
 
 def whole_model(student: DualEncoder, siglip: bool) -> Any:
@@ -159,24 +157,10 @@ def processor(student: DualEncoder, siglip: bool) -> Any:
 
 def _siglip_tokenizer(student: DualEncoder) -> Any:
     """The student's tokenizer with open_clip's cleaning inside, all but ftfy and HTML entities."""
-    from tokenizers import Regex, Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
-        cleaning = write_tokenizer(student, path).cleaning
-        backend = Tokenizer.from_file(str(path))
-    steps: list[Any] = []
-    if cleaning == "canonicalize":
-        steps = [normalizers.Replace("_", " "), normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")]
-    if cleaning != "whitespace":
-        steps.append(normalizers.Lowercase())
-    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    backend.normalizer = normalizers.Sequence(steps + ([backend.normalizer] if backend.normalizer else []))
-    backend.no_padding()
-    backend.no_truncation()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=backend(student)[0],
         model_max_length=student.context_length,
         model_input_names=["input_ids"],  # the tower reads its padding too: no mask
         **student.tokenizer.tokenizer.special_tokens_map,

@@ -28,7 +28,7 @@ class ZeroShot:
     Args:
         encoder: an encoder with both towers.
         classes: C names.
-        templates: texts with `{}` where the name belongs; a class is the mean of its texts' embeddings.
+        templates: texts with `{}` or `{c}` where the name belongs; a class is the mean of its texts' embeddings.
 
     Raises:
         InputError: if there are no classes or a template has no place for the name.

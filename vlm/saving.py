@@ -58,7 +58,8 @@ def save(
         directory: replaced if a model is in it already.
         merge: True writes one folder for `AutoModelForImageTextToText`, adapters added into the weights. False writes
             `base/` (the model without its training) and `adapter/` for `PeftModel.from_pretrained(base, adapter)`; the
-            trained projector lies in the adapter.
+            trained projector lies in the adapter. From inside the directory `AutoPeftModel.from_pretrained("adapter")`
+            opens both.
         scores: what `vlm.evaluate` gave, for the card.
         license: the hub's name of the licence (`apache-2.0`), for the card; None says that it is not stated.
         about: what the tower and the language model are, which data the model was tuned on, or anything else that the
@@ -83,7 +84,7 @@ def save(
             write(base, processor, folder, trained=True)
         else:
             write(base, processor, folder / _BASE, trained=False)
-            write_adapter(model, folder / _ADAPTER)
+            write_adapter(model, folder / _ADAPTER, _BASE)
         text = card(base, target.name, merge, scores, license, about)
         (folder / "README.md").write_text(text, encoding="utf-8")
         write_json(folder / _MANIFEST, {"format": 1, "files": file_digests(folder, [_MANIFEST])})

@@ -55,8 +55,14 @@ def check_adapter_savable(model: Any) -> None:
         write_adapter(model, Path(folder, "adapter"))
 
 
-def write_adapter(model: Any, folder: Path) -> None:
+def write_adapter(model: Any, folder: Path, base: str = "base") -> None:
     """The trained part of a model with adapters, for peft.
+
+    Args:
+        model: the PeftModel.
+        folder: made if it is not there.
+        base: the name under which `AutoPeftModel` looks for the base model: a folder beside `folder`, which it finds
+            from the folder that holds both.
 
     Raises:
         ModelError: if peft cannot save it.
@@ -64,6 +70,8 @@ def write_adapter(model: Any, folder: Path) -> None:
     with library_errors("peft cannot save the adapter", remedy="pass what vlm.tune gave", field="model"):
         model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's own has placeholders only
+    path = folder / "adapter_config.json"
+    write_json(path, read_json(path) | {"base_model_name_or_path": base})
 
 
 def write(base: PreTrainedModel, processor: LlavaProcessor, folder: Path, trained: bool, weights: bool = True) -> None:

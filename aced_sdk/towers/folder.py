@@ -41,6 +41,7 @@ from aced_sdk.towers.transforms import Preprocess
 from aced_sdk.towers.weights import check_fit, read_weights
 
 WEIGHTS = "open_clip_model.safetensors"
+_PYTORCH = "open_clip_pytorch_model"  # open_clip's second name
 CONFIG = "open_clip_config.json"
 MANIFEST = "aced.json"
 _HUB_FILES = [WEIGHTS, "*.json", "*.txt", "*.model"]
@@ -200,12 +201,7 @@ def load(name: str | os.PathLike[str]) -> DualEncoder:
 def _load_folder(folder: Path) -> DualEncoder:
     config = read_config(folder)
     check_links(folder)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise ModelError(
-            f"{printable(folder)} holds no {WEIGHTS}",
-            remedy="save the weights as safetensors; pickled weights are not loaded",
-        )
+    weights = weights_of(folder)
     model_cfg = config["model_cfg"]
     foreign = not os.path.lexists(folder / MANIFEST)
     resolved = resolve(model_cfg, folder)
@@ -218,6 +214,27 @@ def _load_folder(folder: Path) -> DualEncoder:
     if manifest and manifest.trained_with:
         encoder.trained_with = manifest.trained_with
     return encoder
+
+
+def weights_of(folder: Path) -> Path:
+    """The folder's weights: the safetensors file that open_clip would take, which goes by names.
+
+    Raises:
+        ModelError: if there is none, or open_clip would take a pickled file before it.
+    """
+    if os.path.lexists(folder / WEIGHTS) or os.path.lexists(folder / MANIFEST):
+        found = [folder / WEIGHTS]
+    else:
+        pickled = any(os.path.lexists(folder / f"{_PYTORCH}{ending}") for ending in (".bin", ".pth"))
+        names = [f"{_PYTORCH}.safetensors", *([] if pickled else ["model.safetensors"])]
+        found = [folder / name for name in names] + ([] if pickled else sorted(folder.glob("*.safetensors")))
+    weights = next((path for path in found if path.is_file()), None)
+    if weights is None:
+        raise ModelError(
+            f"{printable(folder)} holds no {WEIGHTS}, nor another safetensors file that open_clip would take",
+            remedy="save the weights as safetensors; pickled weights are not loaded",
+        )
+    return weights
 
 
 def _check_files(folder: Path) -> Manifest:
@@ -243,8 +260,10 @@ def _preprocess(config: dict[str, Any], size: tuple[int, int], folder: Path) -> 
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     try:
-        given = merge_preprocess_dict(PreprocessCfg(), {"size": size} | (config.get("preprocess_cfg") or {}))
-        return Preprocess(**given).replace(size=size)
+        given = merge_preprocess_dict(PreprocessCfg(), (config.get("preprocess_cfg") or {}) | {"size": size})
+        if given["interpolation"] == "random":  # in training; open_clip's validation transform is bicubic then
+            given["interpolation"] = "bicubic"
+        return Preprocess(**given)
     except (ConfigError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{printable(folder / CONFIG)} has a wrong preprocess_cfg: {printable(error)}", remedy="restore the file"

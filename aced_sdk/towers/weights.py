@@ -91,6 +91,8 @@ def _own_names(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     from open_clip.model import convert_to_custom_text_state_dict
 
     own = model.state_dict()
+    if next(iter(weights), "").startswith("module."):  # saved from a model wrapped for several GPUs
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     weights = convert_state_dict(model, dict(weights))
     if "positional_embedding" in weights and "positional_embedding" not in own:
         weights = convert_to_custom_text_state_dict(weights)

@@ -77,7 +77,8 @@ def test_files_and_names(exported: tuple[Path, export.ExportReport], student_fol
     graphs = {f"onnx/{part}_model{suffix}.onnx" for part in ("vision", "text") for suffix in ("", "_fp16", "_int8")}
     graphs |= {f"onnx/{part}_model_quantized.onnx" for part in ("vision", "text")}
     assert names == graphs | {
-        "preprocessor_config.json", "tokenizer.json", "torch_embeddings.npz", "export.json", "README.md",
+        "config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "torch_embeddings.npz",
+        "export.json", "README.md",
     }  # fmt: skip
     manifest = export.Manifest(**json.loads((folder / "export.json").read_text()))
     assert manifest.source.weights_sha256 == towers.read_manifest(student_folder).weights_sha256
@@ -87,7 +88,7 @@ def test_files_and_names(exported: tuple[Path, export.ExportReport], student_fol
     assert (manifest.text.context_length, manifest.text.pad_id) == (16, 0)
     ends = {
         "vision": (["batch_size", 3, 32, 32], "image_embeds", ["batch_size", 32]),
-        "text": (["text_batch_size", 16], "text_embeds", ["text_batch_size", 32]),
+        "text": (["text_batch_size", "sequence_length"], "text_embeds", ["text_batch_size", 32]),
     }
     for graph in manifest.graphs:
         model = onnx.load(folder / graph.file)

@@ -65,13 +65,15 @@ def test_both_and_patches(student_folder: Path, tmp_path: Path) -> None:
     pixels = torch.stack([student.preprocess(image) for image in images])
     ids = student.tokenize(list(TEXTS))
     session = onnxruntime.InferenceSession(str(tmp_path / "o/onnx/model.onnx"))
-    names = ["image_embeds", "text_embeds", "logits_per_image"]
-    image, text, logits = session.run(names, {"pixel_values": pixels.numpy(), "input_ids": ids.numpy()})
+    names = ["image_embeds", "text_embeds", "logits_per_image", "logits_per_text"]
+    image, text, logits, transposed = session.run(names, {"pixel_values": pixels.numpy(), "input_ids": ids.numpy()})
     want_image, want_text = student.encode_image(pixels), student.encode_text(ids)
     np.testing.assert_allclose(image, want_image.numpy(), atol=1e-5)
     np.testing.assert_allclose(text, want_text.numpy(), atol=1e-5)
-    want = student.scale * want_image @ want_text.T + student.bias
+    assert student.bias != 0
+    want = student.scale * want_image @ want_text.T  # as of CLIPModel, which has no bias
     np.testing.assert_allclose(logits, want.numpy(), atol=1e-3)
+    np.testing.assert_array_equal(transposed, logits.T)
 
     encoder = export.OnnxEncoder(tmp_path / "o", parts=("patches",))
     patches = torch.from_numpy(encoder.run("patches", encoder.preprocess(images)))

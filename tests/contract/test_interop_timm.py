@@ -63,6 +63,8 @@ TOWERS: dict[str, dict[str, Any]] = {
     "resnet": {"timm_model_name": "test_resnet", "timm_proj": "linear"},
     "convnext": {"timm_model_name": "test_convnext", "timm_proj": "linear"},
     "vit": {"timm_model_name": "test_vit", "size": 160, "timm_pool": "token", "timm_proj": "linear"},
+    "vit_avg": {"timm_model_name": "test_vit", "size": 160, "timm_pool": "avg", "timm_proj": "linear"},
+    "vit_avg_bare": {"timm_model_name": "test_vit", "size": 160, "timm_pool": "avg", "timm_proj": "none"},
 }
 
 

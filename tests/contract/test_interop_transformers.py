@@ -53,7 +53,7 @@ def vit_toy_siglip_32(pretrained: bool = False, **options: Any) -> Any:
     return _create_vision_transformer("vit_base_patch32_siglip_256", pretrained=pretrained, **(sizes | kind | options))
 
 
-def words(folder: Path) -> Path:
+def words(folder: Path, side: str = "right") -> Path:
     """A tokenizer of a few words, which ends texts as SigLIP's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -62,13 +62,14 @@ def words(folder: Path) -> Path:
     raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>")
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>", "padding_side": side}
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, **marks)
     fast.save_pretrained(folder)
     return folder
 
 
-def siglip(folder: Path, vision: dict[str, Any] | None = None, **text: Any) -> Path:
-    """A student in SigLIP's shape, saved."""
+def siglip(folder: Path, vision: dict[str, Any] | None = None, side: str = "right", **text: Any) -> Path:
+    """A student in SigLIP's shape, saved; `side` is where its tokenizer pads."""
     vision_cfg = {
         "image_size": 32,
         "timm_model_name": "vit_toy_siglip_32",
@@ -80,7 +81,7 @@ def siglip(folder: Path, vision: dict[str, Any] | None = None, **text: Any) -> P
         "context_length": 8, "vocab_size": 16, "width": 48, "heads": 2, "layers": 1,
         "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
         "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
-        "hf_tokenizer_name": str(words(folder / "words")), "tokenizer_kwargs": {"clean": "canonicalize"},
+        "hf_tokenizer_name": str(words(folder / "words", side)), "tokenizer_kwargs": {"clean": "canonicalize"},
     }  # fmt: skip
     architecture = {
         "embed_dim": 32,
@@ -157,6 +158,40 @@ def test_the_vision_tower_apart(student_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "v/tokenizer.json").exists()
 
 
+def test_sentence_transformers_pads_to_the_whole_context(student_folder: Path, tmp_path: Path) -> None:
+    """By its own configs; tools.clients compares the embeddings."""
+    export.to_transformers(student_folder, tmp_path / "t")
+    export.to_transformers(student_folder, tmp_path / "v", part="vision")
+    is_siglip = is_siglip_vit(towers.load(student_folder))
+    names = ("modules.json", "sentence_bert_config.json")
+    assert [(tmp_path / "t" / name).is_file() for name in names] == [is_siglip] * 2
+    assert not any((tmp_path / "v" / name).exists() for name in names)
+    if is_siglip:
+        config = json.loads((tmp_path / "t/sentence_bert_config.json").read_text())
+        assert config["processing_kwargs"] == {"text": {"padding": "max_length", "truncation": True}}
+
+
+def test_the_card_gives_scores_where_the_pipeline_fails(student_folder: Path, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    export.to_transformers(student_folder, tmp_path / "t")
+    labels, image = ["red apple", "cat"], picture(tmp_path / "p.png")
+    classify = pipeline("zero-shot-image-classification", str(tmp_path / "t"), device="cpu")
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        classify(image, candidate_labels=labels)
+    card = (tmp_path / "t/README.md").read_text()
+    assert "zero-shot pipeline" in card
+    first, second = (block.split("```")[0] for block in card.split("```python")[1:])
+    names = {"labels": labels, "images": [image]}
+    with torch.no_grad():
+        exec(first.replace("FOLDER", str(tmp_path / "t")) + second, names)
+    student = towers.load(student_folder)
+    texts = student.encode_text([f"This is a photo of {label}." for label in labels])
+    logits = student.scale * student.encode_image([image]) @ texts.T
+    want = (logits + student.bias).sigmoid() if is_siglip_vit(student) else logits.softmax(-1)
+    torch.testing.assert_close(names["scores"], want, atol=1e-4, rtol=0)
+
+
 def test_files_that_others_look_for(student_folder: Path, tmp_path: Path) -> None:
     export.to_transformers(student_folder, tmp_path / "t")
     for part in ({}, {"part": "vision"}):
@@ -209,15 +244,53 @@ def test_graphs_of_another_student_are_refused(tmp_path: Path) -> None:
         export.to_transformers(tmp_path / "other/s", tmp_path / "t", onnx=graphs)
 
 
-def test_copied_text_graphs_pad_by_themselves(tmp_path: Path) -> None:
-    graphs = tiny.exported(tmp_path)
-    export.to_transformers(tmp_path / "s", tmp_path / "t", onnx=graphs)
-    student = towers.load(tmp_path / "s")
-    ids = student.tokenize(["a cat", "a red boat", "tree"])
-    session = onnxruntime.InferenceSession(str(tmp_path / "t/onnx/text_model.onnx"))
-    assert session.get_inputs()[0].shape == ["text_batch_size", "sequence_length"]
-    (whole,) = session.run(None, {"input_ids": ids.numpy()})
-    (short,) = session.run(None, {"input_ids": ids[:, :5].numpy()})  # the longest has five with both ends
-    np.testing.assert_allclose(short, whole, atol=1e-5)
-    (first,) = onnxruntime.InferenceSession(str(graphs / "onnx/text_model.onnx")).run(None, {"input_ids": ids.numpy()})
-    np.testing.assert_allclose(whole, first, atol=1e-6)
+# -- ONNX folders, which other programs open by the same files -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip_left"])
+def test_onnx_folders_open_with_transformers_processors(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    left = kind == "siglip_left"
+    folder = (
+        towers.save(tiny.encoder(), tmp_path / "s")
+        if kind == "clip"
+        else siglip(tmp_path, side="left" if left else "right")
+    )
+    student, target, image = towers.load(folder), tmp_path / "o", picture(tmp_path / "p.png")
+    export.to_onnx(folder, target, ("vision", "text", "both"), ("fp32",), measure=False)
+    config = AutoConfig.from_pretrained(target)
+    assert config.model_type == kind.split("_")[0]
+    assert config.text_config.max_position_embeddings == student.context_length
+    texts = ["  A red_apple,\n Two APPLES!", "cat", "a photo of a cat " * 9]
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    ids = tokenizer(texts, padding=True, truncation=True, return_tensors="np")["input_ids"]
+    short = tokenizer(["cat"], return_tensors="np")["input_ids"]  # not padded
+    assert short.shape[1] < student.context_length
+    pixels = AutoImageProcessor.from_pretrained(target, backend="pil")(images=[image], return_tensors="np")[
+        "pixel_values"
+    ]
+    image_embeds, want = student.encode_image([image]), student.encode_text(texts)
+    if kind == "clip":  # what a normaliser cannot do for CLIP, nothing did
+        assert tokenizer.convert_ids_to_tokens(short[0])[0] == "<start_of_text>"
+    session = onnxruntime.InferenceSession(str(target / "onnx/text_model.onnx"))
+    for given, rows in ((ids, want), (short, want[1:2])):
+        (found,) = session.run(None, {"input_ids": given.astype(np.int64)})
+        np.testing.assert_allclose(torch.nn.functional.normalize(torch.from_numpy(found), dim=-1), rows, atol=1e-5)
+    whole = onnxruntime.InferenceSession(str(target / "onnx/model.onnx"))
+    inputs = {"pixel_values": pixels, "input_ids": ids.astype(np.int64)}
+    per_image, per_text = whole.run(["logits_per_image", "logits_per_text"], inputs)
+    bias = 0.0 if kind == "clip" else student.bias  # as CLIPModel and SiglipModel
+    np.testing.assert_allclose(per_image, (student.scale * image_embeds @ want.T + bias).numpy(), atol=1e-3)
+    np.testing.assert_array_equal(per_text, per_image.T)
+    assert export.OnnxEncoder(target, parts=("both",)).graph_bias == pytest.approx(bias)
+    assert len(export.verify_folder(target)) == 3
+
+
+@pytest.mark.parametrize(("part", "kind"), [("vision", "clip_vision_model"), ("text", "clip_text_model")])
+def test_configs_of_one_tower(part: Any, kind: str, tmp_path: Path) -> None:
+    folder = towers.save(tiny.encoder(), tmp_path / "s")
+    export.to_onnx(folder, tmp_path / "o", (part,), ("fp32",), measure=False)
+    assert json.loads((tmp_path / "o/config.json").read_text())["model_type"] == kind
+    names = [(tmp_path / "o" / name).is_file() for name in ("preprocessor_config.json", "tokenizer_config.json")]
+    assert names == [part == "vision", part == "text"]

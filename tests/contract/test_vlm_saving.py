@@ -40,12 +40,16 @@ import sys, json, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 base, adapter, picture = sys.argv[1:4]
-model, loading = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True)
-assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
-processor = AutoProcessor.from_pretrained(base)
-if adapter:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, adapter)
+if base:
+    model, loading = AutoModelForImageTextToText.from_pretrained(base, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"], loading
+    if adapter:
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, adapter)
+else:  # the adapter names its base
+    from peft import AutoPeftModel
+    model = AutoPeftModel.from_pretrained(adapter)
+processor = AutoProcessor.from_pretrained(base or "base")
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour is it ?"}]}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
 batch = processor(images=[Image.open(picture)], text=[text], return_tensors="pt")
@@ -73,13 +77,13 @@ def test_what_is_saved_opens_with_transformers_and_peft_alone(model: Model, tmp_
         expected = llava(**batch).logits[0, -1]
         untouched = vlm.load(apart / "base")[0](**batch).logits[0, -1]
     assert (expected - untouched).abs().max() > 1e-3
-    for base, adapter in ((merged, ""), (apart / "base", apart / "adapter")):
+    for base, adapter in ((merged, ""), (apart / "base", apart / "adapter"), ("", "adapter")):
         done = subprocess.run(
             [sys.executable, "-c", FRESH, str(base), str(adapter), str(tmp_path / "p.png")],
             capture_output=True,
             text=True,
             check=False,
-            cwd=tmp_path,
+            cwd=apart,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         name, logits = json.loads(done.stdout.splitlines()[-1])

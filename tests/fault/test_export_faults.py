@@ -84,10 +84,10 @@ def test_garbage_is_named_even_unchecked(folder: Path, name: str) -> None:
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "not an export of format 2"),
+        ("[]", "not an export of format 3"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"kind": "onnx_dual_encoder", "format": 3}', "not an export of format 2"),
-        ('{"kind": "onnx_dual_encoder", "format": 2}', "lacks bias"),
+        ('{"kind": "onnx_dual_encoder", "format": 2}', "not an export of format 3"),
+        ('{"kind": "onnx_dual_encoder", "format": 3}', "lacks bias"),
     ],
 )
 def test_bad_manifests(tmp_path: Path, content: str, message: str) -> None:
@@ -256,7 +256,7 @@ def test_places_that_cannot_be_used(student: Path, tmp_path: Path) -> None:
 def test_bad_graphs_leave_the_older_export(student: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "export.json").read_bytes()
     exact = onnx.load(folder / "onnx/vision_model.onnx")
-    monkeypatch.setattr("export.save.float32_graph", lambda *_: exact)
+    monkeypatch.setattr("export.onnx_folder.float32_graph", lambda *_: exact)
     with pytest.raises(export.ExportError, match="int8 vision graph has a cosine of") as caught:
         export.to_onnx(student, folder, parts=("vision",), precisions=("int8",), min_cosine=1.0, measure=False)
     assert caught.value.field == "min_cosine"

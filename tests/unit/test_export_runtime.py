@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 from PIL import Image
 from tiny import exported
+from tokenizers import Tokenizer
 
 import export
 from aced_sdk.towers import Preprocess
@@ -114,9 +117,40 @@ def test_tokens_equal_open_clip(text: str, tokens) -> None:  # type: ignore[no-u
         assert tokens(text) == SIMPLE([text])[0].tolist()
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "x" * 300, "1234567890", "don't DON'T 's", "<START_OF_TEXT>", "½ ⅷ ² ①"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *TEXTS, "x" * 300, "1234567890", "don't DON'T 's", "<START_OF_TEXT>", "½ ⅷ ² ①",
+        "it'ſ 'ſſ 'S 'Sſ", "<ſtart_of_text> <ﬅart_of_text> <End_of_text>", "'ﬆ 'ẗ '\u212a \u212am 'İ 'ı 'ß",
+        "'Re're'VE'vE'LL'lL'M'D",
+    ],
+)  # fmt: skip
 def test_tokens_of_known_texts(text: str, tokens) -> None:  # type: ignore[no-untyped-def]
     assert tokens(text) == SIMPLE([text])[0].tolist()
+
+
+def test_tokenizer_files_suit_javascript(folder: Path) -> None:
+    """Its regular expressions have no flags inside."""
+    assert "(?" not in json.dumps(json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"])
+
+
+def test_raw_texts_are_cleaned_by_the_file(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ["  Two\n RED\tapples!", "it's"]:
+        assert tokenizer.encode(text).ids == export.OnnxEncoder(folder).tokenize([text])[0].tolist()
+
+
+def test_graphs_pad_short_texts_and_refuse_long_ones(folder: Path) -> None:
+    encoder = export.OnnxEncoder(folder)
+    session = onnxruntime.InferenceSession(str(folder / "onnx/text_model.onnx"))
+    assert session.get_inputs()[0].shape == ["text_batch_size", "sequence_length"]
+    ids = encoder.tokenize(["a cat", "a red boat", "tree"])
+    (whole,) = session.run(None, {"input_ids": ids})
+    np.testing.assert_allclose(whole, encoder.run("text", ids), atol=1e-6)
+    (short,) = session.run(None, {"input_ids": ids[:, :5]})  # the longest has five with both ends
+    np.testing.assert_allclose(short, whole, atol=1e-6)
+    with pytest.raises(export.EncoderError, match="cannot run the text graph"):
+        encoder.run("text", np.pad(ids, ((0, 0), (0, 1))))
 
 
 @pytest.mark.parametrize("size", [(24, 24), (24, 32)])

@@ -55,11 +55,21 @@ def test_zero_shot_classes(encoder: export.OnnxEncoder) -> None:
     assert zero_shot.classify([]) == []
 
 
+def test_templates_of_evaluation_tasks(encoder: export.OnnxEncoder) -> None:
+    """The files of a task write {c} where code writes {}."""
+    classes = ["cat", "a {} of {c}"]
+    plain = encoder.encode_classes(classes, ["a photo of a {}.", "{}, {}"])
+    np.testing.assert_array_equal(encoder.encode_classes(classes, ["a photo of a {c}.", "{c}, {}"]), plain)
+    prompts = encoder.encode_text(["a photo of a cat.", "cat, cat"]).mean(axis=0)
+    np.testing.assert_allclose(plain[0], prompts / np.linalg.norm(prompts), atol=1e-5)
+
+
 def test_bad_classes(encoder: export.OnnxEncoder) -> None:
     with pytest.raises(export.InputError, match="no class"):
         export.ZeroShot(encoder, [])
-    with pytest.raises(export.InputError, match=r"has no \{\}"):
-        export.ZeroShot(encoder, ["cat"], ["a photo"])
+    for templates in (["a photo"], ["a photo of a {}", "a {name}"]):
+        with pytest.raises(export.InputError, match=r"has neither \{\} nor \{c\}"):
+            export.ZeroShot(encoder, ["cat"], templates)
     with pytest.raises(export.InputError, match="top is 0"):
         export.ZeroShot(encoder, ["cat"]).classify(pictures(), top=0)
 
