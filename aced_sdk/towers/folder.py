@@ -260,10 +260,10 @@ def _preprocess(config: dict[str, Any], size: tuple[int, int], folder: Path) -> 
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     try:
-        given = merge_preprocess_dict(PreprocessCfg(), (config.get("preprocess_cfg") or {}) | {"size": size})
+        given = merge_preprocess_dict(PreprocessCfg(), {"size": size} | (config.get("preprocess_cfg") or {}))
         if given["interpolation"] == "random":  # in training; open_clip's validation transform is bicubic then
             given["interpolation"] = "bicubic"
-        return Preprocess(**given)
+        return Preprocess(**given).replace(size=size)
     except (ConfigError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{printable(folder / CONFIG)} has a wrong preprocess_cfg: {printable(error)}", remedy="restore the file"

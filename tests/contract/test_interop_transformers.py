@@ -271,8 +271,6 @@ def test_onnx_folders_open_with_transformers_processors(kind: str, tmp_path: Pat
         "pixel_values"
     ]
     image_embeds, want = student.encode_image([image]), student.encode_text(texts)
-    if kind == "clip":  # what a normaliser cannot do for CLIP, nothing did
-        assert tokenizer.convert_ids_to_tokens(short[0])[0] == "<start_of_text>"
     session = onnxruntime.InferenceSession(str(target / "onnx/text_model.onnx"))
     for given, rows in ((ids, want), (short, want[1:2])):
         (found,) = session.run(None, {"input_ids": given.astype(np.int64)})

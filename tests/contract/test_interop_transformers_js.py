@@ -121,9 +121,10 @@ def compare(student: Any, found: dict[str, Tensor], pictures: list[Path]) -> tup
     return (found["pixels"] - ours).abs().amax((1, 2, 3)), cosines
 
 
-def test_a_tiny_student(node_modules: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["web", "onnx"])
+def test_a_tiny_student(node_modules: Path, tmp_path: Path, name: str) -> None:
     student = tiny.encoder(text_cfg=tiny.ARCHITECTURE["text_cfg"] | {"context_length": 14})
-    folder = web_folder(towers.save(student, tmp_path / "s"), tmp_path)
+    folder = web_folder(towers.save(student, tmp_path / "s"), tmp_path).with_name(name)  # what to_onnx wrote opens too
     side = student.preprocess_config.size[0]
     pictures = [draw(tmp_path / "own.png", side, side), draw(tmp_path / "large.png", 90, 70)]
     found = run(node_modules, tmp_path, folder, pictures)

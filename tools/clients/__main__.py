@@ -45,6 +45,7 @@ CLIENTS = (
     _client("peft", "peft", "transformers>=5", packages=("transformers",)),
     _client("peft_transformers4", "peft", "transformers==4.57.*", packages=("transformers",), script="peft.py"),
     _client("sentence_transformers", "sentence-transformers", packages=("transformers",)),
+    _client("timm", "timm"),
     _client("transformers4", "transformers==4.57.*", script="transformers.py"),
     _client("transformers5", "transformers>=5", script="transformers.py"),
     Client("transformers_js", ("@huggingface/transformers",), (), SCRIPTS / "transformers_js.mjs"),

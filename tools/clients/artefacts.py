@@ -9,6 +9,7 @@ Towers have a few layers and random weights. `make` writes:
 | onnx/clip, siglip, timm | `export.to_onnx`, the graph of both towers included |
 | transformers/clip, clip-short, siglip, clip-vision, siglip-vision | `export.to_transformers` |
 | web/clip, siglip | the same with the graphs of `to_onnx` laid beside |
+| timm/clip, timm | `export.to_timm` |
 | tasks/* | evaluation tasks, see `tools.clients.tasks` |
 | vlm/*, lmms | vision-language models, see `tools.clients.captioners` |
 | pictures/own*.png, large*.png | pictures of the towers' size, and larger ones |
@@ -69,6 +70,9 @@ def make(folder: Path) -> Expectations:
             _onnx(work, name, encoder)
         if name != "timm":
             _transformers(work, name, encoder)
+        if name in ("clip", "timm"):
+            export.to_timm(folder / "students" / name, folder / "timm" / name)
+            _embeddings(work, f"timm/{name}", encoder)
     tasks.make(folder, work.expected)
     captioners.make(folder, work.expected)
     return work.expected

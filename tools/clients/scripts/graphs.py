@@ -22,7 +22,7 @@ Run = Callable[[Path, Inputs], dict[str, Floats]]
 
 
 def graph_checks(folder: Path, how: str, run: Run) -> Iterator[Check]:
-    """Embeddings of each tower in each precision, and the outputs of the graph of both towers.
+    """Embeddings of each tower in each precision, texts with padding and without, and the graph of both towers.
 
     Args:
         folder: the artefacts.
@@ -43,6 +43,8 @@ def graph_checks(folder: Path, how: str, run: Run) -> Iterator[Check]:
                 ("embeddings of cut texts", text, partial(ids, folder, place, "cut_texts")),
             ):
                 yield Check(artefact, compared + end, how, partial(embeddings, run, path, compute))
+            unpadded = partial(singles, folder, place, run, text)
+            yield Check(artefact, f"text embeddings{end}", f"{how}, one by one without padding", unpadded)
         for output in ("logits_per_image", "logits_per_text"):
             yield Check(artefact, output.replace("_", " "), how, partial(both, folder, place, run, output))
 
@@ -52,6 +54,15 @@ def embeddings(run: Run, path: Path, inputs: Callable[[], Inputs]) -> Floats:
     values: Floats = next(iter(run(path, inputs()).values())).astype(np.float32)
     values /= np.linalg.norm(values, axis=1, keepdims=True)
     return values
+
+
+def singles(folder: Path, place: Path, run: Run, path: Path) -> list[Floats]:
+    """Embeddings of texts as they are, each in a batch of its own."""
+    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+    tokenizer.no_padding()
+    texts = json.loads((folder / "inputs.json").read_text())["texts"]
+    rows = [{"input_ids": np.array([tokenizer.encode(text).ids], np.int64)} for text in texts]
+    return [embeddings(run, path, partial(dict, row))[0] for row in rows]
 
 
 def both(folder: Path, place: Path, run: Run, output: str) -> Floats:
