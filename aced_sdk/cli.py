@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import sys
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from aced_sdk.files import printable
+from aced_sdk.files import one_line
 
 app = typer.Typer(
     name="aced",
@@ -82,11 +83,14 @@ def report(directory: RunFolder) -> None:
     """Write a run's report.html from its events."""
     import aced_sdk
 
-    typer.echo(printable(aced_sdk.report(directory), 4096))
+    typer.echo(one_line(aced_sdk.report(directory), 4096))
 
 
 def main() -> None:
     """Entry point; vlm and export add their commands when they are installed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal in ASCII; names and answers may be in any script
     for entry in entry_points(group="aced.commands"):
         entry.load()(app)
     try:
@@ -95,7 +99,7 @@ def main() -> None:
         # The ONNX runtime's errors are no AcedErrors, for it must not import this package; they read alike.
         if not hasattr(error, "remedy"):
             raise
-        typer.echo(f"{type(error).__name__}: {printable(error, 4000)}", err=True)
+        typer.echo(f"{type(error).__name__}: {one_line(error, 4000)}", err=True)
         sys.exit(1)
 
 
