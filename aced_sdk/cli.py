@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from importlib.metadata import entry_points
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from aced_sdk.errors import ConfigError
 from aced_sdk.files import one_line
 
 app = typer.Typer(
@@ -96,6 +98,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of standard output, or of a temporary folder
+            error = ConfigError("no space is left on the disk that is written to", remedy="free some space")
         # The ONNX runtime's errors are no AcedErrors, for it must not import this package; they read alike.
         if not hasattr(error, "remedy"):
             raise
