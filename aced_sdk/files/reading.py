@@ -13,9 +13,10 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from io import BufferedReader
+from contextlib import contextmanager
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aced_sdk.errors import AcedError
 
@@ -31,6 +32,7 @@ _MAX_NODES = 500_000  # of a YAML file
 _MAX_DIGITS = 40  # of an integer in YAML
 _OTHER_BASE = re.compile(r"[-+]?(?:0[0-7_]+|[0-9][0-9_]*(?::[0-9]+)+)")  # octal by a zero in front, or base 60
 
+_T = TypeVar("_T")
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 
 
@@ -124,7 +126,40 @@ def open_regular(path: str | Path, *, links: bool = True) -> BufferedReader:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise ReadError(f"cannot read {printable(path)}: not a regular file", remedy="name a regular file")
-    return os.fdopen(handle, "rb")
+    return BufferedReader(_Regular(handle, printable(path)))
+
+
+class _Regular(FileIO):
+    """An open file whose reading fails with a `ReadError`: over a broken disk, or where it would have to wait.
+
+    Some files of the system say that they are regular, and are not.
+    """
+
+    def __init__(self, handle: int, shown: str) -> None:
+        super().__init__(handle, "rb")
+        self._shown = shown
+
+    def readinto(self, buffer: Any, /) -> int:
+        with self._named():
+            count: int | None = super().readinto(buffer)
+        return self._there(count)
+
+    def readall(self) -> bytes:
+        with self._named():
+            content: bytes | None = super().readall()
+        return self._there(content)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ReadError(f"cannot read {self._shown}: {error.strerror}", remedy="check the disk") from None
+
+    def _there(self, found: _T | None) -> _T:
+        if found is None:
+            raise ReadError(f"cannot read {self._shown}: it would have to be waited for", remedy="name a regular file")
+        return found
 
 
 def check_tensors(path: str | Path) -> None:
@@ -148,13 +183,10 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         ReadError: if it cannot be read or is larger.
     """
     with open_regular(path) as stream:
-        try:
-            size = min(limit, os.fstat(stream.fileno()).st_size)
-            content = stream.read(size + 1)  # Python reserves as much at once, so `limit` alone would be too much
-            if len(content) > size:  # it has grown, or its file system does not say how large it is
-                content += stream.read(limit - size)
-        except OSError as error:
-            raise ReadError(f"cannot read {printable(path)}: {error.strerror}", remedy="check the disk") from None
+        size = min(limit, os.fstat(stream.fileno()).st_size)
+        content = stream.read(size + 1)  # Python reserves as much at once, so `limit` alone would be too much
+        if len(content) > size:  # it has grown, or its file system does not say how large it is
+            content += stream.read(limit - size)
     if len(content) > limit:
         raise ReadError(f"{printable(path)} has more than {limit:,} bytes", remedy="name a smaller file")
     return content

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +24,11 @@ from aced_sdk import towers
 from aced_sdk.cache import open_cache
 from aced_sdk.cache.parts import Part, part_path, write_part
 from aced_sdk.data import Pool, Prepared, prepare
-from aced_sdk.errors import CacheError, DataError, EvaluationError
+from aced_sdk.errors import AcedError, CacheError, DataError, EvaluationError
 from aced_sdk.evaluation import Task, evaluate, load_task, metrics, run_task
 from aced_sdk.evaluation.metrics import zero_shot
+from aced_sdk.files import ReadError, read_lines, read_text, sha256
+from aced_sdk.files.reading import _Regular
 from aced_sdk.towers.words import Words
 from tests import tiny
 from tests.security.sandbox import run
@@ -64,6 +68,22 @@ def test_a_line_break_in_a_name_begins_no_line_of_a_message(tmp_path: Path) -> N
     with pytest.raises(DataError) as caught:
         Pool([folder])
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_would_be_waited_for_is_named() -> None:
+    ours, theirs = os.pipe2(os.O_NONBLOCK)
+    stream = io.BufferedReader(_Regular(ours, "x"))
+    for read in (lambda: stream.read(4), stream.read, stream.readline, lambda: hashlib.file_digest(stream, "sha256")):
+        with pytest.raises(ReadError, match="cannot read x: it would have to be waited for"):
+            read()
+    os.close(theirs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_file_that_breaks_off_is_named() -> None:
+    for read in (read_text, sha256, lambda path: list(read_lines(path)), lambda path: Pool([path])):
+        with pytest.raises(AcedError, match="cannot read /proc/self/mem: Input/output error"):
+            read(Path("/proc/self/mem"))
 
 
 # Long words
