@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from aced_sdk.files import printable
+from aced_sdk.errors import ConfigError
+from aced_sdk.files import one_line
 
 app = typer.Typer(
     name="aced",
@@ -82,20 +85,25 @@ def report(directory: RunFolder) -> None:
     """Write a run's report.html from its events."""
     import aced_sdk
 
-    typer.echo(printable(aced_sdk.report(directory), 4096))
+    typer.echo(one_line(aced_sdk.report(directory), 4096))
 
 
 def main() -> None:
     """Entry point; vlm and export add their commands when they are installed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal in ASCII; names and answers may be in any script
     for entry in entry_points(group="aced.commands"):
         entry.load()(app)
     try:
         app()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of standard output, or of a temporary folder
+            error = ConfigError("no space is left on the disk that is written to", remedy="free some space")
         # The ONNX runtime's errors are no AcedErrors, for it must not import this package; they read alike.
         if not hasattr(error, "remedy"):
             raise
-        typer.echo(f"{type(error).__name__}: {printable(error, 4000)}", err=True)
+        typer.echo(f"{type(error).__name__}: {one_line(error, 4000)}", err=True)
         sys.exit(1)
 
 

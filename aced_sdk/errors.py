@@ -22,8 +22,9 @@ class AcedError(Exception):
     def __str__(self) -> str:
         where = f" [field: {self.field}]" if self.field else ""
         text = f"{self.cause}. Remedy: {self.remedy}{where}"
-        # Names and words from files are in it, and a terminal obeys control characters.
-        return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+        # Names and words from files are in it. A terminal obeys control characters, and after a line break they would
+        # read like a message of their own.
+        return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes pickle errors; keyword-only arguments need a hand.

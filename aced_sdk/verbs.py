@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal
@@ -17,17 +16,17 @@ from typing import Literal
 from aced_sdk.cache import EmbeddingCache, default_directory, stored_fingerprint, write_cache, write_stored
 from aced_sdk.config import Data, DistillConfig, Engine, Stored
 from aced_sdk.data import Pool
-from aced_sdk.engine import Callback, checkpoints, newest_intact, pick_device, step_of
+from aced_sdk.engine import Callback, checkpoints, newest_intact, pick_device, read_checkpoint_state, step_of
 from aced_sdk.engine.events import Evaluated, Event
 from aced_sdk.errors import ConfigError, EngineError
 from aced_sdk.evaluation import EvaluateEvery, evaluate, expand_names, load_task
-from aced_sdk.files import alone, inside, printable
+from aced_sdk.files import alone, inside, one_line, printable
 from aced_sdk.planning import Plan, plan
 from aced_sdk.reporting import JsonlWriter, read_events
 from aced_sdk.reporting.run_bar import RunBar
 from aced_sdk.reporting.run_report import report
 from aced_sdk.towers import DualEncoder, load
-from aced_sdk.training.run import CONFIG, Run, start
+from aced_sdk.training.run import CONFIG, STUDENT, Run, start
 
 EVENTS = "events.jsonl"
 _MARKS = ("run_started", "checkpoint_saved")
@@ -46,25 +45,40 @@ def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
         callbacks: called with every typed event (`aced_sdk.engine.events`).
 
     Raises:
-        ConfigError: if the directory holds a run already.
+        ConfigError: if the directory holds a run already, or checkpoints or a folder `student` of something else.
         AcedError: whatever data, models or training may meet; each says its remedy.
     """
-    with _writable(config.directory):
-        if _begun(config.directory):
-            raise ConfigError(
-                f"{printable(config.directory)} holds a run already",
-                remedy="go on with aced.resume(directory), or name another directory",
-                field="directory",
-            )
+    # The lock comes before the config: another process may still be preparing its run there.
+    with _alone(config.directory):
+        _check_free(config.directory)
         config.to_yaml(config.directory / CONFIG)
-    return _run(config, callbacks, None)
+        return _run(config, callbacks, None)
 
 
-def _begun(directory: Path) -> bool:
-    """Whether a step may have been taken there; a start that failed over its config or data may be made again."""
+def _check_free(directory: Path) -> None:
+    """Refuse a folder whose contents a new run would mix with its own, or remove.
+
+    A start that failed over its config or data may be made again.
+
+    Raises:
+        ConfigError: naming what is there.
+    """
     events = inside(directory, EVENTS)
     started = events.is_file() and any(row["event"] == "run_started" for row in read_events(events))
-    return (directory / CONFIG).exists() and (started or bool(checkpoints(directory)))
+    old = checkpoints(directory)
+    if (directory / CONFIG).exists() and (started or old):
+        raise ConfigError(
+            f"{printable(directory)} holds a run already",
+            remedy="go on with aced.resume(directory), or name another directory",
+            field="directory",
+        )
+    student = directory / STUDENT
+    for path in (*old[-1:], *([student] if student.is_dir() and not student.is_symlink() else [])):
+        raise ConfigError(
+            f"{printable(path)} is not of this run: a new run would mix with it or replace it",
+            remedy="move it away, or name another directory",
+            field="directory",
+        )
 
 
 @contextmanager
@@ -96,21 +110,34 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
         raise EngineError(
             f"{printable(directory)} holds no run", remedy="start one with aced.distill(config)", field="directory"
         )
-    config = DistillConfig.from_yaml(inside(directory, CONFIG))
-    resume_from = newest_intact(directory)
-    _tell_of_changes(directory, config, resume_from)
-    if os.path.realpath(config.directory) != os.path.realpath(directory):
-        config = config.replace(directory=directory)  # the folder was moved
-    return _run(config, callbacks, resume_from)
+    with _alone(directory):
+        config = DistillConfig.from_yaml(inside(directory, CONFIG))
+        resume_from = newest_intact(directory)
+        _tell_of_changes(directory, config, resume_from)
+        if os.path.realpath(config.directory) != os.path.realpath(directory):
+            config = config.replace(directory=directory)  # the folder was moved
+        return _run(config, callbacks, resume_from)
 
 
 def _tell_of_changes(directory: Path, config: DistillConfig, resume_from: Path | None) -> None:
-    """Warn where the folder is not as the run has left it."""
+    """Warn where the folder is not as the run has left it.
+
+    Raises:
+        EngineError: if the checkpoint was written under a config that the log does not know: by another run.
+    """
     events = inside(directory, EVENTS)
-    rows = list(islice((row for row in read_events(events) if row["event"] in _MARKS), 100)) if events.is_file() else []
-    started = next((row.get("config_hash") for row in rows if row["event"] == "run_started"), None)
-    where = printable(directory)
-    if started not in (None, config.hash()):
+    rows = [row for row in read_events(events) if row["event"] in _MARKS] if events.is_file() else []
+    started = [row["config_hash"] for row in rows if row["event"] == "run_started" and "config_hash" in row]
+    where = one_line(directory, 500)
+    if resume_from is not None and started:
+        own = read_checkpoint_state(resume_from).get("config")  # older checkpoints lack it
+        if own is not None and own not in started:
+            raise EngineError(
+                f"the checkpoint {printable(resume_from)} was written by a run with another config",
+                remedy="remove it, or resume the run that it is from",
+                field="directory",
+            )
+    if started and started[0] != config.hash():
         warnings.warn(f"{where}: config.yaml is not the config that the run was started with", stacklevel=3)
     if resume_from is None and any(row["event"] == "checkpoint_saved" for row in rows):
         warnings.warn(f"{where}: the run's checkpoints are gone; it starts again at step 0", stacklevel=3)
@@ -119,7 +146,6 @@ def _tell_of_changes(directory: Path, config: DistillConfig, resume_from: Path |
 def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None) -> Run:
     events = config.directory / EVENTS
     with (
-        _alone(config.directory),
         JsonlWriter(events) as writer,
         RunBar(f"distil {config.directory.name}") as bar,
     ):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -37,6 +36,7 @@ from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.files import printable, read_json, tensor_digest, write_json
 from aced_sdk.reporting import JsonlWriter, Progress
+from aced_sdk.reporting.progress import say
 from vlm.adapters import base_of, check_adapters, check_saved, has_adapter, prepare, shown, snapshot, table
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data import Sample
@@ -188,7 +188,7 @@ def tune(
         torch.random.fork_rng(),
     ):
         if skips.messages and ranks.rank == 0:
-            sys.stderr.write(f"tune: {len(skips.messages)} of {len(data)} conversations are left out: {skips}\n")
+            say(f"tune: {len(skips.messages)} of {len(data)} conversations are left out: {skips}")
         run = _Run(config, folder, rows, features, int(processor.tokenizer.pad_token_id), ranks, log)
         run.callbacks += [*callbacks, *([log] if log else [])]
         run.callbacks.append(lambda event: bar.advance(loss=event.loss) if isinstance(event, StepDone) else None)
@@ -291,9 +291,7 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
     done = _restore(folder, engine)
     run.step += done
     if run.ranks.rank == 0:
-        sys.stderr.write(
-            f"tune: stage {number}, {stage.stage}, {stage.steps - done} steps\n{shown(run.parameters[-1])}\n"
-        )
+        say(f"tune: stage {number}, {stage.stage}, {stage.steps - done} steps\n{shown(run.parameters[-1])}")
     if run.log is not None and done < stage.steps:
         run.log.truncate_after(run.step)  # what came after the checkpoint is told again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))

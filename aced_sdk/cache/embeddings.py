@@ -16,7 +16,6 @@ from aced_sdk.cache.parts import (
     Part,
     bound_shards,
     check_binding,
-    part_path,
     read_manifest,
     read_part,
 )
@@ -95,7 +94,7 @@ class EmbeddingCache:
         return part
 
     def _read(self, number: int, verify: bool) -> Part:
-        return read_part(part_path(self.directory, number), self._sizes[number], self._manifest, verify)
+        return read_part(self.directory, number, self._sizes[number], self._manifest, verify)
 
 
 def default_directory(fingerprint: str, pool: Pool) -> Path:

@@ -83,46 +83,51 @@ def part_path(directory: Path, number: int) -> Path:
     return directory / f"part-{number:06d}.safetensors"
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write a part with its checksum, whole or not at all.
+def write_part(path: Path, part: Part, shard: str = "") -> None:
+    """Write a part with its checksum and the digest of its shard, whole or not at all.
 
     Raises:
         OSError: if the disk is full or the place cannot be written to.
     """
     with whole_file(path) as temporary:
-        save_tensors(temporary, vars(part), {"sha256": f"{part.digest()} {part.usable_digest()}"})
+        save_tensors(temporary, vars(part), {"sha256": f"{part.digest()} {part.usable_digest()} {shard}"})
 
 
-def read_part(path: Path, rows: int, manifest: CacheManifest, verify: bool) -> Part:
+def read_part(directory: Path, number: int, rows: int, manifest: CacheManifest, verify: bool) -> Part:
     """Map a part into memory; its header and `usable` are read and checked, all of it where it is verified.
 
-    Parts of older versions have no digest of `usable`. They are verified as a whole.
+    Parts of older versions have no digest of `usable`, and are verified as a whole. They do not name their shard.
 
     Args:
-        path: its file.
+        directory: its cache.
+        number: which shard's.
         rows: pairs that it must hold.
         manifest: of its cache.
         verify: read all of it and compare its checksum.
 
     Raises:
-        CacheError: if it is missing, torn, a link out of the cache, of other sizes or types, or not what was written.
+        CacheError: if it is missing, torn, a link out of the cache, of another shard, of other sizes or types, or not
+            what was written.
     """
+    path = part_path(directory, number)
+    shown = printable(path)
     try:
         check_tensors(inside(path.parent, path.name))
         with safe_open(path, "pt") as stream:
             part = Part(*(stream.get_tensor(name) for name in ("image", "text", "usable")))
-            whole, _, usable = (stream.metadata() or {}).get("sha256", "").partition(" ")
+            digests = (stream.metadata() or {}).get("sha256", "")
+            whole, usable, shard = (*digests.split(" ", 2), "", "", "")[:3]
     except (OSError, RuntimeError, ReadError, SafetensorError) as error:  # the second: no memory to map it into
-        raise CacheError(
-            f"the embeddings {printable(path)} cannot be read: {printable(error)}", remedy=_AGAIN
-        ) from error
+        raise CacheError(f"the embeddings {shown} cannot be read: {printable(error)}", remedy=_AGAIN) from error
+    if shard not in ("", manifest.shards[number][1]):  # parts of equal sizes can be mixed up
+        raise CacheError(f"{shown} is of another shard", remedy=_AGAIN)
     shape, dtype = (rows, manifest.dim), DTYPES[manifest.dtype]
     if {part.image.shape, part.text.shape} != {shape} or part.usable.shape != shape[:1]:
-        raise CacheError(f"{path} has other sizes than its shard: {list(part.image.shape)}", remedy=_AGAIN)
+        raise CacheError(f"{shown} has other sizes than its shard: {list(part.image.shape)}", remedy=_AGAIN)
     if {part.image.dtype, part.text.dtype} != {dtype} or part.usable.dtype != torch.bool:
-        raise CacheError(f"{path} holds {part.image.dtype}, and its cache {manifest.dtype}", remedy=_AGAIN)
+        raise CacheError(f"{shown} holds {part.image.dtype}, and its cache {manifest.dtype}", remedy=_AGAIN)
     if usable not in ("", part.usable_digest()) or ((verify or not usable) and whole != part.digest()):
-        raise CacheError(f"{path} is not what was written: its checksum is another", remedy=_AGAIN)
+        raise CacheError(f"{shown} is not what was written: its checksum is another", remedy=_AGAIN)
     return part
 
 
@@ -160,9 +165,10 @@ def check_binding(
         CacheError: if model or shards differ, or number format or width where they are asked for.
     """
     another = "name another cache directory, or delete this one"
+    shown = printable(directory)
     if found.model != model:
         raise CacheError(
-            f"the cache {directory} is of another model or preprocessing, or another reading of stored embeddings "
+            f"the cache {shown} is of another model or preprocessing, or another reading of stored embeddings "
             f"({found.model[:_SHORT]}, not {model[:_SHORT]})",
             remedy=another,
             field="cache",
@@ -170,11 +176,11 @@ def check_binding(
     if found.shards != shards:
         different = set(found.shards) ^ set(shards)
         raise CacheError(
-            f"the cache {directory} is of other shards ({len(different)} differ or are reordered)",
+            f"the cache {shown} is of other shards ({len(different)} differ or are reordered)",
             remedy=another,
             field="cache",
         )
     if dim not in (None, found.dim):
-        raise CacheError(f"the cache {directory} has width {found.dim}, not {dim}", remedy=another, field="cache")
+        raise CacheError(f"the cache {shown} has width {found.dim}, not {dim}", remedy=another, field="cache")
     if dtype not in (None, found.dtype):
-        raise CacheError(f"the cache {directory} holds {found.dtype}, not {dtype}", remedy=another, field="dtype")
+        raise CacheError(f"the cache {shown} holds {found.dtype}, not {dtype}", remedy=another, field="dtype")

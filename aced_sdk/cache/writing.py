@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -32,9 +33,10 @@ from aced_sdk.config import Data
 from aced_sdk.data import Decoding, Pool, SuperBatch, check_bad
 from aced_sdk.data.source import Rows
 from aced_sdk.errors import CacheError, ModelError
-from aced_sdk.files import alone, one_line, write_json
+from aced_sdk.files import alone, one_line, printable, write_json
 from aced_sdk.towers import DualEncoder
 
+_LEFTOVER = re.compile(r"\.(?:cache\.json|part-[0-9]{6,}\.safetensors)\.[0-9a-f]{16}\.tmp")  # see `whole_file`
 _AHEAD = 2  # batches read while one is embedded
 Read = TypeVar("Read")
 
@@ -138,6 +140,7 @@ def write_parts(
     tell = progress or (lambda *_: None)
     with _alone(directory):
         manifest = _bind(directory, manifest, dtype)
+        _sweep(directory)
         shards = [rows for _, rows in pool.shard_rows()]
         done, missing = 0, []
         for number, rows in enumerate(shards):
@@ -162,7 +165,7 @@ def write_parts(
                     tell(done, len(pool))
                 if writing is not None:
                     writing.result()  # no more than one part waits in memory
-                writing = writer.submit(_save, directory, number, part)
+                writing = writer.submit(_save, directory, number, part, manifest.shards[number][1])
             if writing is not None:
                 writing.result()
         return EmbeddingCache(directory, manifest, [len(rows) for rows in shards], verified=True)
@@ -181,16 +184,21 @@ def check_usable(cache: EmbeddingCache, bad: Counter[str], data: Data) -> None:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Hold the directory: a second writer waits, and then finds the parts there. Leftovers of killed ones go."""
+    """Hold the directory: a second writer waits, and then finds the parts there."""
     with ExitStack() as held:
         try:
             held.enter_context(alone(directory, "embeddings", wait=True))
         except OSError as error:
             raise _unwritable(directory, error) from error
-        for leftover in directory.glob(".*.tmp"):
-            if leftover.is_symlink() or leftover.is_file():
-                leftover.unlink(missing_ok=True)
         yield
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what killed writers left: nobody else writes here now. Files of other names may be somebody's."""
+    with suppress(OSError):  # they only take space
+        for path in directory.iterdir():
+            if _LEFTOVER.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+                path.unlink(missing_ok=True)
 
 
 def _bind(directory: Path, manifest: CacheManifest, dtype: Dtype | None) -> CacheManifest:
@@ -208,7 +216,7 @@ def _bind(directory: Path, manifest: CacheManifest, dtype: Dtype | None) -> Cach
 
 def _complete(directory: Path, number: int, rows: int, manifest: CacheManifest) -> bool:
     try:
-        read_part(part_path(directory, number), rows, manifest, verify=True)
+        read_part(directory, number, rows, manifest, verify=True)
     except CacheError:
         return False
     return True
@@ -233,16 +241,16 @@ def _read_ahead(read: Callable[[Rows], Read], batches: Sequence[range]) -> Gener
             reader.shutdown(wait=True, cancel_futures=True)
 
 
-def _save(directory: Path, number: int, part: Part) -> None:
+def _save(directory: Path, number: int, part: Part, shard: str) -> None:
     try:
-        write_part(part_path(directory, number), part)
+        write_part(part_path(directory, number), part, shard)
     except OSError as error:
         raise _unwritable(directory, error) from error
 
 
 def _unwritable(directory: Path, error: OSError) -> CacheError:
     return CacheError(
-        f"cannot write embeddings to {directory}: {error.strerror or error}",
+        f"cannot write embeddings to {printable(directory)}: {error.strerror or error}",
         remedy="free disk space and run again: complete shards are kept",
         field="cache",
     )

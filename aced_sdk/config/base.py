@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import ReadError, one_line, printable, read_yaml, whole_file
+from aced_sdk.files import ReadError, expand, one_line, parse_yaml, printable, read_yaml, whole_file
 from aced_sdk.files.reading import MIB
 
 _MAX_YAML = 4 * MIB  # a run over many shards that are named one by one
@@ -37,11 +37,16 @@ class Config(BaseModel):
     @field_validator("*")
     @classmethod
     def _bounded(cls, value: Any) -> Any:
-        """No number that torch's integers cannot hold, no path that the system refuses."""
+        """No number that torch's integers cannot hold, no path that the system refuses; `~` in paths is expanded."""
         if isinstance(value, int) and not -_MAX_INT <= value <= _MAX_INT:
             raise ConfigError("the number is too large", remedy="use one of at most 64 bits")
-        if isinstance(value, Path) and "\0" in str(value):
-            raise ConfigError("the path holds a NUL byte", remedy="correct the path")
+        if isinstance(value, dict) and not _named(value):
+            raise ConfigError("a key of the mapping is not a text", remedy="put the key in quotes")
+        if isinstance(value, Path):
+            try:
+                return expand(value)
+            except ReadError as error:
+                raise ConfigError(error.cause, remedy=error.remedy) from None
         return value
 
     def replace(self, **changes: Any) -> Self:
@@ -71,14 +76,33 @@ class Config(BaseModel):
         return cls(**values)
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write every value, defaults too, so that the file still means the same under later defaults."""
-        with whole_file(Path(path)) as temporary:
-            temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        """Write every value, defaults too, so that the file still means the same under later defaults.
+
+        Raises:
+            ConfigError: if it cannot be written, or a name in it is not UTF-8: the file could not be read again.
+        """
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        try:
+            parse_yaml(text, "the config")
+            with whole_file(expand(path)) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        except ReadError as error:
+            raise ConfigError(f"the config cannot be written: {error.cause}", remedy="use names in UTF-8") from None
+        except OSError as error:
+            cause = f"cannot write {printable(path)}: {error.strerror}"
+            raise ConfigError(cause, remedy="check permissions and space") from error
 
     def hash(self) -> str:
         """Twelve hex digits that change when any value changes."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _named(value: Any) -> bool:
+    """Whether all keys of nested mappings are texts: JSON and keyword arguments know no others."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _named(inner) for key, inner in value.items())
+    return all(map(_named, value)) if isinstance(value, list | tuple) else True
 
 
 # Pydantic names the tags and members of unions as places.

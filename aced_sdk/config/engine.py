@@ -11,13 +11,14 @@ from pydantic import Field, model_validator
 from aced_sdk.config.base import Config
 from aced_sdk.errors import ConfigError
 
+MAX_STEPS = 10**12  # an event log and the names of checkpoints hold them
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Config):
     """AdamW."""
 
-    learning_rate: float = Field(1e-3, gt=0, description="peak rate")
+    learning_rate: float = Field(1e-3, gt=0, le=1e6, description="peak rate")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled; matrices only")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
@@ -26,7 +27,7 @@ class Optimizer(Config):
 class Schedule(Config):
     """Length of training, and the learning rate over it as a factor of the peak."""
 
-    steps: int = Field(gt=0, description="steps of training; trained examples = steps * sub_batch")
+    steps: int = Field(gt=0, le=MAX_STEPS, description="steps of training; trained examples = steps * sub_batch")
     shape: Literal["cosine", "rsqrt", "constant"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a linear rise")
     cooldown: float = Field(

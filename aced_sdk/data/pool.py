@@ -20,7 +20,7 @@ from aced_sdk.data.tars import Member, TarError, UnsupportedTar, entries
 from aced_sdk.errors import DataError
 from aced_sdk.files import ReadError, expand, open_regular, parse_json, printable, sha256
 from aced_sdk.files.reading import MIB
-from aced_sdk.processing.plain import PictureError, open_picture
+from aced_sdk.processing.plain import PictureError, open_picture, read_header
 from aced_sdk.processing.plain.pictures import MAX_BYTES
 
 MAX_SHARDS = 1_000_000
@@ -115,12 +115,19 @@ class Pool:
         Raises:
             UnusablePair: if there is none, it is broken, or it has more than `max_pixels` pixels.
         """
+        try:
+            return open_picture(self.header(row, max_pixels), max_pixels=max_pixels)
+        except PictureError as error:
+            raise UnusablePair(error.reason) from error
+
+    def header(self, row: int, max_pixels: int) -> Image.Image:
+        """As `image`, and the pixels are not decoded yet."""
         sample = self.samples[row]
         extension = next((e for e in sample.members if e in IMAGES), None)
         if extension is None:
             raise UnusablePair(sample.problem or "no picture")
         try:
-            return open_picture(self.read(row, extension) or b"", max_pixels=max_pixels)
+            return read_header(self.read(row, extension) or b"", max_pixels=max_pixels)
         except PictureError as error:
             raise UnusablePair(error.reason) from error
 
@@ -180,6 +187,7 @@ def shard_paths(shards: Sequence[str | Path], *, patterns: bool = True) -> list[
     paths: list[Path] = []
     for shard in map(str, shards):
         for path in _names(shard, MAX_SHARDS - len(paths)) if patterns else [Path(shard)]:
+            path = path.absolute()  # the working folder may change while the pool is read
             if os.path.isdir(path):
                 found = sorted(path.glob("*.tar"))
                 if not found:
@@ -256,12 +264,14 @@ def _samples(path: Path, number: int) -> tuple[Sample, ...]:
         facts = path.stat()
     except OSError as error:  # a broken link
         raise _wrong(f"cannot read the shard {printable(path)}: {error.strerror}", "restore it") from None
-    return _index(path, number, facts.st_size, facts.st_mtime_ns)
+    # Tools that copy or unpack keep the time of change (mtime); ctime and inode still differ.
+    version = (facts.st_dev, facts.st_ino, facts.st_ctime_ns, facts.st_mtime_ns)
+    return _index(path, number, facts.st_size, version)
 
 
 @lru_cache(maxsize=4096)  # a run plans, caches and trains over the same shards, and a process may make many runs
-def _index(path: Path, number: int, size: int, mtime_ns: int) -> tuple[Sample, ...]:
-    """The samples of a tar; size and time of change are those of the file that was read."""
+def _index(path: Path, number: int, size: int, _version: tuple[int, ...]) -> tuple[Sample, ...]:
+    """The samples of a tar; size and version are those of the file that was read."""
     files: list[tuple[str, Member | None]] = []
     try:
         with open_regular(path) as stream:

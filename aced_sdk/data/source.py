@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,9 @@ from aced_sdk.processing.plain import PictureError, to_rgb
 from aced_sdk.towers import DualEncoder
 
 _IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
+_SUMS = "sums.npy"  # a CRC-32 of each picture; they are many, and each is checked when it is first read
+
+_AGAIN = "delete that folder and start again: it is made anew"
 
 # Threads convert large pictures one at a time: each takes up to 12 bytes a pixel.
 _LARGE = 2**24
@@ -171,7 +175,7 @@ class Prepared:
         length: tokens of a text.
 
     Raises:
-        DataError: if a file is missing, of other sizes or types, or (tokens and marks) not what was written.
+        DataError: if a file is missing, of other sizes or types, or not what was written; of pictures, in `fetch`.
     """
 
     def __init__(self, folder: Path, pairs: int, size: tuple[int, int], length: int) -> None:
@@ -180,15 +184,20 @@ class Prepared:
             manifest = read_json(inside(folder, _MANIFEST), MIB)
             if manifest["pairs"] != pairs:
                 raise ValueError(f"its manifest is that of {manifest['pairs']} pairs, not of {pairs}")
-            if "sha256" in manifest:  # older folders have no digests
-                check_digests(folder, {name: manifest["sha256"][name] for name in (_TOKENS, _USABLE)}, [_MANIFEST])
+            digests = manifest.get("sha256")  # older folders have none, or none of the pictures' sums
+            if digests is not None:
+                names = [name for name in (_TOKENS, _USABLE, _SUMS) if name != _SUMS or name in digests]
+                check_digests(folder, {name: digests[name] for name in names}, [_MANIFEST])
             self._images = _mapped(folder, _IMAGES, np.uint8, (pairs, 3, *size))
             self._tokens = _mapped(folder, _TOKENS, np.int32, (pairs, length))
             self._usable = np.array(_mapped(folder, _USABLE, np.bool_, (pairs,)))
+            summed = digests is not None and _SUMS in digests
+            self._sums = np.array(_mapped(folder, _SUMS, np.uint32, (pairs,))) if summed else None
+            self._unread = np.ones(pairs, dtype=np.bool_)
         except Exception as error:  # broken arrays make numpy raise many kinds of errors
             raise DataError(
                 f"the prepared pictures in {printable(folder)} cannot be used: {printable(error)}",
-                remedy="delete that folder and start again: it is made anew",
+                remedy=_AGAIN,
                 field="data.prepared",
             ) from error
 
@@ -196,9 +205,24 @@ class Prepared:
         return np.flatnonzero(self._usable).astype(np.int64)
 
     def fetch(self, rows: Rows) -> SuperBatch:
-        images = torch.from_numpy(self._images[rows])
+        pictures = self._images[rows]
+        self._check(rows, pictures)
+        images = torch.from_numpy(pictures)
         tokens = torch.from_numpy(self._tokens[rows].astype(np.int64))
         return SuperBatch(images, tokens, torch.from_numpy(np.ascontiguousarray(rows)))
+
+    def _check(self, rows: Rows, pictures: NDArray[np.uint8]) -> None:
+        """Compare pictures that are read for the first time with their checksums."""
+        if self._sums is None:
+            return
+        for place in np.flatnonzero(self._unread[rows]).tolist():
+            if zlib.crc32(pictures[place].data) != self._sums[rows[place]]:
+                raise DataError(
+                    f"picture {rows[place]} in {printable(self.folder / _IMAGES)} is not what was written",
+                    remedy=_AGAIN,
+                    field="data.prepared",
+                )
+        self._unread[rows] = False
 
 
 def _mapped(folder: Path, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -244,11 +268,12 @@ def prepare(
             images = np.lib.format.open_memmap(temporary / _IMAGES, "w+", np.uint8, (count, 3, height, width))
             _reserve(temporary / _IMAGES)
             tokens = np.zeros((count, length), dtype=np.int32)
-            usable = np.zeros(count, dtype=np.bool_)
+            usable, sums = np.zeros(count, dtype=np.bool_), np.zeros(count, dtype=np.uint32)
             for start in range(0, count, 512):
                 rows = np.arange(start, min(start + 512, count), dtype=np.int64)
                 batch = decoder.fetch(rows)
                 images[batch.rows.numpy()] = batch.images.numpy()
+                sums[batch.rows.numpy()] = [zlib.crc32(picture.data) for picture in batch.images.numpy()]
                 tokens[batch.rows.numpy()] = batch.tokens.numpy()
                 usable[batch.rows.numpy()] = True
                 if progress:
@@ -257,12 +282,13 @@ def prepare(
             images.flush()
             np.save(temporary / _TOKENS, tokens)
             np.save(temporary / _USABLE, usable)
+            np.save(temporary / _SUMS, sums)
             facts = {"pairs": count, "unusable": dict(decoder.bad), "pool": pool.fingerprint}
-            digests = {name: sha256(temporary / name) for name in (_TOKENS, _USABLE)}
+            digests = {name: sha256(temporary / name) for name in (_TOKENS, _USABLE, _SUMS)}
             write_json(temporary / _MANIFEST, facts | {"sha256": digests})
     except OSError as error:
         raise DataError(
-            f"cannot prepare the pool under {root}: {error.strerror or error}",
+            f"cannot prepare the pool under {printable(root)}: {error.strerror or error}",
             remedy="free disk space, or set data.prepared to another disk or to null",
             field="data.prepared",
         ) from error

@@ -22,6 +22,7 @@ from aced_sdk.files import (
     check_links,
     file_digests,
     inside,
+    one_line,
     printable,
     read_json,
     save_tensors,
@@ -68,7 +69,7 @@ def save_checkpoint(
             sync(target.parent)
         except OSError as error:
             raise EngineError(
-                f"the checkpoint of step {step} cannot be written to {directory}: {error.strerror or error}",
+                f"the checkpoint of step {step} cannot be written to {printable(directory)}: {error.strerror or error}",
                 remedy="free disk space or check permissions, then resume: older checkpoints are untouched",
             ) from error
         for old in [each for each in checkpoints(directory) if step_of(each) <= step][:-keep]:
@@ -107,7 +108,7 @@ def newest_intact(directory: Path) -> Path | None:
             damaged.append(error)
             continue
         for newer in damaged:
-            warnings.warn(f"{newer.cause}; resuming from {folder.name}", stacklevel=2)
+            warnings.warn(f"{one_line(newer.cause, 1000)}; resuming from {folder.name}", stacklevel=2)
         return folder
     if damaged:
         raise damaged[0]

@@ -30,6 +30,7 @@ _DECIDED = (
     *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
     *("gradient_accumulation_steps", "gradient_clipping"),
 )
+_IN_ITS_FORWARD = ("flops_profiler", "autotuning")  # they measure DeepSpeed's own forward pass, which is not called
 _BUCKET = 500_000_000  # DeepSpeed's own choice, in parameters
 # what DeepSpeed's stage 3 hangs on modules; the next engine around them would call the functions of the last one
 _LEFT_BEHIND = (
@@ -143,11 +144,12 @@ class DeepSpeed:
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        shapes = {name: tensor.shape for name, tensor in trainable_state(self.module).items()}
+        own = trainable_state(self.module)
+        shapes, types = ({name: getattr(t, of) for name, t in own.items()} for of in ("shape", "dtype"))
         parameters = {name: p for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
         shapes |= {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
         trained = [getattr(p, "ds_shape", p.shape) for p in self._trained]
-        weights, state = self.ranks.together(lambda: read_state(folder, shapes, trained))
+        weights, state = self.ranks.together(lambda: read_state(folder, shapes, trained, types))
         self.module.load_state_dict({n: t for n, t in weights.items() if n not in parameters}, strict=False)
         for name, parameter in parameters.items():
             value = weights[name].to(self.device)
@@ -298,6 +300,12 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig, trained: in
             raise ConfigError(
                 f"the DeepSpeed JSON sets '{key}', which the config decides",
                 remedy='remove it or write "auto"; use optimizer, schedule and engine.precision',
+                field="engine.deepspeed",
+            )
+        if key in _IN_ITS_FORWARD:
+            raise ConfigError(
+                f"the DeepSpeed JSON sets '{key}', which measures a forward pass that is not taken here",
+                remedy="remove it; aced.plan counts the model's MACs",
                 field="engine.deepspeed",
             )
         if isinstance(value, dict):

@@ -63,7 +63,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_state(
-    folder: Path, shapes: Mapping[str, torch.Size], trained: Sequence[torch.Size]
+    folder: Path, shapes: Mapping[str, torch.Size], trained: Sequence[torch.Size], types: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
     """Read what `save_state` wrote: weights by name, and by parameter the optimizer's tensors.
 
@@ -71,12 +71,19 @@ def read_state(
         folder: a checkpoint.
         shapes: those of the weights that must be there.
         trained: those of the optimizer's parameters, in their order.
+        types: number formats of the weights; the optimizer's are among them, or float32.
 
     Raises:
         EngineError: if a file is missing, torn or of another model.
     """
     weights, moments = (load_tensors(folder, name) for name in ("weights.safetensors", "optimizer.safetensors"))
     _check(folder, weights, dict(shapes))
+    allowed = {name: {types[name]} for name in weights} | {
+        name: {torch.float32, *types.values()} - {torch.int64, torch.bool} for name in moments
+    }
+    for name, tensor in (weights | moments).items():
+        if tensor.dtype not in allowed[name]:  # torch would convert it, an imaginary part or a fraction lost
+            raise unreadable(folder, TypeError(f"{printable(name)} holds {tensor.dtype}"))
     # A parameter that has taken part in no step has no moments.
     indices = {name.split(".")[0] for name in moments}
     expected = {f"{i}.{key}": shape for i, shape in enumerate(trained) if str(i) in indices for key in _MOMENTS}
@@ -106,6 +113,7 @@ def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
     """
     own = trainable_state(module)
     trained = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    weights, state = read_state(folder, {name: tensor.shape for name, tensor in own.items()}, trained)
+    shapes, types = ({name: getattr(t, of) for name, t in own.items()} for of in ("shape", "dtype"))
+    weights, state = read_state(folder, shapes, trained, types)
     module.load_state_dict(weights, strict=False)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -6,11 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aced_sdk.errors import EvaluationError
 from aced_sdk.evaluation.tasks import Task
+from aced_sdk.files import one_line
 from aced_sdk.towers import DualEncoder
 
 # What is in memory at once. Smaller tasks, the whole of StableEval among them, are computed in one piece.
 _PROMPTS = 100_000
+_SCORES = 2**26  # pictures times classes: ImageNet's 50,000 pictures and 1,000 classes have fewer
 _LABELS = 2**24  # pictures times classes
 _MATCHES = 2**27  # pictures times captions
 
@@ -34,7 +37,9 @@ def zero_shot(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, floa
         classes: L2-normalised [C, D]; with fewer than five, `acc5` is 1.
         labels: int64 [N].
     """
-    top = (images @ classes.T).topk(min(5, len(classes)), dim=1).indices.cpu()
+    step = max(1, _SCORES // len(classes))
+    best = [(part @ classes.T).topk(min(5, len(classes)), dim=1).indices.cpu() for part in torch.split(images, step)]
+    top = torch.cat(best)
     hits = top == labels[:, None]
     found, of = (torch.bincount(part, minlength=len(classes)) for part in (labels[hits[:, 0]], labels))
     return {
@@ -113,11 +118,24 @@ def _recall(images: Tensor, texts: Tensor, owner: Tensor, text: Tensor, prefix: 
 
 
 def run_task(encoder: DualEncoder, task: Task) -> dict[str, float]:
-    """A task's metrics for an encoder whose preprocessing the task was loaded with."""
-    images = encoder.encode_image(task.images)
+    """A task's metrics for an encoder whose preprocessing the task was loaded with.
+
+    Raises:
+        EvaluationError: if the encoder's embeddings are not finite: figures of such a model mean nothing.
+    """
+    images = _finite(encoder.encode_image(task.images), task)
     if task.kind == "retrieval":
-        texts = encoder.encode_text(task.texts)[task.captions.to(images.device)]
+        texts = _finite(encoder.encode_text(task.texts), task)[task.captions.to(images.device)]
         owner = task.labels
         return retrieval(images, texts, owner) | merged_retrieval(images, texts, owner, task.captions)
-    classes = class_embeddings(encoder, task.texts, task.templates)
+    classes = _finite(class_embeddings(encoder, task.texts, task.templates), task)
     return (zero_shot if task.kind == "zero_shot" else multilabel)(images, classes, task.labels)
+
+
+def _finite(embeddings: Tensor, task: Task) -> Tensor:
+    if not bool(embeddings.isfinite().all()):
+        raise EvaluationError(
+            f"the model's embeddings of the task '{one_line(task.name)}' are not finite",
+            remedy="check the model's weights: its training has diverged, or the folder is damaged",
+        )
+    return embeddings

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from aced_sdk.files import ReadError, inside, one_line, printable, read_text
 from aced_sdk.files.reading import MIB
 from aced_sdk.towers import DualEncoder
 
+_LINE_ENDS = re.compile("[\v\f\r\x1c-\x1e\x85\u2028\u2029]")  # by which `str.splitlines` breaks, beside \n
 Kind = Literal["zero_shot", "multilabel", "retrieval"]
 _FIELD = "evaluation.tasks"
 _RESTORE = "restore the task's folder"
@@ -204,17 +206,17 @@ def _label(pool: Pool, row: int, kind: Kind, classes: int) -> list[str] | int | 
         return _captions(pool.text(row))
     if kind == "multilabel":
         return _labels(pool.read(row, "npy", 16 * classes + 4096), classes)
-    try:
-        label = int((pool.read(row, "cls", _MAX_LABEL) or b"").decode())
-    except ValueError as error:
-        raise UnusablePair("no class") from error
+    text = (pool.read(row, "cls", _MAX_LABEL) or b"").strip()
+    if not re.fullmatch(rb"-?[0-9]+", text):  # `int` also reads 1_0 as 10, and digits of other scripts
+        raise UnusablePair("no class")
+    label = int(text)
     if not 0 <= label < classes:
         raise UnusablePair("class out of range")
     return label
 
 
 def _captions(text: str) -> list[str]:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if len(lines) > _MAX_CAPTIONS:
         raise UnusablePair("too many captions")
     if any(len(line.encode()) > _MAX_CAPTION for line in lines):
@@ -229,10 +231,12 @@ def _labels(raw: bytes | None, classes: int) -> Tensor:
             raise ValueError
         stream = io.BytesIO(raw)
         shape, _, dtype = read_array_header(stream)
-        if shape != (classes,):
+        if shape != (classes,) or dtype.kind not in "biuf":
             raise ValueError
-        values = np.frombuffer(stream.read(classes * dtype.itemsize), dtype)
-        return torch.from_numpy(values.astype(np.float64) > 0)
+        values = np.frombuffer(stream.read(classes * dtype.itemsize), dtype).astype(np.float64)
+        if not np.isfinite(values).all():  # whether a picture shows that class is not known
+            raise ValueError
+        return torch.from_numpy(values > 0)
     except BROKEN_ARRAY as error:
         raise UnusablePair("no classes") from error
 
@@ -264,9 +268,15 @@ def _templates(folder: Path) -> list[str]:
 
 def _lines(folder: Path, name: str) -> list[str]:
     """The file's lines without blank ones at its end."""
-    lines = [line.strip() for line in _read(folder, name).rstrip().splitlines()]
+    text = _read(folder, name).rstrip().replace("\r\n", "\n")
+    lines = [line.strip() for line in text.split("\n")] if text else []
     if not lines:
         raise EvaluationError(f"{printable(folder / name)} is empty", remedy=_RESTORE, field=_FIELD)
+    if found := _LINE_ENDS.search(text):
+        # Some readers end a line there, and others do not: the numbers of the classes would differ.
+        number = text.count("\n", 0, found.start()) + 1
+        cause = f"line {number} of {printable(folder / name)} holds a character that may end a line"
+        raise EvaluationError(cause, remedy="end lines with a line feed, and remove the character", field=_FIELD)
     if any(len(line) > _MAX_LINE for line in lines):
         cause = f"{printable(folder / name)} has a line of more than {_MAX_LINE} letters"
         raise EvaluationError(cause, remedy=_RESTORE, field=_FIELD)

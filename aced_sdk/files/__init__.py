@@ -21,6 +21,7 @@ from aced_sdk.files.reading import (
 )
 from aced_sdk.files.writing import (
     alone,
+    check_path,
     create,
     home,
     open_own,
@@ -38,6 +39,7 @@ __all__ = [
     "alone",
     "check_digests",
     "check_links",
+    "check_path",
     "check_tensors",
     "create",
     "expand",

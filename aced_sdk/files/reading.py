@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
-from io import BufferedReader
+from contextlib import contextmanager
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aced_sdk.errors import AcedError
 
@@ -27,7 +30,9 @@ MAX_DEPTH = 64  # of nested lists and mappings
 _MAX_NAME = 4096  # characters of a path inside of a folder
 _MAX_NODES = 500_000  # of a YAML file
 _MAX_DIGITS = 40  # of an integer in YAML
+_OTHER_BASE = re.compile(r"[-+]?(?:0[0-7_]+|[0-9][0-9_]*(?::[0-9]+)+)")  # octal by a zero in front, or base 60
 
+_T = TypeVar("_T")
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 
 
@@ -121,7 +126,40 @@ def open_regular(path: str | Path, *, links: bool = True) -> BufferedReader:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise ReadError(f"cannot read {printable(path)}: not a regular file", remedy="name a regular file")
-    return os.fdopen(handle, "rb")
+    return BufferedReader(_Regular(handle, printable(path)))
+
+
+class _Regular(FileIO):
+    """An open file whose reading fails with a `ReadError`: over a broken disk, or where it would have to wait.
+
+    Some files of the system say that they are regular, and are not.
+    """
+
+    def __init__(self, handle: int, shown: str) -> None:
+        super().__init__(handle, "rb")
+        self._shown = shown
+
+    def readinto(self, buffer: Any, /) -> int:
+        with self._named():
+            count: int | None = super().readinto(buffer)
+        return self._there(count)
+
+    def readall(self) -> bytes:
+        with self._named():
+            content: bytes | None = super().readall()
+        return self._there(content)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ReadError(f"cannot read {self._shown}: {error.strerror}", remedy="check the disk") from None
+
+    def _there(self, found: _T | None) -> _T:
+        if found is None:
+            raise ReadError(f"cannot read {self._shown}: it would have to be waited for", remedy="name a regular file")
+        return found
 
 
 def check_tensors(path: str | Path) -> None:
@@ -145,13 +183,10 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         ReadError: if it cannot be read or is larger.
     """
     with open_regular(path) as stream:
-        try:
-            size = min(limit, os.fstat(stream.fileno()).st_size)
-            content = stream.read(size + 1)  # Python reserves as much at once, so `limit` alone would be too much
-            if len(content) > size:  # it has grown, or its file system does not say how large it is
-                content += stream.read(limit - size)
-        except OSError as error:
-            raise ReadError(f"cannot read {printable(path)}: {error.strerror}", remedy="check the disk") from None
+        size = min(limit, os.fstat(stream.fileno()).st_size)
+        content = stream.read(size + 1)  # Python reserves as much at once, so `limit` alone would be too much
+        if len(content) > size:  # it has grown, or its file system does not say how large it is
+            content += stream.read(limit - size)
     if len(content) > limit:
         raise ReadError(f"{printable(path)} has more than {limit:,} bytes", remedy="name a smaller file")
     return content
@@ -203,7 +238,9 @@ def read_json(path: str | Path, limit: int = MAX_JSON, *, depth: int = MAX_DEPTH
 
 
 def read_yaml(path: str | Path, limit: int = MAX_YAML) -> Any:
-    """The value of a YAML file without anchors, aliases or tags; dates stay text.
+    """The value of a YAML file without anchors, aliases, tags or merges; dates stay text.
+
+    A key stands once in its mapping. Integers are decimal, or begin with `0x` or `0b`.
 
     Raises:
         ReadError: if it cannot be read, is larger than `limit` bytes, or is not such YAML.
@@ -235,7 +272,8 @@ def parse_yaml(content: str, what: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         if isinstance(error, ReadError):
             raise
-        raise ReadError(f"{printable(what)} is not YAML: {printable(error)}", remedy=remedy) from None
+        why = " ".join(str(error).split())  # PyYAML breaks lines
+        raise ReadError(f"{printable(what)} is not YAML: {printable(why)}", remedy=remedy) from None
 
 
 def _plain_loader() -> Any:
@@ -253,9 +291,25 @@ def _plain_loader() -> Any:
         def construct_yaml_int(self, node: Any) -> int:
             if len(node.value) > _MAX_DIGITS:
                 raise ValueError(f"an integer has {len(node.value)} digits")
+            if _OTHER_BASE.fullmatch(node.value):
+                raise ValueError(f"YAML 1.1 reads {node.value} as another number: write a decimal one, or quote it")
             return int(super().construct_yaml_int(node))
 
+        def construct_yaml_float(self, node: Any) -> float:
+            if ":" in node.value:
+                raise ValueError(f"YAML 1.1 reads {node.value} in base 60: write a decimal number, or quote it")
+            return float(super().construct_yaml_float(node))
+
+        def flatten_mapping(self, node: Any) -> None:
+            """Refuse a key that stands twice, of which the last would count, and the merge key `<<`."""
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for (tag, name), count in Counter(keys).items():
+                if count > 1 or tag == "tag:yaml.org,2002:merge":
+                    why = "merges are not taken" if count == 1 else "the key stands more than once"
+                    raise ValueError(f"{name}: {why}")
+
     Plain.add_constructor("tag:yaml.org,2002:int", Plain.construct_yaml_int)
+    Plain.add_constructor("tag:yaml.org,2002:float", Plain.construct_yaml_float)
     return Plain
 
 

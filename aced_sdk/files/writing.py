@@ -14,16 +14,17 @@ import shutil
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files.reading import expand, open_regular, printable
+from aced_sdk.files.reading import expand, one_line, open_regular, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_REPLACED = 20  # times that a folder is replaced which other processes put in the same place
 _KEPT = 30  # letters of a target's name in a temporary one: with four bytes each, the whole still has less than 255
 
 
@@ -51,6 +52,8 @@ def create(path: Path) -> int:
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A new, empty temporary file that replaces `target` when the block ends without an error."""
+    if not target.name:  # "", "." and "/"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:_KEPT]}.{secrets.token_hex(8)}.tmp")
     mode = create(temporary)
@@ -68,7 +71,8 @@ def whole_file(target: Path) -> Iterator[Path]:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that replaces it when the block ends without an error.
 
-    An older folder is removed. Files in the new one get the permissions of the umask.
+    An older folder is removed, also one that another process puts there meanwhile. Files in the new one get the
+    permissions of the umask.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{target.name[:_KEPT]}.{platform.node()}-"
@@ -78,15 +82,26 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         _plain_modes(temporary)
-        if target.is_symlink() or target.exists():
-            old.mkdir()
-            os.replace(target, old / "folder")
-            os.replace(temporary, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, target)
+        _put(temporary, target, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, target: Path, old: Path) -> None:
+    """Rename a folder to `target`; what is there is moved into `old` first, and removed afterwards."""
+    for last in (*[False] * (_REPLACED - 1), True):
+        if os.path.lexists(target):
+            old.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):  # another process has just moved it away
+                os.replace(target, old / ("folder" if not os.path.lexists(old / "folder") else secrets.token_hex(8)))
+        try:
+            os.replace(temporary, target)
+            break
+        except OSError as error:  # another process has just put one there
+            if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+    if old.is_dir():
+        shutil.rmtree(old)
 
 
 def sync(folder: Path) -> None:
@@ -151,25 +166,23 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
         wait: wait for another process that holds it, instead of an error.
 
     Raises:
-        ConfigError: if another process holds it and is not waited for, `.lock` is not a regular file, or the path
-            holds a NUL byte.
+        ConfigError: if another process holds it and is not waited for, `.lock` is not a regular file, or no file can
+            have that path.
         OSError: if the folder cannot be written.
 
     Warns:
         UserWarning: if the file system has no locks; then nothing is held.
     """
-    import errno
     import fcntl
 
-    if "\0" in str(directory):
-        raise ConfigError(f"{printable(directory)} holds a NUL byte", remedy="correct the path", field="directory")
+    check_path(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     with os.fdopen(open_own(directory / ".lock"), "r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"another process works on {what} in {directory}",
+                f"another process works on {what} in {printable(directory)}",
                 remedy="wait for it or stop it, then start again: finished work is kept",
                 field="directory",
             ) from None
@@ -177,21 +190,38 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             warnings.warn(
-                f"the file system of {directory} has no locks: make sure that only one process works there",
+                f"the file system of {one_line(directory, 500)} has no locks: "
+                "make sure that only one process works there",
                 stacklevel=3,
             )
         yield
 
 
-def open_own(path: Path, flags: int = 0) -> int:
+def check_path(path: str | Path, field: str) -> None:
+    """Refuse a path that no file can have.
+
+    Raises:
+        ConfigError: if it holds a NUL byte, or a character that no file name can have.
+    """
+    try:
+        wrong = b"\0" in os.fsencode(path)
+    except UnicodeError:  # half of a surrogate pair, which YAML can hold
+        wrong = True
+    if wrong:
+        cause = f"{printable(path)} holds a character that no path can have"
+        raise ConfigError(cause, remedy="correct the path", field=field)
+
+
+def open_own(path: Path, flags: int = 0, *, only: bool = False) -> int:
     """Open a regular file for reading and writing, and make it if it is missing; a link is never followed.
 
     Args:
         path: the file.
         flags: further flags of `os.open`.
+        only: refuse a file that has another name, too (a hard link): what is written would change that one.
 
     Raises:
-        ConfigError: if something else than a regular file has that name.
+        ConfigError: if something else than a regular file has that name, or a file that has another name, too.
         OSError: if the file cannot be opened.
     """
     wrong = ConfigError(f"{printable(path)} is not a regular file", remedy="remove it", field="directory")
@@ -202,9 +232,14 @@ def open_own(path: Path, flags: int = 0) -> int:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise wrong from None
         raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode):
         os.close(handle)
         raise wrong
+    if only and facts.st_nlink > 1:
+        os.close(handle)
+        cause = f"{printable(path)} is a hard link: the file has another name, too"
+        raise ConfigError(cause, remedy="replace it by a copy of it", field="directory")
     return handle
 
 

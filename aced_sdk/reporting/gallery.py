@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from aced_sdk.engine import checkpoints
 from aced_sdk.engine.state import load_tensors
 from aced_sdk.errors import AcedError, DataError
 from aced_sdk.files import printable
+from aced_sdk.processing.plain import open_picture
 from aced_sdk.reporting.page import count, thumbnail_uri
 
 _SHOWN = 12
 """Pairs that a group shows."""
+
+_TRIED = 4 * _SHOWN
+"""Pairs that are read for a group: some are unusable, and a log may name one of those over and over."""
 
 _PIXELS = 1_000_000_000
 """Pixels that are decoded for all groups together; what follows is left out."""
@@ -91,14 +96,14 @@ class _Reader:
     def thumbs(self, rows: Iterable[int], counts: npt.NDArray[np.int32] | None = None) -> list[Thumb]:
         """The first usable pairs among these rows; with counts, how often each was drawn."""
         found: list[Thumb] = []
-        for row in rows:
+        for row in islice(dict.fromkeys(rows), _TRIED):
             if len(found) == _SHOWN:
                 break
             try:
                 text = self.pool.text(row, self.data.max_caption_bytes)
-                image = self.pool.image(row, min(self.data.max_pixels, self.pixels))
-                self.pixels -= image.width * image.height
-                picture = thumbnail_uri(image)
+                header = self.pool.header(row, min(self.data.max_pixels, self.pixels))
+                self.pixels -= header.width * header.height  # also of a picture that turns out to be broken
+                picture = thumbnail_uri(open_picture(header, max_pixels=self.data.max_pixels))
             except (UnusablePair, ValueError, OSError):  # the latter: a mode without an RGB form
                 continue
             caption = text if len(text) <= _CAPTION else text[: _CAPTION - 1] + "…"
@@ -125,7 +130,7 @@ def _counts(folder: Path, pairs: int) -> npt.NDArray[np.int32] | None:
 
 
 def _by_draws(shown: _Reader, counts: npt.NDArray[np.int32]) -> list[Group]:
-    often = np.argsort(-counts, kind="stable")[: 4 * _SHOWN]
+    often = np.argsort(-counts, kind="stable")[:_TRIED]
     never = np.flatnonzero(counts == 0)
     draws, of = int(counts.sum(dtype=np.int64)), len(counts)
     mean = f"Up to the newest checkpoint; a pair was drawn {draws / of:.3g} times on average."
@@ -152,5 +157,5 @@ def _of_step(shown: _Reader, last: dict[str, Any]) -> list[Group]:
 
 def _some(rows: npt.NDArray[np.int64]) -> list[int]:
     """A few rows from all over the pool, the same ones whenever a page is made; more than shown: some are unusable."""
-    some: list[int] = np.random.default_rng(0).permutation(rows)[: 4 * _SHOWN].tolist()
+    some: list[int] = np.random.default_rng(0).permutation(rows)[:_TRIED].tolist()
     return some

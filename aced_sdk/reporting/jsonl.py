@@ -34,7 +34,7 @@ class JsonlWriter:
         path: the file, by convention `events.jsonl` in the run's folder.
 
     Raises:
-        ConfigError: if it cannot be written, or is a link or another thing than a regular file.
+        ConfigError: if it cannot be written, or is a link, a hard link, or another thing than a regular file.
         DataError: if its last line is longer than any event.
     """
 
@@ -45,7 +45,7 @@ class JsonlWriter:
     def _open(self) -> None:
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = os.fdopen(open_own(self.path, os.O_APPEND), "ab+")
+            self._stream = os.fdopen(open_own(self.path, os.O_APPEND, only=True), "ab+")
             self._stream.truncate(_whole_length(self._stream))
 
     @contextmanager

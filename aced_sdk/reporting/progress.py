@@ -28,6 +28,12 @@ def first_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
+def say(line: str) -> None:
+    """Write a line to standard error, if there is one: a daemon may have none."""
+    if sys.stderr is not None:
+        sys.stderr.write(line + "\n")
+
+
 class Progress:
     """A bar with rate and time left.
 
@@ -62,11 +68,11 @@ class Progress:
         self._token: Token[RichProgress | None] | None = None
 
     def __enter__(self) -> Self:
-        stream = self._stream if self._stream is not None else sys.stderr
+        stream: TextIO | None = self._stream if self._stream is not None else sys.stderr
         self._start = time.monotonic()
         self._line: TextIO | None = None
         self._shown = ""
-        if not first_rank():
+        if not first_rank() or stream is None:  # a daemon may have no standard error
             return self
         if (outer := _display.get()) is not None:
             self._display = outer

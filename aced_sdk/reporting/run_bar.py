@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
 from aced_sdk.engine.events import Event, RunStarted, StepDone
 from aced_sdk.files import one_line
-from aced_sdk.reporting.progress import Progress, first_rank
+from aced_sdk.reporting.progress import Progress, first_rank, say
 
 
 class RunBar:
@@ -40,7 +39,7 @@ class RunBar:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             if "plan" in event.facts and first_rank():
-                sys.stderr.write(f"{one_line(self.title)}: {event.facts['plan']}\n")
+                say(f"{one_line(self.title)}: {event.facts['plan']}")
             self._open(self.title, event.steps, "steps", event.step)
         elif isinstance(event, StepDone) and self._bar is not None:
             self._bar.advance(event.step - self._bar.done, loss=event.loss)

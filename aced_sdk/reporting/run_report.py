@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from aced_sdk.reporting.gallery import Group, gallery
 from aced_sdk.reporting.jsonl import read_events
 from aced_sdk.reporting.page import count, duration, line_chart, percent, write_page
 from aced_sdk.reporting.rows import slim
+from aced_sdk.reporting.thinning import Thinned
 
 _POINTS = 300
 """Points that a line of a chart has at most; more steps are averaged."""
@@ -27,15 +30,13 @@ _WARNINGS = 8
 """Warnings shown at the top; the rest is folded."""
 
 _EVENTS = 5_000_000
-"""Events that a log may have; those shown are in memory together."""
+"""Events that a log may have."""
 
 _NAMES = 24
 """Terms, tasks, metrics and statistics that are shown of each kind."""
 
 _LISTED = 1000
 """Warnings, and rows of a table, that a page has at most."""
-
-_SHOWN = ("run_started", "step_done", "selected", "evaluated", "step_skipped", "warned", "run_ended")
 
 _SCORES = (
     "Scores of pairs by themselves, before anything is picked: the median, the middle half, and 5 to 95 % of all "
@@ -55,7 +56,7 @@ _SHARES = (
     ),
 )
 
-_TOLD = ("warned", "step_skipped")
+_CURVES, _TOLD, _ONE = ("step_done", "selected", "evaluated"), ("warned", "step_skipped"), ("run_started", "run_ended")
 
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -91,7 +92,9 @@ def report(run_directory: str | Path) -> Path:
         log = inside(folder, "events.jsonl")
     except ReadError as error:
         raise DataError(error.cause, remedy=error.remedy) from None
-    kinds: dict[str, list[Row]] = {kind: [] for kind in _SHOWN}
+    kinds: dict[str, list[Row]] = {kind: [] for kind in (*_CURVES, *_TOLD, *_ONE)}
+    curves = {kind: Thinned() for kind in _CURVES}
+    totals: dict[str, float] = defaultdict(float)
     last: Row | None = None
     for number, row in enumerate(read_events(log)):
         if number == _EVENTS:
@@ -99,8 +102,16 @@ def report(run_directory: str | Path) -> Path:
         if row["event"] == "selected" and row.get("picked") and row.get("candidates"):
             last = row
         kind = row["event"]
-        if kind in kinds and not (kind in _TOLD and len(kinds[kind]) == _LISTED):
+        totals[kind] += 1
+        if kind in curves:
+            curves[kind].add(slim(row))
+        elif kind in _TOLD and len(kinds[kind]) < _LISTED:
             kinds[kind].append(slim(row))
+        elif kind in _ONE:
+            kinds[kind] = [slim(row)]
+        for name in ("seconds", "data_seconds") if kind == "step_done" else ():
+            totals[name] += row[name]
+    kinds |= {kind: thinned.rows() for kind, thinned in curves.items()}
     kinds = {kind: rows for kind, rows in kinds.items() if rows}
     steps = kinds.get("step_done", [])
     if not steps:
@@ -114,18 +125,18 @@ def report(run_directory: str | Path) -> Path:
         groups, left_out = gallery(folder, config, last)
     elif isinstance(config, str) and "selected" in kinds:
         left_out = f"The gallery is left out: {config}."
-    sections = [
-        _training(steps),
-        _evaluation(kinds.get("evaluated", [])),
-        _selection(kinds, config if isinstance(config, DistillConfig) else None),
-    ]
     try:
+        sections = [
+            _training(steps),
+            _evaluation(kinds.get("evaluated", [])),
+            _selection(kinds, config if isinstance(config, DistillConfig) else None),
+        ]
         return write_page(
             folder / "report.html",
             "run.html.j2",
             title=f"Run {one_line(Path(os.path.realpath(folder)).name)}",
-            state=_state(kinds),
-            tiles=_tiles(kinds),
+            state=_state(kinds, totals),
+            tiles=_tiles(kinds, totals),
             sections=[section for section in sections if section is not None],
             groups=groups,
             left_out=left_out,
@@ -134,7 +145,9 @@ def report(run_directory: str | Path) -> Path:
             config=_text(folder),
         )
     except OSError as error:
-        cause = f"cannot write a report into {printable(folder)}: {error.strerror}"
+        # matplotlib looks into the user's configuration folder as it is imported.
+        where = printable(error.filename or folder)
+        cause = f"cannot make the report of {printable(folder)}: {where}: {error.strerror}"
         raise DataError(cause, remedy="check permissions and space") from error
 
 
@@ -154,21 +167,20 @@ def _text(folder: Path) -> str:
         return ""
 
 
-def _state(kinds: dict[str, list[Row]]) -> str:
+def _state(kinds: dict[str, list[Row]], totals: Mapping[str, float]) -> str:
     last = kinds["step_done"][-1]["step"]
     planned = kinds["run_started"][-1]["steps"] if "run_started" in kinds else None
     of = f" of {count(planned)}" if planned else ""
-    resumes = len(kinds.get("run_started", ())) - 1
+    resumes = int(totals["run_started"]) - 1
     ended = "run_ended" in kinds and kinds["run_ended"][-1]["step"] >= last
     text = f"{'Finished' if ended else 'Not finished'}: {count(last)}{of} steps"
     return text + (f", resumed {resumes} time{'s' if resumes > 1 else ''}." if resumes > 0 else ".")
 
 
-def _tiles(kinds: dict[str, list[Row]]) -> list[tuple[str, str, str]]:
+def _tiles(kinds: dict[str, list[Row]], totals: Mapping[str, float]) -> list[tuple[str, str, str]]:
     steps = kinds["step_done"]
     last = steps[-1]
-    seconds = sum(row["seconds"] for row in steps)
-    waited = sum(row["data_seconds"] for row in steps)
+    seconds, waited = totals["seconds"], totals["data_seconds"]
     tiles = [
         ("Examples trained", count(last["trained"]), f"{last['trained'] / max(seconds, 1e-9):,.0f} a second"),
         ("Examples scored", count(last["scored"]), "by the student, for selection"),
@@ -271,9 +283,10 @@ def _scores(rows: list[Row]) -> Markup:
 def _effective_pool(kinds: dict[str, list[Row]], config: DistillConfig | None) -> tuple[Markup, str]:
     lines = {"effective pool size": _points(kinds["selected"], "statistics", "effective_pool_size")}
     words = "Effective pool size: the number of pairs that, drawn alike, would make draws as varied as these."
-    pairs, trained = _pairs(kinds), {row["step"]: row["trained"] for row in kinds["step_done"]}
+    pairs, steps = _pairs(kinds), kinds["step_done"]
     if pairs:
-        draws = [(step, trained[step]) for step, _ in lines["effective pool size"] if step in trained]
+        places = [(step, bisect_left(steps, step, key=_step)) for step, _ in lines["effective pool size"]]
+        draws = [(step, round(steps[place]["trained"])) for step, place in places if place < len(steps)]
         lines["even draws"] = [(step, even_pool_size(drawn, pairs)) for step, drawn in draws]
         words += " Dashed: what even draws would reach, and where the run warns."
         if config is not None and isinstance(config.curation, Independent | Joint) and draws and draws[-1][1] >= pairs:
@@ -316,6 +329,10 @@ def _points(rows: Sequence[Row], *path: str | int) -> Points:
     block = max(1, -(-len(points) // _POINTS))
     groups = [points[start : start + block] for start in range(0, len(points), block)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _step(row: Row) -> int:
+    return int(row["step"])
 
 
 def _number(value: float | None) -> str:

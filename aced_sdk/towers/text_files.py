@@ -13,6 +13,7 @@ from typing import Any
 from aced_sdk.errors import ModelError
 from aced_sdk.files import ReadError, check_links, expand, inside, printable, read_bytes, read_json
 from aced_sdk.processing.plain.tokenizers import read_tokenizer
+from aced_sdk.towers.words import Words
 
 MIB = 2**20
 _MAX_FILE = 64 * MIB
@@ -217,6 +218,7 @@ def tokenizer_of(model_cfg: dict[str, Any]) -> Any:
             f"open_clip's tokenizer has {simple.vocab_size}",
             remedy="set text_cfg.vocab_size to 49408, or name the tokenizer in text_cfg.hf_tokenizer_name",
         )
+    simple.bpe = Words(simple.bpe_ranks, simple.cache)
     return simple
 
 

@@ -17,7 +17,7 @@ from aced_sdk.engine.state import unreadable
 from aced_sdk.errors import CacheError, DataError
 from aced_sdk.training.parts import Parts
 
-Total = Annotated[int, Field(strict=True, ge=0, le=2**62)]
+Total = Annotated[int, Field(strict=True, ge=0, le=2**53)]  # as an event log takes them
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def keep(config: DistillConfig, parts: Parts, done: Progress) -> Path:
         **parts.statistics.state_dict(),
         **noise_state(parts.engine.device),
     }
-    state = asdict(done) | {"pool": parts.pool, "frozen": parts.frozen}
+    state = asdict(done) | {"pool": parts.pool, "frozen": parts.frozen, "config": config.hash()}
     return save_checkpoint(config.directory, done.step, parts.engine, state, tensors, config.engine.keep_checkpoints)
 
 

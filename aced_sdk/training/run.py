@@ -38,6 +38,7 @@ from aced_sdk.training.progress import check_pool
 from aced_sdk.training.step import can_accumulate
 
 CONFIG = "config.yaml"
+STUDENT = "student"
 _SKIPPED = "look at the shards; data.max_bad_fraction bounds how many may be left out"
 _LINES = "if each line is a caption of its own, set data.caption_lines to 'first'"
 Watch = Callable[[str, int, int], None]
@@ -166,7 +167,7 @@ def _start(
     encoder.eval()
     counts = {"trained": done.trained, "scored": done.scored, "distilled": done.distilled}
     encoder.trained_with = config.objective.trained_with
-    save(encoder, config.directory / "student", facts=student_facts(config, counts))
+    save(encoder, config.directory / STUDENT, facts=student_facts(config, counts))
     parts.emit(RunEnded(done.step, time.perf_counter() - started, done.trained, done.scored))
     return Run(config.directory, encoder, done.step, dict(counts))
 

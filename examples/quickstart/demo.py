@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import alone, home, write_json
+from aced_sdk.files import ReadError, alone, home, printable, read_json, write_json
 from aced_sdk.reporting import Stages
 from aced_sdk.reporting.run_bar import RunBar
 from examples.quickstart import stages
@@ -77,14 +78,12 @@ class _Done:
     def once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.folder / f"{name}.json"
         if path.is_file():
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
-            return result
+            return _value(path, "result", dict[str, Any])
         started = time.perf_counter()
         result = work()
         # Through JSON in both cases, so that a resumed demo sees what an unbroken one does.
         write_json(path, {"seconds": time.perf_counter() - started, "result": result})
-        again: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
-        return again
+        return _value(path, "result", dict[str, Any])
 
     def timed(self, name: str, work: Callable[[], T]) -> T:
         started = time.perf_counter()
@@ -95,9 +94,22 @@ class _Done:
         return result
 
     def seconds(self) -> dict[str, float]:
-        values = {p.stem: json.loads(p.read_text(encoding="utf-8"))["seconds"] for p in self.folder.glob("*.json")}
+        values = {path.stem: _value(path, "seconds", float) for path in self.folder.glob("*.json")}
         ordered = {name: round(values[name], 1) for name in NAMES if name in values}
         return ordered | {"total": round(sum(values.values()), 1)}
+
+
+def _value(path: Path, name: str, kind: type[T]) -> T:
+    """A value of a stage's file.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(read_json(path)[name])
+    except (ReadError, LookupError, TypeError, ValidationError) as error:
+        cause = error.cause if isinstance(error, ReadError) else f"{printable(path)} holds no '{name}'"
+        raise ConfigError(cause, remedy="delete the file: its stage is done again", field="directory") from None
 
 
 def _summary(

