@@ -299,8 +299,18 @@ class OnnxEncoder:
         return values
 
     def embed(self, part: str, inputs: NDArray[Any]) -> Floats:
-        """As `run`, L2-normalised."""
-        return _normalised(self.run(part, inputs))
+        """As `run`, L2-normalised.
+
+        Raises:
+            EncoderError: as `outputs`, or if the graph gives values that are not finite.
+        """
+        embeddings = _normalised(self.run(part, inputs))
+        if not np.isfinite(embeddings).all():
+            raise EncoderError(
+                f"the {self.precision} {part} graph gives values that are not finite",
+                remedy="take another precision, or export the student again",
+            )
+        return embeddings
 
     def _graph(self, part: str) -> Any:
         if part not in self._sessions:

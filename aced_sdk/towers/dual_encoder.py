@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aced_sdk.config import LossForm
-from aced_sdk.errors import ModelError
+from aced_sdk.errors import DataError, ModelError
 from aced_sdk.files import tensor_digest
+from aced_sdk.processing.plain import PictureError
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.profile import Profile, profile_model
 from aced_sdk.towers.replica import evaluating, replaced
@@ -140,16 +141,26 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor | Sequence[Image.Image], batch_size: int | None = None) -> Tensor:
-        """L2-normalised float32 [N, D] for pictures, or for a batch of their tensors (as for `forward`)."""
+        """L2-normalised float32 [N, D] for pictures, or for a batch of their tensors (as for `forward`).
+
+        Raises:
+            DataError: if a picture cannot be brought to the tower's size.
+        """
         parts = []
         size = batch_size or self._image_batch()
         model = evaluating(self.model)
         for start in range(0, len(images), size):
             part = images[start : start + size]
             if not isinstance(part, Tensor):
-                part = torch.stack([self.resize(image) for image in part])
+                part = torch.stack([self._resized(image, start + n) for n, image in enumerate(part)])
             parts.append(self._towers(model, part.to(self.mean.device))["image_features"].float())
         return torch.cat(parts) if parts else torch.empty(0, self.embedding_dim)
+
+    def _resized(self, image: Image.Image, number: int) -> Tensor:
+        try:
+            return self.resize(image)
+        except PictureError as error:
+            raise DataError(f"images[{number}]: {error}", remedy="leave it out", field="images") from None
 
     def _image_batch(self) -> int:
         """Pictures per forward pass without gradient: on a CPU no more than its caches take, which is faster."""
