@@ -34,8 +34,8 @@ class OnnxEncoder:
     """Pictures and texts to embeddings, from a folder that `export.to_onnx` wrote.
 
     May be used from several threads at once; the last three arguments bound the memory of each call. On the CPU all
-    graphs of a process together get at most three quarters of the machine's memory. int8 graphs quantise activations
-    per batch, so that their embeddings of a picture depend a little on the rest of its batch.
+    graphs of a process together get at most three quarters of the memory of the machine or container. int8 graphs
+    quantise activations per batch, so that their embeddings of a picture depend a little on the rest of its batch.
 
     Graphs with loops, functions or weights elsewhere are refused. Digests find damage and mix-ups: who can write the
     folder can write its digests too.

@@ -67,14 +67,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, set[s
     """The model with the adapter of a folder, and the names of the tensors that its file lacks.
 
     Raises:
-        ReadError: if it is not a LoRA adapter of the form that `vlm.save` writes.
+        ReadError: if it is not a LoRA adapter of the form that `vlm.save` writes, or has tensors of another model.
         Exception: of peft, if config or weights are broken.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     held = _check_adapter(folder)
     adapted: Any = PeftModel.from_pretrained(model, str(folder), trust_remote_code=False, use_safetensors=True)
-    return adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - held
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if unknown := sorted(held - expected):
+        raise ReadError(f"the adapter's {printable(unknown[0])} has no place in the model", remedy="save it again")
+    return adapted, expected - held
 
 
 def _check_adapter(folder: Path) -> set[str]:

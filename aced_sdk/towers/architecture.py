@@ -8,7 +8,6 @@ anything is built: first each field, then the model's outline on the meta device
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from aced_sdk.config import Config
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
-from aced_sdk.files import printable
+from aced_sdk.files import memory_limit, printable
 from aced_sdk.towers import text_files
 from aced_sdk.towers.transforms import MAX_SIDE
 
@@ -257,7 +256,7 @@ def outline(model_cfg: dict[str, Any], field: str | None = None) -> Any:
     count = sum(parameter.numel() for parameter in model.parameters())
     bound = MAX_PARAMETERS
     if not virtual:
-        bound = min(bound, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+        bound = min(bound, memory_limit() // 4)
     if count > bound:
         raise ModelError(
             f"this architecture has {count:,} parameters, and the bound on this machine is {bound:,}",

@@ -301,6 +301,13 @@ def test_numbers_of_an_adapter_are_bounded(parts: Parts, tmp_path: Path) -> None
     refused(folders, parts, "the adapter's")
 
 
+def test_every_tensor_of_an_adapter_has_a_place(parts: Parts, tmp_path: Path) -> None:
+    folder = foreign(parts["apart"], tmp_path / "apart")
+    unknown = {"base_model.model.other.lora_A.weight": torch.zeros(2, 2)}
+    rewrite(folder / "adapter/adapter_model.safetensors", lambda _: unknown)
+    refused([("apart", folder)], parts, "the adapter's", "no place")
+
+
 def test_broken_lines_are_read_quickly(tmp_path: Path) -> None:
     """A line takes microseconds, not a walk over its characters."""
     good = json.dumps({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})
