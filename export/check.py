@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aced_sdk.evaluation import load_task, main_metric, run_task
 from aced_sdk.towers import DualEncoder
+from export.errors import EncoderError
 from export.graphs import Tower
 from export.parity import FLOAT32_BOUND, PATCH_PICTURES, Wanted, differences
 from export.report import ExportError, Graph, GraphReport, Part, Precision
@@ -48,7 +49,10 @@ def check_graph(
         _equal_pixels(encoder, student, images)
     if "input_ids" in graph.inputs:
         _equal_tokens(encoder, student, texts)
-    max_abs, cosine = differences(encoder, graph.part, images, texts, want)
+    try:
+        max_abs, cosine = differences(encoder, graph.part, images, texts, want)
+    except EncoderError as error:
+        raise ExportError(error.cause, remedy=f"leave {graph.precision} out", field="precisions") from None
     if not math.isfinite(max_abs):
         raise ExportError(
             f"the {graph.precision} {graph.part} graph gives values that are not finite",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from aced_sdk.files import open_regular, printable
 from export.errors import FolderError, folder_errors
+from export.graph_types import check_divisions
 
 _MAX_NODES = 20_000
 _MAX_FIELDS = 500_000  # a second of reading
@@ -51,12 +52,14 @@ def check_graph_file(path: Path, data: str | None) -> None:
         data: the file of the external weights, which is beside it; None for a graph without any.
 
     Raises:
-        FolderError: if it is broken, has subgraphs, functions, other operators, sparse or external weights, or too
-            many nodes.
+        FolderError: if it is broken, has subgraphs, functions, other operators, divisions of integers, sparse or
+            external weights, or too many nodes.
     """
     with folder_errors(), open_regular(path) as stream:
         try:
-            _check(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)), data and Path(data).name)
+            model = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+            _check(model, data and Path(data).name)
+            check_divisions(model, _fields)
         except (ValueError, IndexError) as error:
             raise FolderError(
                 f"{printable(path)} is no graph that an export writes: {printable(error)}",
@@ -77,7 +80,7 @@ def _check(model: memoryview, data: str | None) -> None:
                 raise ValueError("it has too many nodes or fields")
             if name := REFUSED.get(kind, {}).get(number):
                 raise ValueError(f"it has {name}")
-            if content is None:
+            if isinstance(content, int):
                 continue
             if inner := MESSAGES[kind].get(number):
                 left.append((inner, content))
@@ -92,14 +95,15 @@ def _check(model: memoryview, data: str | None) -> None:
             raise ValueError(f"it has weights in {entry.get(_VALUE, b'')[:200]!r}")
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | None]]:
-    """Number and content of each field of a protobuf message; the content of a plain number is None."""
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Number and content of each field of a protobuf message; a number of fixed length is given as 0."""
     at = 0
     while at < len(message):
         tag, at = _number(message, at)
-        content, kind = None, tag & 7
+        kind = tag & 7
+        content: memoryview | int = 0
         if kind == 0:
-            _, at = _number(message, at)
+            content, at = _number(message, at)
         elif kind == 2:
             size, at = _number(message, at)
             content = message[at : at + size]

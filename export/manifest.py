@@ -119,7 +119,8 @@ def _checked(manifest: Mapping[str, Any]) -> list[str]:
     _require(all(Path(name).as_posix() == name for name in names), "a file's name")
     _require(isinstance(manifest["source"]["weights_sha256"], str), "source")
     _require(isinstance(manifest["embedding_dim"], int) and 1 <= manifest["embedding_dim"] <= _MAX_WIDTH, "width")
-    _require(all(abs(manifest[name]) <= _MAX_LOGIT for name in ("scale", "bias", "graph_bias")), "scale or bias")
+    _require(0 < manifest["scale"] <= _MAX_LOGIT, "scale")
+    _require(all(abs(manifest[name]) <= _MAX_LOGIT for name in ("bias", "graph_bias")), "bias")
     _require(manifest["pixels"] in ("float32", "uint8"), "pixels")
     if text is not None or any("input_ids" in graph["inputs"] for graph in graphs):
         _require(text["cleaning"] in CLEANINGS, "text cleaning")
@@ -130,7 +131,7 @@ def _checked(manifest: Mapping[str, Any]) -> list[str]:
             report["min_cosine"],
             *(graph[key] for graph in report["graphs"] for key in ("max_abs", "min_cosine")),
         ]
-        _require(all(isinstance(value, float) for value in values), "report")
+        _require(all(isinstance(value, float) for value in values) and 0 < values[0] <= 1, "report")
         measured = {(graph["part"], graph["precision"]) for graph in report["graphs"]}
         _require(measured == {(graph["part"], graph["precision"]) for graph in graphs}, "report")
     return names

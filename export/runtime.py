@@ -33,8 +33,8 @@ class OnnxEncoder:
     """Pictures and texts to embeddings, from a folder that `export.to_onnx` wrote.
 
     May be used from several threads at once; the last three arguments bound the memory of each call. On the CPU all
-    graphs of a process together get at most three quarters of the machine's memory. int8 graphs quantise activations
-    per batch, so that their embeddings of a picture depend a little on the rest of its batch.
+    graphs of a process together get at most three quarters of the memory of the machine or container. int8 graphs
+    quantise activations per batch, so that their embeddings of a picture depend a little on the rest of its batch.
 
     Graphs with loops, functions or weights elsewhere are refused. Digests find damage and mix-ups: who can write the
     folder can write its digests too.
@@ -311,8 +311,18 @@ class OnnxEncoder:
         return values
 
     def embed(self, part: str, inputs: NDArray[Any]) -> Floats:
-        """As `run`, L2-normalised."""
-        return _normalised(self.run(part, inputs))
+        """As `run`, L2-normalised.
+
+        Raises:
+            EncoderError: as `outputs`, or if the graph gives values that are not finite.
+        """
+        embeddings = _normalised(self.run(part, inputs))
+        if not np.isfinite(embeddings).all():
+            raise EncoderError(
+                f"the {self.precision} {part} graph gives values that are not finite",
+                remedy="take another precision, or export the student again",
+            )
+        return embeddings
 
     def _graph(self, part: str) -> Any:
         if part not in self._sessions:

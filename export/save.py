@@ -140,10 +140,17 @@ def to_onnx(
     return report
 
 
-def verify(directory: str | Path, student_folder: str | PathLike[str] | None = None) -> ExportReport:
+def verify(
+    directory: str | Path, student_folder: str | PathLike[str] | None = None, *, min_cosine: float = 0.9
+) -> ExportReport:
     """Check an exported folder again: every file's hash, and with the student given every graph against torch.
 
     `verify_folder` does so without torch or the student.
+
+    Args:
+        directory: the exported folder.
+        student_folder: the student that it was made from.
+        min_cosine: fp16 and int8 graphs below this cosine to torch are refused, even if the folder allows less.
 
     Returns:
         the report taken on save, or the fresh one (without times) if the student is given.
@@ -172,7 +179,7 @@ def verify(directory: str | Path, student_folder: str | PathLike[str] | None = N
     student, source = load_student(student_folder)
     if source != manifest.source:
         raise ExportError(f"{folder} was not made from {student_folder}", remedy="name that", field="student_folder")
-    return _compare(folder, manifest, student, manifest.report.min_cosine, [], [])
+    return _compare(folder, manifest, student, max(min_cosine, manifest.report.min_cosine), [], [])
 
 
 def known(field: str, values: Sequence[str], names: Sequence[str]) -> None:

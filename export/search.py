@@ -17,7 +17,13 @@ from export.arrays import read_arrays
 from export.errors import FolderError, InputError
 from export.runtime import Floats, OnnxEncoder
 
+_TOLERANCE = 1e-2  # of the square of a norm
 _MAX_BYTES = 2**36  # of a saved search: 2**24 entries of 1024 numbers
+
+
+def _are_normalised(embeddings: Floats) -> bool:
+    """Whether every row [..., D] has the norm 1, up to what half precision loses."""
+    return bool((np.abs(np.einsum("...d,...d->...", embeddings, embeddings) - 1) <= _TOLERANCE).all())
 
 
 class Hit(NamedTuple):
@@ -62,13 +68,18 @@ class Search:
         """Add L2-normalised embeddings [N, D] under N keys, all or none.
 
         Raises:
-            InputError: for a key that is taken or given twice, or embeddings of another shape or not finite.
+            InputError: for a key that is taken or given twice, or embeddings of another shape, not finite or not
+                normalised.
         """
         if embeddings.shape != (len(keys), self.encoder.embedding_dim) or not np.isfinite(embeddings).all():
             raise InputError(
                 f"{len(keys)} keys came with embeddings {list(embeddings.shape)}",
                 remedy=f"give one key for each row of {self.encoder.embedding_dim} finite numbers",
                 field="keys",
+            )
+        if not _are_normalised(embeddings):
+            raise InputError(
+                "the embeddings are not L2-normalised", remedy="divide each by its norm", field="embeddings"
             )
         with self._lock:
             fresh: set[str] = set()
@@ -92,7 +103,7 @@ class Search:
         """The k entries of the largest cosine to an L2-normalised embedding [D], best first; the older of equals.
 
         Raises:
-            InputError: if k is below 1, or the embedding has another width or is not finite.
+            InputError: if k is below 1, or the embedding has another width, is not finite or not normalised.
         """
         at_least_one(k=k)
         if embedding.shape != (self.encoder.embedding_dim,) or not np.isfinite(embedding).all():
@@ -101,6 +112,8 @@ class Search:
                 remedy=f"give one row of {self.encoder.embedding_dim} finite numbers",
                 field="embedding",
             )
+        if not _are_normalised(embedding):
+            raise InputError("the embedding is not L2-normalised", remedy="divide it by its norm", field="embedding")
         cosines = self._embeddings() @ embedding
         near = np.arange(len(cosines))
         if k < len(cosines):  # all that reach the k-th value, so that ties are settled by age below

@@ -15,12 +15,12 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from aced_sdk.files import printable
+from aced_sdk.files import memory_limit, printable
 from aced_sdk.processing.plain.inputs import at_least_one
 from export.errors import EncoderError, FolderError, InputError
 
 SECONDS_PER_ROW = 60.0
-_MEMORY_SHARE = 0.75  # of the machine's memory, for all graphs of this process
+_MEMORY_SHARE = 0.75  # of the memory that this process may take, for all its graphs
 
 _RUNNING: dict[int, tuple[float, Any]] = {}  # runs in progress: when each must end, and its RunOptions
 _watch = Thread()
@@ -50,14 +50,10 @@ def session_options(threads: int | None, precision: str) -> Any:
 @cache
 def _bound_memory() -> None:
     """Give the CPU sessions of this process one memory arena of bounded size; larger tensors are an error."""
-    try:
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        machine = 2**34
     kind, memory = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
     onnxruntime.create_and_register_allocator(
         onnxruntime.OrtMemoryInfo("Cpu", kind, 0, memory),
-        onnxruntime.OrtArenaCfg({"max_mem": int(_MEMORY_SHARE * machine)}),
+        onnxruntime.OrtArenaCfg({"max_mem": int(_MEMORY_SHARE * memory_limit())}),
     )
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,15 @@ _PARTS = {"projector": f"{PROJECTOR}.", "adapter": "lora_", "vision tower": "vis
 
 _WEIGHTS = "adapter_model.safetensors"
 # What an adapter of `save` may choose; peft's other options import modules, load files or repeat layers by name.
-_CHOICES = {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "inference_mode"}
+_CHOICES = {
+    "r": (1, 2**16),
+    "lora_alpha": (1e-6, 1e6),
+    "lora_dropout": (0, 1),
+    "use_dora": (0, 1),
+    "use_rslora": (0, 1),
+    "inference_mode": (0, 1),
+}
+_MAX_TARGETS = 200  # characters
 _TARGETS = re.compile(r"\.\*language_model\.\*\\\.\([a-z|]+\)_proj")  # of `Lora.target_modules`
 _UNUSED = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 
@@ -62,7 +69,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, set[s
     """The model with the adapter of a folder, and the names of the tensors that its file lacks.
 
     Raises:
-        ReadError: if it is not a LoRA adapter of the form that `vlm.save` writes.
+        ReadError: if it is not a LoRA adapter of the form that `vlm.save` writes, or has tensors of another model.
         Exception: of peft, if config or weights are broken.
     """
     from peft import PeftModel, get_peft_model_state_dict
@@ -70,7 +77,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, set[s
     held = _check_adapter(folder)
     with _quiet():
         adapted: Any = PeftModel.from_pretrained(model, str(folder), trust_remote_code=False, use_safetensors=True)
-    return adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - held
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if unknown := sorted(held - expected):
+        raise ReadError(f"the adapter's {printable(unknown[0])} has no place in the model", remedy="save it again")
+    return adapted, expected - held
 
 
 def _check_adapter(folder: Path) -> set[str]:
@@ -84,12 +94,13 @@ def _check_adapter(folder: Path) -> set[str]:
         held = set(file.keys())
         ranks = {file.get_slice(name).get_shape()[0] for name in held if ".lora_A." in name}
     targets = config.pop("target_modules", None)
-    if not isinstance(targets, str) or not _TARGETS.fullmatch(targets):
-        raise ReadError(f"the adapter's target_modules are {printable(repr(targets))}", remedy="save it again")
+    if not isinstance(targets, str) or len(targets) > _MAX_TARGETS or not _TARGETS.fullmatch(targets):
+        raise ReadError(f"the adapter's target_modules are {printable(repr(targets), 200)}", remedy="save it again")
     plain = LoraConfig().to_dict() | {"peft_type": "LORA", "modules_to_save": [PROJECTOR], "r": config.get("r")}
     for key, value in config.items():
-        chosen = key in _UNUSED or (key in _CHOICES and isinstance(value, int | float) and math.isfinite(value))
-        if not chosen and value not in (plain.get(key), None, False, {}, []):
+        low, high = _CHOICES.get(key, (1, 0))
+        chosen = key in _UNUSED or (isinstance(value, int | float) and low <= value <= high)
+        if not chosen and (key in _CHOICES or value not in (plain.get(key), None, False, {}, [])):
             raise ReadError(f"the adapter's {printable(key)} is {printable(repr(value))}", remedy="save it again")
     if ranks != {config.get("r")}:
         raise ReadError(f"the adapter's weights have the ranks {sorted(ranks)}, not r", remedy="save it again")

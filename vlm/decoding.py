@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aced_sdk.errors import ModelError
 from aced_sdk.files import read_json
 
 if TYPE_CHECKING:
@@ -80,12 +81,24 @@ def decoding(
         given: settings of a language model; those that also shape greedy answers are kept.
         tokenizer: its tokens end answers and pad batches where `given` has none.
         image_token: never generated; None: there is none.
+
+    Raises:
+        ModelError: if no token is left that could be generated.
     """
     from transformers import GenerationConfig
 
     kept = {name: given[name] for name, fits in _KEPT.items() if fits(given.get(name))}
     kept.setdefault("eos_token_id", tokenizer.eos_token_id)
     kept.setdefault("pad_token_id", tokenizer.pad_token_id)
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if len(banned := set(kept.get(name, ()))) >= len(tokenizer) and banned.issuperset(
+            tokenizer.get_vocab().values()
+        ):
+            raise ModelError(
+                f"the generation settings suppress every token ({name})",
+                remedy="correct generation_config.json",
+                field="language",
+            )
     if image_token is not None:
         kept["suppress_tokens"] = sorted({*kept.get("suppress_tokens", []), image_token})
     return GenerationConfig(do_sample=False, **kept)

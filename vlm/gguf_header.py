@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from io import BufferedReader
 from math import prod
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aced_sdk.files import ReadError, open_regular, printable
-from aced_sdk.towers.trust import check_number
+from aced_sdk.towers.numbers import check_number, check_real
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -20,6 +21,7 @@ _MAX_ITEMS = (
     2**21
 )  # of all arrays; a reader takes some hundred bytes for each, and vocabularies have up to 2**18 tokens
 _MAX_NAME, _MAX_TOKEN, _MAX_TEXT = 256, 1024, 2**20  # bytes
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.")  # in the name of a tensor
 _MAX_DIMENSIONS = 4
 _LEAST_BITS = 1  # of an element in any quantisation
 
@@ -46,6 +48,7 @@ class _Header:
         self.stream = stream
         self.size = os.fstat(stream.fileno()).st_size
         self.room = _MAX_ITEMS
+        self.blocks: int | None = None
 
     def scalar(self, form: str) -> Any:
         return struct.unpack(form, self.stream.read(struct.calcsize(form)))[0]
@@ -64,7 +67,7 @@ class _Header:
         return content.decode("utf-8", "replace")
 
     def value(self, kind: int, name: str) -> None:
-        """Pass a value, and check whole numbers."""
+        """Pass a value, and check numbers."""
         if kind == _STRING:
             self.text(_MAX_TEXT)
         elif kind == _ARRAY:
@@ -81,8 +84,13 @@ class _Header:
         else:
             value = self.scalar(_SCALARS[kind])
             sizes = name.partition(".")[0] not in ("general", "quantize", "split", "tokenizer")
-            if sizes and isinstance(value, int) and not isinstance(value, bool):
-                check_number(name.rpartition(".")[2], value, name)
+            if sizes and isinstance(value, int | float) and not isinstance(value, bool):
+                key = name.rpartition(".")[2]
+                check_real(key, value, name)
+                if isinstance(value, int):
+                    check_number(key, value, name)
+                if key == "block_count":
+                    self.blocks = int(value)
 
 
 def _walk(header: _Header) -> None:
@@ -94,7 +102,9 @@ def _walk(header: _Header) -> None:
         header.value(int(header.scalar("<I")), name)
     elements = 0
     for _ in range(tensors):
-        header.text(_MAX_NAME)
+        block = _BLOCK.match(header.text(_MAX_NAME))
+        if block and header.blocks is not None and int(block[1]) >= header.blocks:
+            raise ReadError(f"it has tensors of block {block[1]}, and {header.blocks} blocks", remedy="")
         dimensions = int(header.scalar("<I"))
         if dimensions > _MAX_DIMENSIONS:
             raise ReadError(f"a tensor in its header has {dimensions} dimensions", remedy="")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aced_sdk.errors import MissingPackageError, ModelError, UnsupportedError
 from aced_sdk.files import ReadError, expand, home, inside, read_json, sha256, whole_folder, write_json
-from aced_sdk.towers.trust import bounded, check_folder, library_errors, weight_bytes, without_bars
+from aced_sdk.towers.trust import bounded, check_folder, check_weights, library_errors, weight_bytes, without_bars
 from vlm.decoding import decoding, settings, warn_of_lost
 from vlm.gguf_header import check_gguf
 from vlm.hub import downloaded
@@ -54,6 +54,7 @@ def load_language(language: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
                 output_loading_info=True,
                 generation_config=GenerationConfig(),  # transformers refuses some settings, and saves none of them
             )
+        check_weights(model, found["unexpected_keys"])
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         given = settings(folder)
         warn_of_lost(given)
@@ -107,6 +108,10 @@ def converted(gguf: Path) -> Path:
         ModelError: if transformers cannot read it.
         MissingPackageError: if `gguf` or `accelerate` is not installed.
     """
+    with library_errors(
+        f"transformers cannot read {gguf.name}", remedy="take a GGUF of an architecture it knows", field="language"
+    ):
+        check_gguf(gguf)  # also where an earlier version of this package has converted it
     digest = sha256(gguf)
     target = home() / "models" / f"{gguf.stem}-{digest[:12]}"
     facts = {"format": 1, "gguf": gguf.name, "sha256": digest}
@@ -122,7 +127,6 @@ def converted(gguf: Path) -> Path:
     with library_errors(
         f"transformers cannot read {gguf.name}", remedy="take a GGUF of an architecture it knows", field="language"
     ):
-        check_gguf(gguf)
         try:
             with bounded(gguf.stat().st_size):
                 quantised = AutoModelForCausalLM.from_pretrained(**where, trust_remote_code=False)

@@ -17,7 +17,14 @@ from aced_sdk.files import (
     whole_folder,
     write_json,
 )
-from aced_sdk.towers.trust import bounded, check_folder, check_vision_language, library_errors, weight_bytes
+from aced_sdk.towers.trust import (
+    bounded,
+    check_folder,
+    check_vision_language,
+    check_weights,
+    library_errors,
+    weight_bytes,
+)
 from vlm.adapters import base_of, has_adapter, load_adapter
 from vlm.card import card
 from vlm.decoding import decoding, settings, warn_of_lost
@@ -144,6 +151,7 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
                 output_loading_info=True,
                 generation_config=GenerationConfig(),  # transformers refuses some settings, and saves none of them
             )
+        check_weights(model, found["unexpected_keys"])
         processor = AutoProcessor.from_pretrained(held, local_files_only=True, trust_remote_code=False)
         # LLaVA reads no pooling head of a tower, and some checkpoints have none
         lost = {name for name in found["missing_keys"] if ".head." not in name and ".pooler." not in name}
@@ -156,6 +164,7 @@ def load(directory: str | Path) -> tuple[Any, LlavaProcessor]:
         if apart:
             model, more = load_adapter(model, folder / _ADAPTER)
             lost |= more
+            check_weights(model)
     if lost:
         raise ModelError(
             f"{folder} lacks {len(lost)} of the model's tensors, {min(lost)} first",

@@ -22,7 +22,7 @@ from aced_sdk.towers.huggingface import (
     is_siglip_vit,
     siglip_vision_model,
 )
-from aced_sdk.towers.trust import bounded, check_folder, library_errors, weight_bytes
+from aced_sdk.towers.trust import bounded, check_folder, check_weights, library_errors, weight_bytes
 from vlm.hub import downloaded
 
 if TYPE_CHECKING:
@@ -206,6 +206,7 @@ def _from_transformers(folder: Path) -> VisionTower:
             use_safetensors=True,
             output_loading_info=True,
         )
+    check_weights(model, found["unexpected_keys"])
     image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # the pooling heads are no part of what a projector reads
     lost = sorted(key for key in found["missing_keys"] if not key.startswith(("head.", "pooler.")))

@@ -2,6 +2,7 @@
 """Files and folders: written whole or not at all, read with bounds."""
 
 from aced_sdk.files.digests import check_digests, file_digests
+from aced_sdk.files.memory import memory_limit
 from aced_sdk.files.reading import (
     ReadError,
     check_links,
@@ -46,6 +47,7 @@ __all__ = [
     "file_digests",
     "home",
     "inside",
+    "memory_limit",
     "one_line",
     "open_own",
     "open_regular",

@@ -336,6 +336,8 @@ def printable(value: object, length: int = 500) -> str:
     """A name or message from a file, for a terminal: control characters are escaped, and it is cut to `length`."""
     text = str(value)
     text = text if len(text) <= length else text[: length - 1] + "…"
+    if text.isprintable():  # nearly always, and much faster
+        return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

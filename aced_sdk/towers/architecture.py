@@ -8,7 +8,6 @@ anything is built: first each field, then the model's outline on the meta device
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from aced_sdk.config import Config
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
-from aced_sdk.files import printable
+from aced_sdk.files import memory_limit, printable
 from aced_sdk.towers import text_files
 from aced_sdk.towers.transforms import MAX_SIDE
 
@@ -25,6 +24,11 @@ MAX_PARAMETERS = 10_000_000_000  # open_clip's largest model has 5 billion
 _MAX_SCORES = (
     2**29
 )  # attention scores of one example in one layer: heads * tokens**2; SAM's ViT-H at 1,024 px has 2**28
+
+
+# Attention of one example over all layers, as multiply-adds: some seconds on two cores. ViT-H at 378 px has 2**34.
+_MAX_ATTENTION = 2**39
+_HEAD = 64  # a narrower head takes as long, since the softmax does
 
 
 def _tuple(value: Any) -> Any:
@@ -113,7 +117,7 @@ class TokenizerOptions(_Plain):
 class Text(_Tower):
     """open_clip's `text_cfg`."""
 
-    context_length: Annotated[int, Field(ge=1, le=4_096)] = 77
+    context_length: Annotated[int, Field(ge=3, le=4_096)] = 77  # a start, an end, and something to tell texts apart
     vocab_size: Annotated[int, Field(ge=1, le=2_000_000)] = 49_408
     hf_tokenizer_name: str | None = None
     tokenizer_mode: Literal["", "clips"] | None = None
@@ -178,8 +182,23 @@ def _check_scores(cfg: ModelCfg) -> None:
         heads = vision.width * (32 if resnet else 1) // vision.head_width
         activations = (height // 2) * (width // 2) * vision.width if resnet else 0
         _check_product("vision_cfg", heads * tokens**2, activations)
+        _check_attention(
+            "vision_cfg", 1 if isinstance(vision.layers, tuple) else vision.layers, vision.width, heads, tokens
+        )
     if not text.hf_model_name:
         _check_product("text_cfg", text.heads * text.context_length**2)
+        _check_attention("text_cfg", text.layers, text.width, text.heads, text.context_length)
+
+
+def _check_attention(field: str, layers: int, width: int, heads: int, tokens: int) -> None:
+    """Refuse a tower that a small file of weights can describe and that takes minutes for one example."""
+    needed = layers * max(width, _HEAD * heads) * tokens**2
+    if needed > _MAX_ATTENTION:
+        raise ConfigError(
+            f"attention over one example takes {needed:,} operations, and the bound is {_MAX_ATTENTION:,}",
+            remedy="take a smaller image_size or context_length, a larger patch, or fewer layers",
+            field=field,
+        )
 
 
 def _check_product(field: str, scores: int, activations: int = 0) -> None:
@@ -237,7 +256,7 @@ def outline(model_cfg: dict[str, Any], field: str | None = None) -> Any:
     count = sum(parameter.numel() for parameter in model.parameters())
     bound = MAX_PARAMETERS
     if not virtual:
-        bound = min(bound, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+        bound = min(bound, memory_limit() // 4)
     if count > bound:
         raise ModelError(
             f"this architecture has {count:,} parameters, and the bound on this machine is {bound:,}",
@@ -277,7 +296,8 @@ def _check_context(model: Any, wanted: int, field: str | None) -> None:
     from open_clip.hf_configs import arch_dict
 
     config = model.text.config
-    heads = getattr(config, arch_dict[config.model_type]["config_names"]["heads"])
+    names = arch_dict[config.model_type]["config_names"]
+    heads, layers, width = (int(getattr(config, names[name])) for name in ("heads", "layers", "width"))
     positions = model.context_length or wanted  # T5 has no table of positions
     if wanted > positions or heads * wanted**2 > _MAX_SCORES:
         raise ModelError(
@@ -285,3 +305,7 @@ def _check_context(model: Any, wanted: int, field: str | None) -> None:
             remedy="set a smaller context_length",
             field=field,
         )
+    try:
+        _check_attention("text_cfg", layers, width, heads, wanted)
+    except ConfigError as error:
+        raise ModelError(error.cause, remedy=error.remedy, field=field) from None

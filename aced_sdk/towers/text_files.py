@@ -13,10 +13,12 @@ from typing import Any
 from aced_sdk.errors import ModelError
 from aced_sdk.files import ReadError, check_links, expand, inside, printable, read_bytes, read_json
 from aced_sdk.processing.plain.tokenizers import read_tokenizer
+from aced_sdk.towers.numbers import check_real
 from aced_sdk.towers.words import Words
 
 MIB = 2**20
 _MAX_FILE = 64 * MIB
+_MAX_ADDED = 100_000  # tokens
 # The files of text towers and tokenizers that are copied into a saved student.
 _FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -100,6 +102,8 @@ def check_config(path: Path) -> dict[str, Any]:
     config = _mapping(path, MIB)
     for key, value in _pairs(config):
         _check_number(path, key, value, 1_024 if "layer" in key else 65_536 if "label" in key else 2**31)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            check_real(key, value, str(path))
         if ("implementation" in key and "/" in str(value)) or (key in ("use_kernels", "kernel_config") and value):
             raise _refuse(path, f"names code to download in {printable(key, 50)}")
         if key == "configuration_files":
@@ -125,6 +129,8 @@ def check_tokenizer(folder: Path) -> None:
             settings = _mapping(path, 16 * MIB)
             _check_class(settings, path)
             _check_settings(settings, path)
+    if (path := folder / "added_tokens.json").exists() and len(_mapping(path)) > _MAX_ADDED:
+        raise _refuse(path, f"has more than {_MAX_ADDED:,} tokens")
     for path in sorted(folder.glob("tokenizer*.json")):
         if path.name != "tokenizer_config.json":
             read_tokenizer(path)
@@ -276,7 +282,9 @@ def _check_class(settings: dict[str, Any], path: Path) -> None:
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
     """A tokenizer's settings become arguments of its class: no other file, no positional arguments, no huge length."""
     for key, value in _pairs(settings):
-        _check_number(path, key, value, 2_000_000 if "vocab" in key or key.endswith("_id") else 65_536)
+        # max_length is what the longest text had that was ever tokenised
+        large = 2**24 if key == "max_length" else 2_000_000
+        _check_number(path, key, value, large if "vocab" in key or key.endswith(("_id", "max_length")) else 65_536)
         elsewhere = key in ("vocab", "merges", "gguf_file")
         if key.endswith("_file") and "/" in str(value):  # often a path of the machine that saved it, which is not here
             elsewhere = os.path.exists(str(value)) or os.path.exists(path.parent / str(value))

@@ -13,13 +13,13 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from aced_sdk.config import Config
-from aced_sdk.processing.plain import to_rgb
+from aced_sdk.processing.plain import PictureError, to_rgb
 
 MAX_SIDE = 2_048  # pixels; the largest towers of open_clip and timm take 1,024
 
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 _Channel = Annotated[float, Field(ge=-1_000, le=1_000)]
-_Deviation = Annotated[float, Field(gt=0, le=1_000)]
+_Deviation = Annotated[float, Field(gt=1e-6, le=1_000)]  # below, pixels overflow; the ONNX runtime has the same bound
 
 
 class Preprocess(Config):
@@ -38,6 +38,11 @@ class Preprocess(Config):
     def _square(cls, size: Any) -> Any:
         return (size, size) if isinstance(size, int) else size
 
+    def _has_pixels(self, width: int, height: int) -> bool:
+        """Whether a picture keeps a pixel on each side when its longest side is made to fit."""
+        ratio = max(height / self.size[0], width / self.size[1])
+        return round(width / ratio) > 0 and round(height / ratio) > 0
+
     def resizer(self) -> Callable[[Image.Image], Tensor]:
         """A function from a picture to uint8 [3, H, W]: the geometry, before scaling to 0..1 and normalisation."""
         from open_clip.transform import image_transform
@@ -55,6 +60,8 @@ class Preprocess(Config):
         geometry = whole.transforms[:-2]  # the last two are ToTensor and Normalize, done on the device later
 
         def resize(image: Image.Image) -> Tensor:
+            if self.resize_mode == "longest" and not self._has_pixels(*image.size):
+                raise PictureError("too long and thin", f"{image.width} x {image.height}")
             image = to_rgb(image)
             for step in geometry:
                 image = step(image)

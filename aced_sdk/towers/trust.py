@@ -7,9 +7,8 @@ files outside of the folder and numbers that would take all memory or never end.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
@@ -17,7 +16,8 @@ from typing import Any
 
 from aced_sdk.errors import AcedError, ModelError
 from aced_sdk.files import ReadError, check_links, inside, printable, read_json, read_text
-from aced_sdk.processing.plain import read_tokenizer
+from aced_sdk.towers.numbers import check_length, check_number, check_real, check_together
+from aced_sdk.towers.text_files import check_tokenizer
 
 _KINDS = ("llava", "fast_vlm", "aya_vision")
 _PROCESSORS = ("LlavaProcessor", "AyaVisionProcessor", "PixtralProcessor", None)
@@ -35,53 +35,10 @@ _VISION = (
 
 _MODEL = ("config.json", "generation_config.json")
 _PICTURES = ("preprocessor_config.json", "processor_config.json")
-_ELSEWHERE = {"audio_tokenizer", "_auto_class"}  # keys of models by any path, and of code to be copied
+# Keys that name models by any path, code to be copied or fetched, and configs that are read in the place of this one.
+_ELSEWHERE = {"audio_tokenizer", "_auto_class", "configuration_files", "kernel_config", "use_kernels"}
 _REMEDY = "correct the file, or do not use this folder"
 
-_LARGEST = 2**24  # of any integer; the longest context of today's models is 10 M tokens
-_FREE = re.compile(r"rope|theta|freq|max_length|^seed$|_ids?$")  # names of numbers that no size follows from
-_SIDE = (1, 4096)
-_COUNT = (1, 1024)
-_RANGES: dict[str, tuple[int, int]] = {
-    "num_hidden_layers": _COUNT,
-    "num_layers": _COUNT,
-    "n_layer": _COUNT,
-    "n_layers": _COUNT,
-    "num_attention_heads": _COUNT,
-    "num_channels": (1, 64),
-    "hidden_size": (1, 2**20),
-    "intermediate_size": (1, 2**20),
-    "vocab_size": (1, _LARGEST),
-    "num_labels": (0, 2**17),
-    "patch_size": _SIDE,
-    "image_size": _SIDE,
-    "image_seq_length": (1, 2**16),
-    "downsample_factor": (1, 64),
-    # GGUF's names
-    "block_count": _COUNT,
-    "head_count": _COUNT,
-    "embedding_length": (1, 2**20),
-    "feed_forward_length": (1, 2**20),
-    # preprocessing
-    "size": (1, 2048),
-    "crop_size": (1, 2048),
-    "pad_size": (1, 2048),
-    "height": (1, 2048),
-    "width": (1, 2048),
-    "shortest_edge": (1, 2048),
-    "longest_edge": (1, 2048),
-    "min_patches": (1, 64),
-    "max_patches": (1, 64),
-    "input_size": (1, 2048),
-    "num_additional_image_tokens": (0, 64),
-    # tokenizers
-    "Fixed": (1, 2**16),
-    "pad_to_multiple_of": (0, 2**12),
-    # generation
-    "num_beams": (1, 16),
-    "num_beam_groups": (1, 16),
-    "num_return_sequences": (1, 1),
-}
 _CROP = (0.25, 4.0)  # crop_pct: pictures are resized to the size divided by it
 _MAX_PREPARED = 2**24  # pixels of all tiles of a picture
 _IMAGE_PROCESSORS = re.compile(
@@ -90,6 +47,7 @@ _IMAGE_PROCESSORS = re.compile(
 )
 _ELEMENTS, _PER_BYTE = 2**26, 8  # of a model's tensors: so many, and so many more for each byte of its weights' files
 _MODULES = 50_000
+_NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a tensor
 
 
 @contextmanager
@@ -161,8 +119,8 @@ def check_folder(folder: Path, *, pictures: bool = False, tokens: bool = False) 
             _check(_object(folder / name), name.removesuffix(".json"), folder)
     for path in folder.glob("*.safetensors.index.json"):
         _check_index(_object(path), path)
-    if tokens and (folder / "tokenizer.json").is_file():
-        read_tokenizer(folder / "tokenizer.json")
+    if tokens:
+        check_tokenizer(folder)
     for path in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
         read_text(path, 2**20)
     return config
@@ -204,6 +162,29 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def check_weights(model: Any, unused: Collection[str] = ()) -> None:
+    """Refuse a loaded model whose weights are not finite, or whose files hold more layers than its config describes.
+
+    Args:
+        model: after loading.
+        unused: names of the weights that have no place in it. Those of another tower may stay unused.
+
+    Raises:
+        ReadError: naming a tensor.
+    """
+    from aced_sdk.towers.weights import is_finite
+
+    own = dict(model.state_dict())
+    forms = {_NUMBER.sub(".N.", name) for name in own}
+    if lost := sorted(name for name in unused if _NUMBER.sub(".N.", name) in forms):
+        raise ReadError(
+            f"its config describes fewer layers than its weights have: {printable(lost[0])} is unused", remedy=_REMEDY
+        )
+    for name, tensor in own.items():
+        if not is_finite(tensor):
+            raise ReadError(f"{printable(name)} has values that are not finite", remedy=_REMEDY)
 
 
 @contextmanager
@@ -257,38 +238,25 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_number(key: str, value: int, where: str) -> None:
-    """Refuse an integer out of the bounds of its name.
-
-    Raises:
-        ReadError: naming it.
-    """
-    free = bool(_FREE.search(key))
-    low, high = _RANGES.get(key, (-_LARGEST, _LARGEST))
-    if not low <= value <= high and (key in _RANGES or not free):
-        shown = value if abs(value) < 10**30 else "a number of more than 30 digits"
-        raise ReadError(
-            f"{printable(key)} in {printable(where)} is {shown}, and must be {low} to {high}", remedy=_REMEDY
-        )
-
-
 def _check(value: Any, key: str, folder: Path, where: str = "") -> None:
     """Check a value of a config and what is in it; `key` is the name that it is under."""
     where = where or f"{folder / key}.json"
     if isinstance(value, dict):
         if value.get("model_type") == "timm_wrapper":
             _check_timm(value, where)
-        if odd := _ELSEWHERE & value.keys():
-            raise ReadError(f"{printable(where)} has {min(odd)}, which loads further files", remedy=_REMEDY)
+        if odd := [name for name in sorted(_ELSEWHERE & value.keys()) if value[name]]:
+            raise ReadError(f"{printable(where)} has {odd[0]}, which loads further files", remedy=_REMEDY)
         if "template" in value and not re.fullmatch(r"[\w-]+", str(value.get("name", "default"))):
             raise ReadError(f"{printable(where)} names a chat template {printable(value['name'])}", remedy=_REMEDY)
         if where.endswith("tokenizer.json") and "model" in value:
             value = {name: part for name, part in value.items() if name not in ("model", "added_tokens")}
         if value.get("crop_to_patches"):
             _check_tiles(value, where)
+        check_together(value, where)
         for name, part in value.items():
-            _check(part, key if key.endswith("implementation") else name, folder, where)
+            _check(part, key if "implementation" in key else name, folder, where)
     elif isinstance(value, list):
+        check_length(key, value, where)
         for part in value:
             _check(part, key, folder, where)
     elif (
@@ -297,10 +265,10 @@ def _check(value: Any, key: str, folder: Path, where: str = "") -> None:
         and not (isinstance(value, int | float) and _CROP[0] <= value <= _CROP[1])
     ):
         raise ReadError(f"crop_pct in {printable(where)} is {printable(value)}", remedy=_REMEDY)
-    elif isinstance(value, float) and math.isnan(value):
-        raise ReadError(f"{printable(key)} in {printable(where)} is not a number", remedy=_REMEDY)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        check_number(key, value, where)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        check_real(key, value, where)
+        if isinstance(value, int):
+            check_number(key, value, where)
     elif isinstance(value, str):
         _check_name(value, key, folder, where)
 
@@ -320,11 +288,13 @@ def _check_name(value: str, key: str, folder: Path, where: str) -> None:
     """Refuse names that lead to files outside, to kernels on a hub, or to image processors that load further files."""
     if key in ("transformers_weights", "fast_tokenizer_files"):
         inside(folder, value)
+        if "/" in value:  # an index of weights there would not be checked
+            raise ReadError(f"{printable(key)} in {printable(where)} names a file in another folder", remedy=_REMEDY)
     if key.endswith("_file") and "\0" not in value:  # often a path of the machine that saved it, which is not there
         for path in (Path(value), folder / value):
             if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
                 raise ReadError(f"{printable(key)} in {printable(where)} names a file outside", remedy=_REMEDY)
-    if key.endswith("implementation") and "/" in value:
+    if "implementation" in key and "/" in value:
         raise ReadError(f"{printable(key)} in {printable(where)} names code elsewhere", remedy=_REMEDY)
     if key in ("image_processor_type", "feature_extractor_type") and not _IMAGE_PROCESSORS.fullmatch(value):
         raise ReadError(f"{printable(where)} names the image processor {printable(value)}", remedy=_REMEDY)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from aced_sdk.files import open_regular, printable
 
 _MAX_HEADER = 16 * 2**20  # of a safetensors file; a tensor takes about 150 bytes of it
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+_MAX_LOG_SCALE, _MAX_BIAS = math.log(1e6), 1e6  # an ONNX export has the same bounds
 _REMEDY = "restore or re-save the folder"
 
 
@@ -76,9 +78,34 @@ def read_weights(model: Any, path: Path, foreign: bool) -> None:
 
     try:
         weights = load_file(path)
-        model.load_state_dict(_own_names(model, weights) if foreign else weights)
+        weights = _own_names(model, weights) if foreign else weights
+        _check_values(model, weights, path)
+        model.load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise _unfit(path, str(error)) from error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite; needs no memory for it. True for whole numbers."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return True
+    low, high = torch.aminmax(tensor.detach())  # both are NaN if one value is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _check_values(model: Any, weights: dict[str, Tensor], path: Path) -> None:
+    """Refuse whole numbers in the place of real ones, values that are not finite, and a scale that overflows."""
+    for name, own in model.state_dict().items():
+        tensor = weights.get(name)
+        if tensor is None:
+            continue
+        if own.is_floating_point() != tensor.is_floating_point():
+            raise _unfit(path, f"{printable(name)} is of the type {tensor.dtype}")
+        if not is_finite(tensor):
+            raise _unfit(path, f"{printable(name)} has values that are not finite")
+    for name, most in (("logit_scale", _MAX_LOG_SCALE), ("logit_bias", _MAX_BIAS)):
+        if name in weights and bool((weights[name].abs() > most).any()):
+            raise _unfit(path, f"{name} is {weights[name].flatten()[0].item():.3g}, beyond {most:.3g}")
 
 
 def _unfit(path: Path, why: str) -> ModelError:

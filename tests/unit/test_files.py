@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import alone, home, whole_file, whole_folder
+from aced_sdk.files import alone, home, memory_limit, whole_file, whole_folder
 
 
 def test_a_folder_takes_the_place_of_an_older_one_whole(tmp_path: Path) -> None:
@@ -91,3 +91,11 @@ def test_a_file_system_without_locks_is_a_warning(
     else:
         with pytest.raises(OSError, match=os.strerror(number)), alone(tmp_path, "it"):
             pass
+
+
+def test_memory_is_what_a_container_may_take(tmp_path: Path) -> None:
+    limit, unlimited, missing = tmp_path / "limit", tmp_path / "unlimited", tmp_path / "missing"
+    limit.write_text("1048576\n")
+    unlimited.write_text("max\n")
+    assert memory_limit([missing, unlimited, limit]) == 2**20
+    assert memory_limit([missing, unlimited]) == memory_limit([]) > 2**20
