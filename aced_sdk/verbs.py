@@ -73,7 +73,7 @@ def _check_free(directory: Path) -> None:
             field="directory",
         )
     student = directory / STUDENT
-    for path in (*old[-1:], *([student] if student.is_dir() and not student.is_symlink() else [])):
+    for path in (*old[-1:], *([student] if os.path.lexists(student) and not student.is_symlink() else [])):
         raise ConfigError(
             f"{printable(path)} is not of this run: a new run would mix with it or replace it",
             remedy="move it away, or name another directory",

@@ -16,6 +16,8 @@ from html.entities import html5
 
 CLEANINGS = ("lower", "whitespace", "canonicalize")
 
+# An ampersand that was escaped over and over; one round for each would take time that grows with the square.
+_AMPERSAND = re.compile(r"&(?:(?:amp|AMP|#0{0,20}38|#[xX]0{0,20}26);)+")
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 _TERMINAL_ESCAPE = re.compile("\033\\[((?:\\d|;)*)([a-zA-Z])")
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
@@ -47,7 +49,7 @@ def _fix_line(line: str, unescape: bool) -> str:
     while True:
         before = line
         if unescape:
-            line = _ENTITY.sub(_character, line)
+            line = _ENTITY.sub(_character, _AMPERSAND.sub("&", line))
         line = line.translate(_characters())
         line = _LINE_BREAKS.sub("\n", line)
         line = _SURROGATE_PAIR.sub(_joined, line)

@@ -302,7 +302,7 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig, trained: in
                 remedy='remove it or write "auto"; use optimizer, schedule and engine.precision',
                 field="engine.deepspeed",
             )
-        if key in _IN_ITS_FORWARD:
+        if key in _IN_ITS_FORWARD and isinstance(value, dict) and value.get("enabled") not in (None, False, "auto"):
             raise ConfigError(
                 f"the DeepSpeed JSON sets '{key}', which measures a forward pass that is not taken here",
                 remedy="remove it; aced.plan counts the model's MACs",

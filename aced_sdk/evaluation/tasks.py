@@ -234,7 +234,7 @@ def _labels(raw: bytes | None, classes: int) -> Tensor:
         if shape != (classes,) or dtype.kind not in "biuf":
             raise ValueError
         values = np.frombuffer(stream.read(classes * dtype.itemsize), dtype).astype(np.float64)
-        if not np.isfinite(values).all():  # whether a picture shows that class is not known
+        if values.shape != shape or not np.isfinite(values).all():  # cut off, or a class of which nothing is known
             raise ValueError
         return torch.from_numpy(values > 0)
     except BROKEN_ARRAY as error:

@@ -290,6 +290,7 @@ def header(descr: Any, body: bytes) -> bytes:
 ODD_LABELS = {
     "arrays in an array": header(("<f4", (2,)), bytes(32)),
     "records": header([("a", "<f4")], bytes(16)),
+    "cut off": header("<f4", bytes(4)),
     "complex": array(np.array([1j, 0, 1, 0])),
     "dates": array(np.array([1, 2, 3, 4], "M8[s]")),
     "durations": array(np.array([1, 2, 3, 4], "m8[s]")),
