@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
 from aced_sdk.errors import ConfigError
 from aced_sdk.files import ReadError, expand, one_line, parse_yaml, printable, read_yaml, whole_file
@@ -21,6 +21,18 @@ from aced_sdk.files.reading import MIB
 _MAX_YAML = 4 * MIB  # a run over many shards that are named one by one
 _MAX_INT = 2**63 - 1
 _MISTAKES, _MOST = 20, 1000  # listed in an error; above the second number only some are counted
+
+
+def _named(value: Any) -> Any:
+    """Refuse keys of nested mappings that are no texts: JSON and keyword arguments know no others."""
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise ConfigError("a key of the mapping is not a text", remedy="put the key in quotes")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _named(inner)
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_named)]
 
 
 class Config(BaseModel):
@@ -40,8 +52,6 @@ class Config(BaseModel):
         """No number that torch's integers cannot hold, no path that the system refuses; `~` in paths is expanded."""
         if isinstance(value, int) and not -_MAX_INT <= value <= _MAX_INT:
             raise ConfigError("the number is too large", remedy="use one of at most 64 bits")
-        if isinstance(value, dict) and not _named(value):
-            raise ConfigError("a key of the mapping is not a text", remedy="put the key in quotes")
         if isinstance(value, Path):
             try:
                 return expand(value)
@@ -96,13 +106,6 @@ class Config(BaseModel):
         """Twelve hex digits that change when any value changes."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _named(value: Any) -> bool:
-    """Whether all keys of nested mappings are texts: JSON and keyword arguments know no others."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _named(inner) for key, inner in value.items())
-    return all(map(_named, value)) if isinstance(value, list | tuple) else True
 
 
 # Pydantic names the tags and members of unions as places.

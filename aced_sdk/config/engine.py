@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from aced_sdk.config.base import Config
+from aced_sdk.config.base import Config, JsonObject
 from aced_sdk.errors import ConfigError
 
 MAX_STEPS = 10**12  # an event log and the names of checkpoints hold them
@@ -49,7 +49,7 @@ class Engine(Config):
         "fp32", description="of the forward passes (autocast); weights stay float32"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
-    deepspeed: dict[str, Any] | Path | None = Field(
+    deepspeed: JsonObject | Path | None = Field(
         None, description="further DeepSpeed JSON, laid over what the fields above give"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"

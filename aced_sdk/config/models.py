@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from aced_sdk.config.base import Config
+from aced_sdk.config.base import Config, JsonObject
 from aced_sdk.config.curation import LossForm
 
 CaptionLines = Literal["join", "first"]
@@ -27,7 +27,7 @@ class Student(Config):
     architecture (`ViT-B-32`) and a mapping give new weights.
     """
 
-    architecture: str | dict[str, Any] = Field(
+    architecture: str | JsonObject = Field(
         description="open_clip architecture name (`ViT-B-32`) or `model_cfg` mapping for new weights; "
         "a folder, `local-dir:FOLDER` or `hf-hub:ORG/REPO` for trained ones"
     )
