@@ -294,7 +294,8 @@ def _line(line: str, name: str) -> Any:
     try:
         return parse_json(line, name)
     except ReadError as error:
-        return error
+        cause, remedy = error.cause, error.remedy
+    return ReadError(cause, remedy=remedy)  # a new one, which keeps no traceback: there may be a million of them
 
 
 def read_json(path: str | Path, field: str) -> Any:

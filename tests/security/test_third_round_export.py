@@ -12,9 +12,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from open_clip.tokenizer import basic_clean, whitespace_clean
 from PIL import Image
 
 import export
+from export.cleaning import clean_text
 from export.search import Search
 from tests.security.exports import (
     VISION,
@@ -158,3 +160,14 @@ def test_embeddings_of_half_precision_are_close_enough(made: Path) -> None:
     search = Search(encoder)
     search.add(["a"], halves)
     assert search.query(halves[0], 1)[0].key == "a"
+
+
+def _cleaned(count: int) -> str:
+    return clean_text("&" + "amp;" * count, "lower")
+
+
+def test_an_ampersand_is_cleaned_however_often_it_was_escaped() -> None:
+    """In one round: with a round for each, this text would take minutes."""
+    assert run(_cleaned, 50_000, seconds=20).returned() == "&"
+    for text in ("&#38;amp;AMP;#x26;lt;b", "&amp;amp;quot;x&ampx;", "&amp;#38;eacute;", "<b>&amp;amp;"):
+        assert clean_text(text, "whitespace") == whitespace_clean(basic_clean(text))
