@@ -38,7 +38,7 @@ def distill(config: ConfigFile) -> None:
 
 @app.command()
 def resume(directory: RunFolder) -> None:
-    """Go on with a run from its newest checkpoint."""
+    """Resume a run from its newest checkpoint."""
     import aced_sdk
 
     run = aced_sdk.resume(directory)

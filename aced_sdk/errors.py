@@ -5,7 +5,7 @@ from __future__ import annotations
 
 
 class AcedError(Exception):
-    """Base of every error that this package raises for something a user can mend.
+    """Base of every error that this package raises for something that a user can fix.
 
     Args:
         cause: what is wrong, as one sentence without a full stop at its end.
@@ -74,7 +74,7 @@ class CurationWarning(UserWarning):
 
 
 class EngineError(AcedError):
-    """Training that cannot go on: bad launch environment, non-finite losses, unreadable checkpoint."""
+    """Training that cannot continue: wrong launch environment, non-finite losses, unreadable checkpoint."""
 
 
 class EvaluationError(AcedError):

@@ -9,7 +9,7 @@ and of cool-down. The sizes are known from the paper (ACED, arXiv 2411.18674); r
 Shards, reference, teacher and the folder of the run are placeholders (`path/to/...`) to be replaced; a preset that
 does not read one has none. Weight decay is this package's default, not the paper's.
 
-What is known of each preset stands in its docstring, with its cost in *IID steps*: one trained example costs three
+The docstring of a preset contains what is known of it, with its cost in *IID steps*: one trained example costs three
 forward passes, one scored example one; the reference and the teacher are read from caches and cost nothing. `aced.plan`
 says the same of a config. `engine.micro_batch`, which b = 32,768 needs on one GPU, adds a third of an IID step, but to
 `h_acid`, `aced` and their kin nothing: there the scores serve as its first pass.
@@ -272,7 +272,7 @@ def h_acid(**options: Unpack[Options]) -> Preset:
 
 
 def h_acid_independent(**options: Unpack[Options]) -> Preset:
-    """H-ACID with each pair scored by itself.
+    """H-ACID with each pair scored alone.
 
     Known: joint selection beats it, the more so as f grows (JEST, arXiv 2406.17711). Cost: 2.67, as `h_acid`.
     """

@@ -69,7 +69,7 @@ def _check_free(directory: Path) -> None:
     if (directory / CONFIG).exists() and (started or old):
         raise ConfigError(
             f"{printable(directory)} holds a run already",
-            remedy="go on with aced.resume(directory), or name another directory",
+            remedy="continue it with aced.resume(directory), or name another directory",
             field="directory",
         )
     student = directory / STUDENT

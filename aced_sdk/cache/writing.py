@@ -65,7 +65,7 @@ def write_cache(
     progress: Callable[[int, int], None] | None = None,
     dtype: Dtype | None = None,
 ) -> EmbeddingCache:
-    """Embed every pair of the pool; shards whose embeddings are complete are kept, so a killed run goes on.
+    """Embed every pair of the pool. Complete shards are kept, so that an interrupted call can be resumed.
 
     Args:
         encoder: the frozen model, on the device that is to compute.
@@ -132,7 +132,7 @@ def write_parts(
         embed: the embeddings of the usable pairs among them.
         batch_size: rows per call.
         progress: hears of pairs done and of all.
-        dtype: that a cache must hold which is there already; None: any.
+        dtype: required dtype of an existing cache; None: any.
 
     Raises:
         CacheError: if the directory belongs to something else, or cannot be written.

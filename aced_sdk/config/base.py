@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of every config: frozen, checked, readable from YAML, its mistakes told in words."""
+"""The base of every config: frozen, validated, readable from YAML, with readable errors."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class _Scored(_Selection):
 
     @property
     def collapse_level(self) -> float:
-        """The share of what even draws would reach below which the effective pool size is told of as a collapse.
+        """Warn when the effective pool size falls below this fraction of what uniform draws give.
 
         A stream that offers each pair once a pass cannot fall below 1 - f.
         """

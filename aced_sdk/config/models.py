@@ -59,7 +59,7 @@ class Stored(Config):
     image: str = Field("image_emb", description="name of the array [augmentations, D] or [D]")
     text: str = Field("text_emb", description="name of the array [captions, D] or [D]; its first row is the caption's")
     parts: tuple[PositiveInt, ...] = Field(
-        (), description="sizes of the models' embeddings where an ensemble's are joined; each is normalised by itself"
+        (), description="embedding sizes of an ensemble's models; each part of the embedding is normalised separately"
     )
     cache: Path | None = Field(None, description="folder of the embedding cache made of them; default: as for a model")
 

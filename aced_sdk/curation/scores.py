@@ -135,7 +135,7 @@ class SoftmaxWeights:
     """The candidate's softmax loss with the partition taken over the picked set.
 
     weight_i = signed sum over models of -t s_ii + (LSE_k t s_ik + LSE_k t s_ki) / 2, k over the picked; before anything
-    is picked the first term stands alone. The bias cancels in a softmax and is not read.
+    is picked only the first term is used. The bias cancels in a softmax and is not read.
     """
 
     loss: LossForm = "softmax"
@@ -164,7 +164,7 @@ class SoftmaxWeights:
 
 
 def weights_of(student: Embeddings | None, reference: Embeddings | None, score: Score, loss: SelectionLoss) -> Weights:
-    """The running log-weights for a score, with nothing picked yet.
+    """The running log-weights for a score before the first pick.
 
     They are kept in float32, or in float64 if any embedding is float64.
 

@@ -70,7 +70,7 @@ def select_random(size: int, of: int, generator: torch.Generator | None = None) 
 
 
 def pair_scores(reference: Embeddings, loss: SelectionLoss = "auto") -> Tensor:
-    """How easy the reference finds each pair by itself: minus its diagonal pair loss.
+    """How easy each pair alone is for the reference: minus its diagonal pair loss.
 
     Sigmoid: -softplus(-(t s_ii + bias)); softmax: t s_ii, the part of its loss that does not depend on batch mates.
     Both order the pairs alike. Computed a block of rows at a time, so that memory-mapped embeddings of a pool will do.

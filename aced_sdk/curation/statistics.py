@@ -216,7 +216,7 @@ class DrawStatistics:
         return {"counts": torch.from_numpy(self._counts.copy())}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint.
+        """Restore the state of a checkpoint.
 
         Raises:
             CurationError: if it counted another pool.

@@ -35,7 +35,7 @@ class UnusablePair(Exception):
 
 
 class Pool:
-    """All samples of some shards in a fixed order; a row number names a sample for good.
+    """All samples of some shards in a fixed order; a row number always names the same sample.
 
     Args:
         shards: tar files, folders of tars, or patterns with braces such as `cc12m/{00000..00012}.tar`.

@@ -158,7 +158,7 @@ def check_bad(bad: Counter[str], seen: int, bound: float, least: int = 1000) -> 
         reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(4))
         raise DataError(
             f"{count} of {seen} pairs are unusable ({reasons})",
-            remedy="mend the shards, or raise the bound if that is expected",
+            remedy="repair the shards, or raise the bound if that is expected",
             field="data.max_bad_fraction",
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a step is taken and kept. Knows no distillation: the loop here and vlm's tuning stand on the same engines."""
+"""Engines that take and store steps, for distillation and for vlm's tuning. They know nothing of distillation."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One interface for taking and keeping steps; two engines stand behind it."""
+"""The interface of both engines for taking and storing steps."""
 
 from __future__ import annotations
 

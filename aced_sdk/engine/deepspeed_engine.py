@@ -210,7 +210,7 @@ class DeepSpeed:
             self._link_moments()
 
     def _link_moments(self) -> None:
-        """Let DeepSpeed find AdamW's state by parameter: by itself it looks when only the first group has one."""
+        """Link AdamW's state to parameters. DeepSpeed itself does so only if the first group has a state."""
         if self.config.zero_stage < 3:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()

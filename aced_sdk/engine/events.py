@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells while it goes on: typed events to callbacks. Times are seconds, counts are totals since step 0."""
+"""Typed events of a run, passed to callbacks. Times are seconds, counts are totals since step 0."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a launch tell each other beside gradients: values, and failures, so that none waits in vain."""
+"""Exchange of values and failures between the processes of a launch, so that no process waits for a failed one."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Ranks:
         return result
 
     def in_first(self, action: Callable[[], None]) -> None:
-        """`together`, with nothing to do but in rank 0."""
+        """Run an action on rank 0 only; if it fails, raise on all ranks."""
         self.together(action if self.rank == 0 else lambda: None)
 
     def _share(self, failure: BaseException | None) -> None:

@@ -89,9 +89,9 @@ def evaluate(
 
 
 class EvaluateEvery:
-    """A callback that evaluates the student every so many steps and at the end, and tells the other callbacks.
+    """A callback that evaluates the student every `every` steps and at the end, and passes metrics to other callbacks.
 
-    It stands before them, so that they hear the last figures before they hear that the run has ended.
+    It comes first, so that the others receive the last metrics before the end of the run.
     """
 
     def __init__(self, encoder: DualEncoder, tasks: Sequence[Task], every: int, listeners: Sequence[Callback]) -> None:

@@ -240,7 +240,7 @@ def read_json(path: str | Path, limit: int = MAX_JSON, *, depth: int = MAX_DEPTH
 def read_yaml(path: str | Path, limit: int = MAX_YAML) -> Any:
     """The value of a YAML file without anchors, aliases, tags or merges; dates stay text.
 
-    A key stands once in its mapping. Integers are decimal, or begin with `0x` or `0b`.
+    A key occurs once in its mapping. Integers are decimal, or begin with `0x` or `0b`.
 
     Raises:
         ReadError: if it cannot be read, is larger than `limit` bytes, or is not such YAML.
@@ -301,7 +301,7 @@ def _plain_loader() -> Any:
             return float(super().construct_yaml_float(node))
 
         def flatten_mapping(self, node: Any) -> None:
-            """Refuse a key that stands twice, of which the last would count, and the merge key `<<`."""
+            """Refuse a repeated key, of which the last would count, and the merge key `<<`."""
             keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for (tag, name), count in Counter(keys).items():
                 if count > 1 or tag == "tag:yaml.org,2002:merge":

@@ -69,7 +69,7 @@ class Objective:
             student: embeddings of b pairs, in training; scale and bias may be learned 0-dim tensors.
             teachers: the teachers' embeddings of the same pairs, in the order that terms number them; one alone may
                 be given as it is.
-            captions: int64 [b], equal numbers for equal captions; read only where repeated captions are told apart.
+            captions: int64 [b], equal numbers for equal captions; read only if repeated captions are treated apart.
             batch: which batch the pairs are: "same", the sub-batch, or "iid", the evenly drawn second one.
 
         Raises:

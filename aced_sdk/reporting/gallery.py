@@ -64,7 +64,7 @@ def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) ->
     """The groups that can be shown, and a sentence about what cannot; "" if all can.
 
     Args:
-        folder: the run's folder; draw counts stand in its newest checkpoint.
+        folder: the run's folder; draw counts are in its newest checkpoint.
         config: names the shards.
         last: the last `selected` event that holds rows; None if there is none.
     """

@@ -28,7 +28,7 @@ _LONGEST = 16 * MIB  # an event with 4096 candidates has about 50 kB
 class JsonlWriter:
     """A callback that appends each event to a file as one line. In a distributed run, only rank 0 should hold one.
 
-    Opening an existing file goes on behind its last whole line; a line torn by a crash is cut off.
+    An existing file is continued after its last whole line; an incomplete line is removed.
 
     Args:
         path: the file, by convention `events.jsonl` in the run's folder.
@@ -124,7 +124,7 @@ def _whole_length(stream: BinaryIO) -> int:
 
 
 def _finite(value: Any) -> Any:
-    # JSON has no NaN; a non-finite loss is told as null rather than losing the line.
+    # JSON has no NaN; a non-finite loss is written as null.
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -171,7 +171,7 @@ def line_chart(
 
     Args:
         lines: name to points (x, y).
-        label: what the chart shows, in words.
+        label: description of the chart.
         x: label of the horizontal axis, with its unit.
         y: label of the vertical axis, with its unit.
         colours: name to colour; a name without one takes the next of `PALETTE`.

@@ -90,7 +90,7 @@ class Progress:
         return self
 
     def advance(self, n: int = 1, **shown: float | str) -> None:
-        """Count `n` more units; the named values stand beside the bar."""
+        """Count `n` more units, and show the named values next to the bar."""
         self.done += n
         if self._display is not None:
             if shown:

@@ -74,7 +74,7 @@ class _Section:
 def report(run_directory: str | Path) -> Path:
     """Write `report.html` into a run's folder: warnings, curves, selection, held-out figures, pairs to look at.
 
-    A run that still goes on, or was interrupted, is reported as far as it came. Pictures come from the shards that
+    A run that is in progress or was interrupted is reported up to its last event. Pictures come from the shards that
     `config.yaml` names, draw counts from the newest checkpoint; where those are gone, the page says so.
 
     Args:

@@ -28,7 +28,7 @@ from aced_sdk.towers.transforms import Preprocess
 class DualEncoder(nn.Module):
     """An image tower and a text tower over open_clip, one contract for students, references and teachers.
 
-    Made by `build` (new weights) or `load` (a folder or hub name); not by hand.
+    Use `build` (new weights) or `load` (a folder or hub name) to make one.
 
     Attributes:
         model: the open_clip model; its state dict is what folders hold.
@@ -219,13 +219,13 @@ class DualEncoder(nn.Module):
         return embeddings.to(self.mean.device)
 
     def __fspath__(self) -> str:
-        """The folder it lies in, so that a student can be named wherever a folder can.
+        """Its folder, so that a student can be passed wherever a folder can.
 
         Raises:
             ModelError: if it was never saved or loaded.
         """
         if self.folder is None:
-            raise ModelError("this encoder lies in no folder yet", remedy="save it with aced_sdk.towers.save first")
+            raise ModelError("this encoder has no folder yet", remedy="save it with aced_sdk.towers.save first")
         return str(self.folder)
 
     # -- facts --------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ _MAX_OTHERS = 2**30  # bytes of a folder's files beside its weights
 
 
 class Manifest(Config):
-    """`aced.json`: what the folder is, in words that code can rely on.
+    """`aced.json`: what the folder is, for programs.
 
     Attributes:
         format: 2 has digests of every file that decides a result; 1, of earlier versions, of the weights alone.

@@ -57,7 +57,7 @@ def any_size(visual: nn.Module, own: tuple[int, int]) -> None:
 
 
 def positions_for(visual: nn.Module, height: int, width: int) -> dict[str, Tensor]:
-    """What stands in for an image tower's learned positions when pictures are height x width.
+    """An image tower's learned positions, resampled for pictures of height x width.
 
     Returns:
         {parameter name inside `visual`: [prefix + rows * columns, D]} for `replaced`, differentiable

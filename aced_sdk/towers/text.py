@@ -45,7 +45,7 @@ def lengths(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def cut(model: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Texts of `length` places at most (rounded up), and what stands in for the tower's tables.
+    """Texts of at most `length` places (rounded up), and the tower's tables cut to that length.
 
     Args:
         model: an open_clip model.

@@ -132,7 +132,7 @@ def _warn_of_collapse(config: DistillConfig, parts: Parts, done: Progress) -> Pr
 
 
 def _skip(config: DistillConfig, parts: Parts, step: int, batch: SuperBatch, learned: Learned, in_a_row: int) -> None:
-    """Tell of a step that was not taken, and of its pairs: those whose embeddings are broken, or any of them."""
+    """Log a skipped step and its pairs: those with non-finite embeddings, or any of them."""
     what = "gradient" if math.isfinite(learned.loss) else "loss"
     whole = (torch.isfinite(learned.student.image) & torch.isfinite(learned.student.text)).all(dim=1).cpu()
     suspects = batch.rows if whole.all() else batch.rows[~whole]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is, kept in checkpoints so that a resumed run goes on at the very step."""
+"""The progress of a run, stored in checkpoints so that it can be resumed at the next step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Progress:
         trained: pairs trained on; those of skipped steps do not count.
         scored: pairs scored by the student for selection.
         distilled: pairs of second, evenly drawn batches.
-        collapsed: whether it was told that the draws have collapsed.
+        collapsed: whether a collapse of the draws was logged.
     """
 
     step: Total = 0
@@ -113,7 +113,7 @@ def noise_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_noise_state(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `noise_state` gave; a run may go on on a device of another kind."""
+    """Restore a state of `noise_state`, also on a device of another kind."""
     torch.set_rng_state(states["torch"])
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -107,7 +107,7 @@ def _start(
     if resume_from is not None:
         check_pool(resume_from, pool.fingerprint)
     encoder = build(config.student, config.seed)
-    # What a config can get wrong is told before hours of caching.
+    # Mistakes of a config are raised before hours of caching.
     objective = build_objective(config.objective)
     can_accumulate(config, encoder)
     if isinstance(config.curation, Joint | Independent) and config.curation.scoring_size is not None:
@@ -219,7 +219,7 @@ def _usable(config: DistillConfig, pool: Pool, source: Source, caches: list[Embe
     if total - len(rows) > config.data.max_bad_fraction * total:
         raise DataError(
             f"{total - len(rows)} of {total} pairs are unusable",
-            remedy="mend the shards, or raise the bound if that is expected",
+            remedy="repair the shards, or raise the bound if that is expected",
             field="data.max_bad_fraction",
         )
     return rows

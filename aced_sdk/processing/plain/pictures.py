@@ -69,7 +69,7 @@ def open_picture(
 def read_header(
     source: bytes | str | Path | Image.Image, *, max_pixels: int = MAX_PIXELS, max_aspect: int = MAX_ASPECT
 ) -> Image.Image:
-    """As `open_picture`, and the pixels are not decoded yet: for who wants the size first."""
+    """As `open_picture`, without decoding the pixels: for callers that need the size first."""
     image = source if isinstance(source, Image.Image) else _opened(source, max_pixels)
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in (*FORMATS, "MPO"):
         raise PictureError("picture format is not allowed", f"{image.format}; allowed are {', '.join(FORMATS)}")
