@@ -22,6 +22,8 @@ from tools.clients.scripts.answers import answer_checks
 # the image processor without torchvision, as the cards name it
 PIL: dict[str, Any] = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) > 4 else {"use_fast": False}
 
+PIPELINE = "pipeline, or the card's code where it fails"
+
 
 def checks(folder: Path) -> Iterator[Check]:
     """Every folder that `export.to_transformers` and `vlm.save` wrote."""
@@ -34,10 +36,8 @@ def checks(folder: Path) -> Iterator[Check]:
         yield Check(artefact, "embeddings of cut texts", "AutoModel", partial(texts, folder, artefact, "cut_texts"))
         for way in ("image", "text"):
             yield Check(artefact, f"logits per {way}", "AutoModel", partial(logits, folder, artefact, way))
-        yield Check(artefact, "zero-shot scores", "pipeline", partial(scores, folder, artefact, "labels"))
-        yield Check(
-            artefact, "zero-shot scores of long labels", "pipeline", partial(scores, folder, artefact, "long_labels")
-        )
+        for end, labels in (("", "labels"), (" of long labels", "long_labels")):
+            yield Check(artefact, f"zero-shot scores{end}", PIPELINE, partial(scores, folder, artefact, labels))
     for name in ("clip", "siglip"):
         artefact = f"transformers/{name}-vision"
         yield Check(artefact, "image embeddings", "the class on the card", partial(vision, folder, artefact))
