@@ -46,7 +46,7 @@ IDIOMS: dict[str, str] = {
     r"\bhere and there\b|\bthis and that\b": "name them",
     r"\bone's own\b|\btheir own kind\b": "name the owner",
     r"\bpart(?:s)? with\b|\bhand(?:s|ed)? over\b": "pass",
-    r"\bwho(?:ever)? (?:can|asks|wants|has)\b": "a user who, callers that",
+    r"(?<!user )(?<!people )\bwho(?:ever)? (?:can|asks|wants|has)\b": "a user who, callers that",
 }
 _WORDS = {re.compile(pattern, re.IGNORECASE): instead for pattern, instead in IDIOMS.items()}
 _SENTENCE = re.compile(r"(?<=[.!?:;])\s+|\n\s*\n|\n\s*(?=[-*|>#]|\d+\.\s|\w+:\s)")
