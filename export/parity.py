@@ -91,6 +91,7 @@ def verify_folder(directory: str | Path, providers: Sequence[str] | None = None)
 
     Raises:
         FolderError: if a file is missing or altered, or a graph is further from torch than `export.to_onnx` allowed.
+        EncoderError: if a graph cannot be run, or gives values that are not finite.
         InputError: if a provider cannot be used.
     """
     folder = Path(directory)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import caption, encoder, pair, picture, write_pool, write_tar
@@ -119,6 +120,7 @@ def test_a_picture_as_thin_as_a_thread_is_unusable(tmp_path: Path) -> None:
         Pool([tmp_path]).image(0, 10**6)
 
 
+@settings_of(deadline=None)  # the machine may be busy
 @given(
     count=st.integers(1, 40),
     seed=st.integers(0, 2**32),
