@@ -20,6 +20,7 @@ from aced_sdk.files import write_json
 from aced_sdk.reporting.run_bar import RunBar
 from benchmarks.machine import emit, machine
 from benchmarks.ordering.protocol import (
+    FORM_ROWS,
     TUNING_SEED,
     Workers,
     claims,
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=600, help=f"of {SUB_BATCH} trained pairs each")
     parser.add_argument("--pool", type=int, default=12_000, help="pairs in a world's pool")
+    parser.add_argument("--form-rows", nargs="+", choices=FORM_ROWS, default=FORM_ROWS, help="of the stage forms")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--sweep-seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="one compute thread each")
@@ -103,7 +105,7 @@ def _run(arguments: argparse.Namespace, workers: Workers) -> dict[str, Any]:
         }
         keep()
     if "forms" in arguments.stages:
-        forms = form_jobs(chosen, arguments.steps, worlds)
+        forms = form_jobs(chosen, arguments.steps, worlds, arguments.form_rows)
         jobs_of = [
             job for by_form in forms.values() for rows in by_form.values() for runs in rows.values() for job in runs
         ]

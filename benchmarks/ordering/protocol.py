@@ -116,8 +116,11 @@ def compute_jobs(chosen: Mapping[str, Knobs], steps: int, worlds: Sequence[World
     return {row: [Job(row, world, longer[row], knobs=known[row]) for world in worlds] for row in rows}
 
 
+FORM_ROWS = ("i_acid", "h_acid", "aced")
+
+
 def form_jobs(
-    chosen: Mapping[str, Knobs], steps: int, worlds: Sequence[WorldConfig]
+    chosen: Mapping[str, Knobs], steps: int, worlds: Sequence[WorldConfig], methods: Sequence[str] = FORM_ROWS
 ) -> dict[str, dict[str, dict[str, list[Job]]]]:
     """Loss of the reference's training to form of the scores to row to jobs."""
     losses: tuple[LossForm, ...] = ("sigmoid", "softmax")
@@ -128,7 +131,7 @@ def form_jobs(
                     Job(row, replace(world, reference_loss=trained), steps, knobs=chosen[row], form=form)
                     for world in worlds
                 ]
-                for row in ("i_acid", "h_acid", "aced")
+                for row in methods
             }
             for form in losses
         }
