@@ -220,7 +220,7 @@ ODD = [
     {"use_cache": False, "cache_implementation": "static"},
     {"max_new_tokens": -5},
     {"min_length": 300, "max_time": 1e-9},
-    {"repetition_penalty": -1.0, "bad_words_ids": [], "eos_token_id": "</s>", "pad_token_id": -1},
+    {"bad_words_ids": [], "eos_token_id": "</s>", "pad_token_id": -1},
     {"token_healing": True, "watermarking_config": {"bias": 1}, "compile_config": {"mode": "x"}},
 ]
 
