@@ -205,7 +205,7 @@ def frozen_embeddings(
 
 def known_bad(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
     """bool [N]: whose KEY.json says `"noisy": true`; None where no sample says anything."""
-    marks = [pool.metadata(row).get("noisy") for row in range(len(pool))]
+    marks = pool.marks("noisy")
     if all(mark is None for mark in marks):
         return None
     return np.array([mark is True for mark in marks])
