@@ -138,14 +138,22 @@ class Pool:
 
     def header(self, row: int, max_pixels: int) -> Image.Image:
         """As `image`, and the pixels are not decoded yet."""
+        try:
+            return read_header(self.encoded(row), max_pixels=max_pixels)
+        except PictureError as error:
+            raise UnusablePair(error.reason) from error
+
+    def encoded(self, row: int) -> bytes:
+        """The picture's file.
+
+        Raises:
+            UnusablePair: if there is none, or it has too many bytes.
+        """
         sample = self.samples[row]
         extension = next((e for e in sample.members if e in IMAGES), None)
         if extension is None:
             raise UnusablePair(sample.problem or "no picture")
-        try:
-            return read_header(self.read(row, extension) or b"", max_pixels=max_pixels)
-        except PictureError as error:
-            raise UnusablePair(error.reason) from error
+        return self.read(row, extension) or b""
 
     def text(self, row: int, max_bytes: int = MAX_CAPTION) -> str:
         """The caption: KEY.txt, or `caption` of KEY.json if there is no KEY.txt.
