@@ -163,7 +163,7 @@ class Pool:
         """
         raw = self.read(row, "txt", max_bytes)
         try:
-            text = self._json_caption(row, max_bytes) if raw is None else raw.decode()
+            text = self._json_caption(row, max_bytes) if raw is None else raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UnusablePair("caption is not UTF-8") from error
         lines = text.strip().splitlines() if self.caption_lines == "first" else [text]
