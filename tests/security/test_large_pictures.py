@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import struct
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -83,19 +84,28 @@ def test_usual_headers_are_read(tmp_path: Path, content: bytes) -> None:
     assert opened(tmp_path, content).returned() in ((16, 16), (8, 8))
 
 
-def _decode(path: Path) -> int:
-    source._IN_WORK = _Turns(2**24)
-    decoding = Decoding(Pool([path]), tiny.encoder(), Data(shards=("x",), workers=8))
-    return sum(pair is not None for pair in decoding.decode(range(6)))
+def test_large_pictures_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, at_work, most = threading.Lock(), [0], [0]
 
+    def decode(header: Image.Image, *, max_pixels: int) -> Image.Image:
+        with lock:
+            at_work[0] += 1
+            most[0] = max(most[0], at_work[0])
+        time.sleep(0.05)
+        with lock:
+            at_work[0] -= 1
+        return Image.new("RGB", (8, 8))
 
-def test_large_pictures_share_a_bound_on_memory(tmp_path: Path) -> None:
-    picture = png(3000)
-    files = [file for k in range(6) for file in ((f"{k}.png", picture), (f"{k}.txt", b"a"))]
-    (tmp_path / "0.tar").write_bytes(tar(*files))
-    outcome = run(_decode, tmp_path / "0.tar", seconds=20, mib=4096)
-    assert outcome.returned() == 6
-    assert outcome.mib < 300  # one at a time takes 110, six at once 600
+    monkeypatch.setattr(source, "open_picture", decode)
+    monkeypatch.setattr(source, "_IN_WORK", _Turns(2 * 9 * 10**6))
+    stream = io.BytesIO()
+    Image.new("L", (3000, 3000)).save(stream, "WEBP", quality=1, method=0)
+    for name, picture in (("png", png(3000)), ("webp", stream.getvalue())):
+        files = [file for k in range(6) for file in ((f"{k}.{name}", picture), (f"{k}.txt", b"a"))]
+        (tmp_path / f"{name}.tar").write_bytes(tar(*files))
+        decoding = Decoding(Pool([tmp_path / f"{name}.tar"]), tiny.encoder(), Data(shards=("x",), workers=8))
+        assert None not in decoding.decode(range(6))
+        assert most == [2]
 
 
 def test_large_pictures_wait_for_their_turn() -> None:
