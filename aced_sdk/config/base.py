@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from types import UnionType
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator, model_validator
 
 from aced_sdk.errors import ConfigError
 from aced_sdk.files import ReadError, expand, one_line, parse_yaml, printable, read_yaml, whole_file
@@ -45,6 +46,21 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise _readable(error, type(self)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        """No `yes` in the place of a number, which would be 1, and no empty path, which would be the working folder."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if not (isinstance(value, bool) or value == "") or name not in cls.model_fields:
+                continue
+            kinds = list(_kinds(cls.model_fields[name].annotation))
+            if value == "" and Path in kinds and str not in kinds:
+                raise ConfigError("the path is empty", remedy="name a path; `.` is the working folder", field=name)
+            if value != "" and (int in kinds or float in kinds) and bool not in kinds:
+                remedy = "write a number: YAML reads yes and on as true, no and off as false"
+                raise ConfigError(f"{value} is not a number", remedy=remedy, field=name)
+        return values
 
     @field_validator("*")
     @classmethod
@@ -171,6 +187,17 @@ def _fields(kind: type[BaseModel], path: list[str]) -> set[str]:
         annotations = [k.model_fields[part].annotation for k in kinds if part in k.model_fields]
         kinds = {found for annotation in annotations for found in _configs(annotation)} or kinds
     return {name for k in kinds for name in k.model_fields}
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types of a single value in an annotation such as `Annotated[int, ...] | None`."""
+    if get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _kinds(part)
+    elif get_origin(annotation) is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    else:
+        yield annotation
 
 
 def _configs(annotation: Any) -> Iterator[type[BaseModel]]:

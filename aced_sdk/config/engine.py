@@ -19,7 +19,7 @@ class Optimizer(Config):
     """AdamW."""
 
     learning_rate: float = Field(1e-3, gt=0, le=1e6, description="peak rate")
-    weight_decay: float = Field(1e-4, ge=0, description="decoupled; matrices only")
+    weight_decay: float = Field(1e-4, ge=0, le=1e6, description="decoupled; matrices only")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
 

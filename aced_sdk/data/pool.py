@@ -8,6 +8,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ _MAX_PATTERN = 50_000  # letters
 _MAX_LETTERS = 500_000_000  # of all names that a pattern gives
 MAX_CAPTION = 64 * 1024  # bytes; `Data.max_caption_bytes` is lower
 _MAX_METADATA = MIB
+_MAX_NESTED_VALUES = 10_000  # lists and mappings in one KEY.json
 
 
 class UnusablePair(Exception):
@@ -43,7 +46,7 @@ class Pool:
         caption_lines: as `Data.caption_lines`.
 
     Raises:
-        DataError: if a shard is missing, is no tar or is cut off, or if there is no sample at all.
+        DataError: if a shard is missing, is no tar, is cut off or is named twice, or if there is no sample at all.
     """
 
     def __init__(
@@ -51,7 +54,18 @@ class Pool:
     ) -> None:
         self.shards = shard_paths(shards, patterns=patterns)
         self.caption_lines = caption_lines
-        self.samples: list[Sample] = [s for number, path in enumerate(self.shards) for s in _samples(path, number)]
+        self.samples: list[Sample] = []
+        self._versions: list[tuple[int, ...]] = []
+        files: dict[tuple[int, int], Path] = {}
+        for number, path in enumerate(self.shards):
+            facts = _facts(path)
+            known = files.setdefault((facts.st_dev, facts.st_ino), path)
+            if facts.st_ino and known is not path:  # some network file systems have no inodes
+                cause = f"the shard {printable(path)} is named twice"
+                raise _wrong(cause if known == path else f"{cause}, also as {printable(known)}", "name each shard once")
+            # Tools that copy or unpack keep the time of change (mtime); ctime and inode still differ.
+            self.samples += _index(path, number, facts.st_size, (*_version(facts), facts.st_ctime_ns))
+            self._versions.append(_version(facts))
         if not self.samples:
             raise DataError(
                 "the shards hold no samples", remedy="name tars with KEY.png|jpg|webp and KEY.txt", field="data.shards"
@@ -91,7 +105,7 @@ class Pool:
         Raises:
             UnusablePair: if it has more than `limit` bytes, or the sample has a `problem`.
             ReadError: if the shard cannot be read any more.
-            DataError: if it was cut off since it was opened.
+            DataError: if the shard was cut off, altered or replaced since it was opened.
         """
         sample = self.samples[row]
         if sample.problem:
@@ -102,11 +116,13 @@ class Pool:
         if member.size > limit:
             raise UnusablePair(f"KEY.{extension} has too many bytes")
         with open_regular(self.shards[sample.shard]) as stream:
+            version = _version(os.fstat(stream.fileno()))
             stream.seek(member.offset)
             content = stream.read(member.size)
-        if len(content) < member.size:
+        if len(content) < member.size or version != self._versions[sample.shard]:
+            what = "cut off" if len(content) < member.size else "altered or replaced"
             shard = printable(self.shards[sample.shard])
-            raise _wrong(f"the shard {shard} was cut off while it was in use", "restore it, and start again")
+            raise _wrong(f"the shard {shard} was {what} while it was in use", "restore it, and start again")
         return content
 
     def image(self, row: int, max_pixels: int) -> Image.Image:
@@ -122,14 +138,22 @@ class Pool:
 
     def header(self, row: int, max_pixels: int) -> Image.Image:
         """As `image`, and the pixels are not decoded yet."""
+        try:
+            return read_header(self.encoded(row), max_pixels=max_pixels)
+        except PictureError as error:
+            raise UnusablePair(error.reason) from error
+
+    def encoded(self, row: int) -> bytes:
+        """The picture's file.
+
+        Raises:
+            UnusablePair: if there is none, or it has too many bytes.
+        """
         sample = self.samples[row]
         extension = next((e for e in sample.members if e in IMAGES), None)
         if extension is None:
             raise UnusablePair(sample.problem or "no picture")
-        try:
-            return read_header(self.read(row, extension) or b"", max_pixels=max_pixels)
-        except PictureError as error:
-            raise UnusablePair(error.reason) from error
+        return self.read(row, extension) or b""
 
     def text(self, row: int, max_bytes: int = MAX_CAPTION) -> str:
         """The caption: KEY.txt, or `caption` of KEY.json if there is no KEY.txt.
@@ -139,7 +163,7 @@ class Pool:
         """
         raw = self.read(row, "txt", max_bytes)
         try:
-            text = self._json_caption(row, max_bytes) if raw is None else raw.decode()
+            text = self._json_caption(row, max_bytes) if raw is None else raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UnusablePair("caption is not UTF-8") from error
         lines = text.strip().splitlines() if self.caption_lines == "first" else [text]
@@ -172,10 +196,29 @@ class Pool:
     def metadata(self, row: int) -> dict[str, Any]:
         """KEY.json, or an empty mapping where there is none or it is broken: metadata never decides training."""
         try:
-            value = parse_json(self.read(row, "json", _MAX_METADATA) or b"{}", "KEY.json")
+            content = self.read(row, "json", _MAX_METADATA) or b"{}"
+            if content.count(b"[") + content.count(b"{") > _MAX_NESTED_VALUES:
+                return {}
+            value = parse_json(content, "KEY.json")
         except (ReadError, UnusablePair):
             return {}
         return value if isinstance(value, dict) else {}
+
+    def marks(self, name: str) -> list[bool | None]:
+        """For each row whether `name` in its KEY.json is true; None where there is no such name."""
+        known: dict[tuple[int, Member], bool | None] = {}
+        values: list[bool | None] = []
+        for row, sample in enumerate(self.samples):
+            member = sample.members.get("json")
+            if member is None or sample.problem:
+                values.append(None)
+                continue
+            place = (sample.shard, member)
+            if place not in known:  # links share one
+                value = self.metadata(row).get(name)
+                known[place] = None if value is None else value is True
+            values.append(known[place])
+        return values
 
 
 def shard_paths(shards: Sequence[str | Path], *, patterns: bool = True) -> list[Path]:
@@ -259,20 +302,22 @@ def _wrong(cause: str, remedy: str) -> DataError:
     return DataError(cause, remedy=remedy, field="data.shards")
 
 
-def _samples(path: Path, number: int) -> tuple[Sample, ...]:
+def _facts(path: Path) -> os.stat_result:
     try:
-        facts = path.stat()
+        return path.stat()
     except OSError as error:  # a broken link
         raise _wrong(f"cannot read the shard {printable(path)}: {error.strerror}", "restore it") from None
-    # Tools that copy or unpack keep the time of change (mtime); ctime and inode still differ.
-    version = (facts.st_dev, facts.st_ino, facts.st_ctime_ns, facts.st_mtime_ns)
-    return _index(path, number, facts.st_size, version)
+
+
+def _version(facts: os.stat_result) -> tuple[int, ...]:
+    """What differs once a shard is altered or replaced."""
+    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)  # a run plans, caches and trains over the same shards, and a process may make many runs
 def _index(path: Path, number: int, size: int, _version: tuple[int, ...]) -> tuple[Sample, ...]:
     """The samples of a tar; size and version are those of the file that was read."""
-    files: list[tuple[str, Member | None]] = []
+    files: list[tuple[int, str, Member | None]] = []
     try:
         with open_regular(path) as stream:
             files.extend(entries(stream, size))
@@ -281,4 +326,5 @@ def _index(path: Path, number: int, size: int, _version: tuple[int, ...]) -> tup
     except (TarError, ReadError, OSError) as error:
         cause = f"the shard {printable(path)} is broken or cut off after {len(files)} files: {error}"
         raise _wrong(cause, "fetch or write it again, or leave it out") from error
-    return group(files, number)
+    tars = groupby(files, key=itemgetter(0))
+    return tuple(sample for _, tar in tars for sample in group([(name, place) for _, name, place in tar], number))

@@ -22,7 +22,7 @@ class Sample:
     """One key of a shard with its members by extension.
 
     Attributes:
-        key: folder and name up to the extension.
+        key: folder and name up to the extension; bytes that are not UTF-8 are replaced.
         shard: number of the shard.
         members: places by extension, in small letters.
         problem: why its members cannot be read; empty if they can.
@@ -43,7 +43,7 @@ class _Run:
 
 
 def group(files: Iterable[tuple[str, Member | None]], shard: int) -> tuple[Sample, ...]:
-    """The samples of a shard.
+    """The samples of a tar.
 
     A key's files may lie anywhere in the tar. If names repeat, each repetition with the same extensions is a sample of
     its own: tars were joined. Otherwise nothing tells which files belong together, and the sample gets a `problem`, as
@@ -61,10 +61,11 @@ def group(files: Iterable[tuple[str, Member | None]], shard: int) -> tuple[Sampl
             runs.append(_Run(key, {}))
             of_key[key].append(runs[-1])
         runs[-1].members[extension] = place
+    repeats = {key: all(run.members.keys() == same[0].members.keys() for run in same) for key, same in of_key.items()}
     samples = list[Sample]()
     for run in runs:
         same = of_key[run.key]
-        if all(other.members.keys() == run.members.keys() for other in same):
+        if repeats[run.key]:
             samples.append(_sample(run.key, shard, run.members))
         elif run is same[0]:
             joined = {extension: place for other in same for extension, place in other.members.items()}
@@ -77,6 +78,8 @@ def _sample(key: str, shard: int, members: dict[str, Member | None], problem: st
     found = {extension: place for extension, place in members.items() if place is not None}
     if not problem and any(place is None and extension in _KNOWN for extension, place in members.items()):
         problem = "a link to a file that is not in the shard"
+    if not key.isascii():  # logs take no lone surrogates
+        key = key.encode(errors="surrogateescape").decode(errors="replace")
     return Sample(key, shard, found, problem)
 
 

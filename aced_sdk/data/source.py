@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Condition
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,7 +36,8 @@ from aced_sdk.files import (
     write_json,
 )
 from aced_sdk.files.reading import MIB
-from aced_sdk.processing.plain import PictureError, to_rgb
+from aced_sdk.processing.plain import PictureError, open_picture, read_header, to_rgb
+from aced_sdk.processing.plain.pictures import webp_size
 from aced_sdk.towers import DualEncoder
 
 _IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
@@ -43,9 +45,9 @@ _SUMS = "sums.npy"  # a CRC-32 of each picture; they are many, and each is check
 
 _AGAIN = "delete that folder and start again: it is made anew"
 
-# Threads convert large pictures one at a time: each takes up to 12 bytes a pixel.
-_LARGE = 2**24
-_ONE_LARGE = Lock()
+# Pixels of the large pictures that threads work on at a time: each takes up to 16 bytes.
+_LARGE = 2**23
+_MAX_IN_WORK = 2**26
 
 Rows = NDArray[np.int64]
 
@@ -139,10 +141,12 @@ def resized(pool: Pool, row: int, encoder: DualEncoder, max_pixels: int) -> Tens
         UnusablePair: as `Pool.image`, and for a picture that has no RGB form.
     """
     try:
-        image = pool.image(row, max_pixels)
-        turn: AbstractContextManager[Any] = _ONE_LARGE if image.width * image.height > _LARGE else nullcontext()
-        with turn:
-            return encoder.resize(to_rgb(image))
+        content = pool.encoded(row)
+        canvas = math.prod(webp_size(content) or (0,))  # reserved when the header is read
+        with _IN_WORK.turn(min(canvas, max_pixels)):
+            header = read_header(content, max_pixels=max_pixels)
+            with _IN_WORK.turn(0 if canvas else header.width * header.height):
+                return encoder.resize(to_rgb(open_picture(header, max_pixels=max_pixels)))
     except PictureError as error:
         raise UnusablePair(error.reason) from error
 
@@ -161,6 +165,34 @@ def check_bad(bad: Counter[str], seen: int, bound: float, least: int = 1000) -> 
             remedy="repair the shards, or raise the bound if that is expected",
             field="data.max_bad_fraction",
         )
+
+
+class _Turns:
+    """Lets threads work on large pictures while these have at most `most` pixels together, or on a single one."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pixels = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def turn(self, pixels: int) -> Iterator[None]:
+        """Wait until a picture of so many pixels fits; small ones do not wait."""
+        if pixels <= _LARGE:
+            yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._pixels + pixels <= max(self._most, pixels))
+            self._pixels += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pixels -= pixels
+                self._changed.notify_all()
+
+
+_IN_WORK = _Turns(_MAX_IN_WORK)
 
 
 class Prepared:

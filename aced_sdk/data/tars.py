@@ -17,7 +17,8 @@ from aced_sdk.files.reading import MIB
 
 BLOCK = 512
 _MAX_EXTENSION = MIB  # of a pax header or a long name
-_MAX_GAP = 64 * MIB  # of zeros between two tars in one file
+_MAX_NAME = 4096  # bytes, as of a path in Linux
+_MAX_GAP = 64 * MIB  # of zeros between the tars in one file, together
 _REGULAR = (b"0", b"\0", b"7")
 _HARD_LINK, _SOFT_LINK = b"1", b"2"
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
@@ -40,11 +41,12 @@ class Member:
     size: int
 
 
-def entries(stream: BufferedReader, length: int) -> Iterator[tuple[str, Member | None]]:
-    """Name and place of each regular file of a tar (ustar, GNU or pax), in order.
+def entries(stream: BufferedReader, length: int) -> Iterator[tuple[int, str, Member | None]]:
+    """Number of its tar, name and place of each regular file (ustar, GNU or pax), in order.
 
-    A link has the place of the file that it names, or None if no such file is before it in the tar.
-    Several tars in one file (`cat a.tar b.tar`) are read one after another.
+    A link has the place of the file that it names, or None if no such file is before it in the same tar.
+    Several tars in one file (`cat a.tar b.tar`) are read one after another, and numbered from 0.
+    Bytes of a name that are not UTF-8 are lone surrogates (`surrogateescape`).
 
     Args:
         stream: the tar.
@@ -52,7 +54,7 @@ def entries(stream: BufferedReader, length: int) -> Iterator[tuple[str, Member |
 
     Raises:
         UnsupportedTar: if the file is compressed, or a file in it is sparse.
-        TarError: if a header is broken or the end is missing.
+        TarError: if a header is broken, a name is too long, or the end is missing.
     """
     stream.seek(0)
     start = stream.read(8)
@@ -60,6 +62,7 @@ def entries(stream: BufferedReader, length: int) -> Iterator[tuple[str, Member |
         if start.startswith(magic):
             raise UnsupportedTar(f"is compressed with {kind_of_file}", "decompress it: pairs are read at their offsets")
     places: dict[str, Member] = {}
+    number = gaps = 0
     offset, name, target, size = 0, None, None, None  # the last three: as extension headers before a file give them
     while True:
         stream.seek(offset)
@@ -67,9 +70,15 @@ def entries(stream: BufferedReader, length: int) -> Iterator[tuple[str, Member |
         if len(header) < BLOCK:
             raise TarError("the end mark is missing")
         if header == bytes(BLOCK):
-            offset = _next_tar(stream, offset, length)
-            if offset >= length:
+            found = _next_tar(stream, offset, length)
+            if found >= length:
                 return
+            gaps += found - offset
+            if gaps > _MAX_GAP:
+                raise TarError("more than 64 MiB of zeros are between its tars")
+            offset, number = found, number + 1
+            places.clear()
+            name = target = size = None
             continue
         _check_sum(header)
         kind, claimed = header[156:157], _number(header[124:136])
@@ -102,15 +111,15 @@ def entries(stream: BufferedReader, length: int) -> Iterator[tuple[str, Member |
             raise _sparse(name)
         if kind in _REGULAR:
             place = places[name] = Member(data, held)
-            yield name, place
+            yield number, name, place
         elif kind in (_HARD_LINK, _SOFT_LINK):
             target = _text(header[157:257]) if target is None else target
             if kind == _SOFT_LINK:
                 target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-            found = places.get(target)
-            if found is not None:
-                places[name] = found
-            yield name, found
+            linked = places.get(target)
+            if linked is not None:
+                places[name] = linked
+            yield number, name, linked
         name = target = size = None
 
 
@@ -154,7 +163,10 @@ def _number(field: bytes) -> int:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+    end = field.find(b"\0", 0, _MAX_NAME + 1)
+    if end < 0 and len(field) > _MAX_NAME:
+        raise TarError(f"a name has more than {_MAX_NAME:,} bytes")
+    return field[: end if end >= 0 else None].decode("utf-8", "surrogateescape")
 
 
 def _name(header: bytes) -> str:
@@ -163,7 +175,7 @@ def _name(header: bytes) -> str:
 
 
 def _pax(content: bytes) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE\\n` of a pax header."""
+    """The records `LENGTH KEY=VALUE\\n` of a pax header, those that are needed."""
     records, start = {}, 0
     while start < len(content) and content[start]:
         found = re.compile(rb"([0-9]{1,7}) ").match(content, start)
@@ -171,7 +183,8 @@ def _pax(content: bytes) -> dict[str, str]:
         if not found or not found.end() < end <= len(content):
             raise TarError("a pax header is broken")
         key, _, value = content[found.end() : end - 1].partition(b"=")
-        records[_text(key)] = _text(value)
+        if key in (b"path", b"linkpath", b"size") or key.startswith(b"GNU.sparse."):
+            records[_text(key)] = _text(value)
         start = end
     return records
 

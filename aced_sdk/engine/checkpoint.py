@@ -67,13 +67,14 @@ def save_checkpoint(
                 write_json(folder / _STATE, values | {"digest": state_digest(values)})
                 sync(folder)  # a checkpoint counts once it is on the disk
             sync(target.parent)
+            for old in [each for each in checkpoints(directory) if step_of(each) <= step][:-keep]:
+                shutil.rmtree(old)
         except OSError as error:
             raise EngineError(
-                f"the checkpoint of step {step} cannot be written to {printable(directory)}: {error.strerror or error}",
-                remedy="free disk space or check permissions, then resume: older checkpoints are untouched",
+                f"the checkpoint of step {step} cannot be written to {printable(directory)}, or an older one not "
+                f"removed: {error.strerror or error}",
+                remedy="free disk space or check permissions, then resume",
             ) from error
-        for old in [each for each in checkpoints(directory) if step_of(each) <= step][:-keep]:
-            shutil.rmtree(old)
 
     inside(directory, "checkpoints")
     engine.ranks.in_first(write)

@@ -58,7 +58,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         path = inside(folder, name)
         check_tensors(path)
         return dict(load_file(path))
-    except (OSError, ReadError, SafetensorError) as error:
+    except (OSError, RuntimeError, MemoryError, ReadError, SafetensorError) as error:  # two of them: no memory for it
         raise unreadable(folder, error) from error
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections import Counter
@@ -20,7 +21,7 @@ from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.data.source import resized
 from aced_sdk.errors import DataError, EvaluationError
 from aced_sdk.evaluation.stable_eval import folder_names
-from aced_sdk.files import ReadError, inside, one_line, printable, read_text
+from aced_sdk.files import ReadError, inside, memory_limit, one_line, printable, read_text
 from aced_sdk.files.reading import MIB
 from aced_sdk.towers import DualEncoder
 
@@ -35,6 +36,7 @@ _MAX_CAPTION, _MAX_CAPTIONS = 4096, 100  # bytes of one, number of a picture
 _MAX_PROMPT = 2 * _MAX_LINE
 _MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
 _MAX_LETTERS = 2**28  # of all prompts
+_MAX_SHARE = 0.75  # of the memory, for the pictures of a task
 _MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
 
 
@@ -139,18 +141,18 @@ def load_task(
     """
     opened = open_task(name, data_root)
     pool, kind = opened.pool, opened.kind
-    images: list[Tensor] = []
+    images = _room(name, len(pool), encoder.preprocess_config.size)
     own: list[list[str] | int | Tensor] = []  # of each picture: its captions, its class, or its classes
     skipped = Counter[str]()
     for row in range(len(pool)):
         try:
             label = _label(pool, row, kind, len(opened.classes))
-            images.append(resized(pool, row, encoder, max_pixels))
+            images[len(own)] = resized(pool, row, encoder, max_pixels)
         except UnusablePair as reason:
             skipped[str(reason)] += 1
             continue
         own.append(label)
-    if not images or skipped.total() > max_bad_fraction * len(pool):
+    if not own or skipped.total() > max_bad_fraction * len(pool):
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(4))
         raise EvaluationError(
             f"{skipped.total()} of {len(pool)} samples of the task '{one_line(name)}' are unusable ({reasons})",
@@ -160,15 +162,31 @@ def load_task(
     texts, captions = opened.classes, torch.empty(0, dtype=torch.int64)
     if kind == "retrieval":
         lines = [(picture, line) for picture, mine in enumerate(own) for line in mine]  # type: ignore[union-attr]
-        if len(images) * len(lines) > _MAX_MATCHES:
-            cause = f"the task '{one_line(name)}' has {len(images):,} pictures and {len(lines):,} captions"
+        if len(own) * len(lines) > _MAX_MATCHES:
+            cause = f"the task '{one_line(name)}' has {len(own):,} pictures and {len(lines):,} captions"
             raise EvaluationError(f"{cause}, too many to rank", remedy="split it", field=_FIELD)
         numbers = {line: number for number, line in enumerate(dict.fromkeys(line for _, line in lines))}
         texts, captions = list(numbers), torch.tensor([numbers[line] for _, line in lines])
         labels = torch.tensor([picture for picture, _ in lines])
     else:
         labels = torch.stack([torch.as_tensor(label) for label in own])
-    return Task(name, kind, torch.stack(images), labels, texts, captions, opened.templates, dict(skipped))
+    return Task(name, kind, images[: len(own)], labels, texts, captions, opened.templates, dict(skipped))
+
+
+def _room(name: str, count: int, size: tuple[int, int]) -> Tensor:
+    """Memory for the pictures of a task, which is taken up as it is written."""
+    needed = 3 * math.prod(size) * count
+    try:
+        if needed > _MAX_SHARE * memory_limit():
+            raise MemoryError
+        return torch.empty(count, 3, *size, dtype=torch.uint8)
+    except (RuntimeError, MemoryError):
+        raise EvaluationError(
+            f"the task '{one_line(name)}' has {count:,} pictures: at {size[0]} x {size[1]} they take "
+            f"{needed / 1e9:.1f} GB of memory",
+            remedy="use a smaller task, a tower with smaller pictures, or a machine with more memory",
+            field=_FIELD,
+        ) from None
 
 
 def _folder(name: str, data_root: Path) -> Path:

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files.reading import expand, one_line, open_regular, printable
+from aced_sdk.files.reading import ReadError, expand, one_line, open_regular, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _REPLACED = 20  # times that a folder is replaced which other processes put in the same place
+_MAX_SPARSE = 2**30  # bytes of a file with holes
+_MOST_HOLE = 1000  # times what is on the disk
 _KEPT = 30  # letters of a target's name in a temporary one: with four bytes each, the whole still has less than 255
 
 
@@ -163,7 +166,7 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
     Args:
         directory: made if it does not exist.
         what: the work that is done there, for the error.
-        wait: wait for another process that holds it, instead of an error.
+        wait: wait for another process that holds it, instead of an error; standard error says so.
 
     Raises:
         ConfigError: if another process holds it and is not waited for, `.lock` is not a regular file, or no file can
@@ -179,8 +182,13 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with os.fdopen(open_own(directory / ".lock"), "r+b") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if wait:
+                sys.stderr.write(f"waiting for another process that works on {what} in {one_line(directory, 500)}\n")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+                return
             raise ConfigError(
                 f"another process works on {what} in {printable(directory)}",
                 remedy="wait for it or stop it, then start again: finished work is kept",
@@ -281,7 +289,12 @@ def sha256(path: Path) -> str:
     """Hex digest of a regular file's bytes.
 
     Raises:
-        ReadError: if it cannot be read.
+        ReadError: if it cannot be read, or is large and nearly all of it is a hole, which takes hours to read.
     """
     with open_regular(path) as stream:
+        facts = os.fstat(stream.fileno())
+        stored = 512 * getattr(facts, "st_blocks", 0)  # 0: the file system does not say
+        if 0 < stored < facts.st_size / _MOST_HOLE and facts.st_size > _MAX_SPARSE:
+            cause = f"{printable(path)} is a sparse file of {facts.st_size:,} bytes, and {stored:,} are on the disk"
+            raise ReadError(cause, remedy="write it again without holes")
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -12,8 +13,12 @@ from aced_sdk.cache import stored_width
 from aced_sdk.config import DistillConfig, Frozen, Independent, Joint, Stored
 from aced_sdk.data import Pool
 from aced_sdk.engine import pick_device, thread_limit
+from aced_sdk.errors import ModelError
 from aced_sdk.evaluation import expand_names, open_task
+from aced_sdk.files import printable
 from aced_sdk.towers import DualEncoder, build, check_size, load
+
+_MAX_PIXELS = 64 * 256 * 256  # of the pictures that are embedded for an estimate
 
 
 @dataclass(frozen=True)
@@ -105,18 +110,30 @@ def _frozen(config: DistillConfig) -> list[Frozen | Stored]:
 
 
 def _forward_seconds(encoder: DualEncoder, config: DistillConfig) -> float:
-    """Seconds of one example's forward pass in a batch; the best of three."""
-    count = min(64, config.curation.sub_batch)
+    """Seconds of one example's forward pass in a batch; the best of three.
+
+    Raises:
+        ModelError: if the pass fails, for want of memory.
+    """
+    size = encoder.preprocess_config.size
+    count = max(1, min(64, config.curation.sub_batch, _MAX_PIXELS // math.prod(size)))
     device = pick_device(config.engine, 0)
-    encoder = encoder.to(device)
-    images = torch.zeros(count, 3, *encoder.preprocess_config.size, dtype=torch.uint8, device=device)
-    tokens = encoder.tokenize(["a picture"]).repeat(count, 1).to(device)
     best = float("inf")
-    with torch.no_grad(), thread_limit(config.engine.threads):
-        for _ in range(3):
-            started = time.perf_counter()
-            float(encoder(images, tokens).image.sum())  # a GPU answers before it is done; its number waits
-            best = min(best, time.perf_counter() - started)
+    try:
+        encoder = encoder.to(device)
+        images = torch.zeros(count, 3, *size, dtype=torch.uint8, device=device)
+        tokens = encoder.tokenize(["a picture"]).repeat(count, 1).to(device)
+        with torch.no_grad(), thread_limit(config.engine.threads):
+            for _ in range(3):
+                started = time.perf_counter()
+                float(encoder(images, tokens).image.sum())  # a GPU answers before it is done; its number waits
+                best = min(best, time.perf_counter() - started)
+    except (RuntimeError, MemoryError) as error:
+        raise ModelError(
+            f"the student cannot embed {count} pictures of {size[0]} x {size[1]}: {printable(error, 200)}",
+            remedy="use smaller pictures or a smaller student, or a machine with more memory",
+            field="student",
+        ) from error
     return best / count
 
 

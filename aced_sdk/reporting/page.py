@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from aced_sdk.errors import ConfigError, DataError
-from aced_sdk.files import ReadError, one_line, printable, read_text, whole_file
-from aced_sdk.files.reading import MIB
+from aced_sdk.files import one_line, printable, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,18 +136,14 @@ def figure_svg(figure: Figure, label: str) -> Markup:
 
 @contextmanager
 def _own_style() -> Iterator[None]:
-    """Matplotlib's defaults: it reads a style from the working folder, which may be a stranger's.
+    """Matplotlib's defaults.
 
-    Raises:
-        DataError: if that file is a pipe or not UTF-8: matplotlib would wait for it, or break off.
+    When it is imported, it reads a style from the working folder, which may be a stranger's.
     """
-    style = Path("matplotlibrc")
-    if "matplotlib" not in sys.modules and style.exists() and not style.is_dir():
-        try:
-            read_text(style, MIB)
-        except ReadError as error:
-            cause = f"matplotlib reads a style from the working folder: {error.cause}"
-            raise DataError(cause, remedy="remove that file, or call from another folder") from None
+    spec = find_spec("matplotlib")
+    if "matplotlib" not in sys.modules and os.path.lexists("matplotlibrc") and spec and spec.origin:
+        with chdir(Path(spec.origin).parent / "mpl-data"):  # where its defaults are
+            import matplotlib  # noqa: F401
     from matplotlib import rc_context, rcParamsDefault
 
     with rc_context(rcParamsDefault):

@@ -13,6 +13,7 @@ from typing import Any
 from aced_sdk.errors import ModelError
 from aced_sdk.files import ReadError, check_links, expand, inside, printable, read_bytes, read_json
 from aced_sdk.processing.plain.tokenizers import read_tokenizer
+from aced_sdk.towers.entities import bound_entities
 from aced_sdk.towers.numbers import check_real
 from aced_sdk.towers.words import Words
 
@@ -216,6 +217,7 @@ def tokenizer_of(model_cfg: dict[str, Any]) -> Any:
             )
             if tokenizer(["a picture"]).shape != (1, context_length):
                 raise ValueError(f"it does not pad texts to {context_length} tokens")
+            bound_entities(tokenizer)
         return tokenizer
     simple = SimpleTokenizer(context_length=context_length, clean=options.get("clean", "lower"))
     if simple.vocab_size > text_cfg.get("vocab_size", 49408):
@@ -225,6 +227,7 @@ def tokenizer_of(model_cfg: dict[str, Any]) -> Any:
             remedy="set text_cfg.vocab_size to 49408, or name the tokenizer in text_cfg.hf_tokenizer_name",
         )
     simple.bpe = Words(simple.bpe_ranks, simple.cache)
+    bound_entities(simple)
     return simple
 
 

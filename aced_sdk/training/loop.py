@@ -29,7 +29,7 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
 
     Raises:
         ConfigError: if the student cannot be trained in micro-batches, and the config asks for them.
-        EngineError: if losses stay non-finite, or a checkpoint cannot be written or read.
+        EngineError: if losses stay non-finite, every step was skipped, or a checkpoint cannot be written or read.
     """
     engine, device, curation = parts.engine, parts.engine.device, config.curation
     can_accumulate(config, engine.module)
@@ -96,6 +96,11 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
                 parts.emit(CheckpointSaved(done.step, str(keep(config, parts, done))))
     finally:
         batches.close()
+    if not done.trained:
+        raise EngineError(
+            f"nothing was trained: all of the {done.step} steps were skipped for a loss or gradient that is not finite",
+            remedy="check the teachers' embeddings and the data, or lower optimizer.learning_rate",
+        )
     return done
 
 

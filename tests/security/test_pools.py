@@ -132,7 +132,7 @@ def test_honest_tars_are_read_as_tarfile_reads_them(tmp_path: Path, form: int) -
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
     with path.open("rb") as stream:
-        found = [(name, m.offset, m.size) for name, m in entries(stream, path.stat().st_size) if m]
+        found = [(name, m.offset, m.size) for _, name, m in entries(stream, path.stat().st_size) if m]
     assert found == expected
     assert len(found) == len(names)
 

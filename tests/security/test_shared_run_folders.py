@@ -277,16 +277,14 @@ def test_a_page_of_averaged_rows_has_the_totals_of_all(tmp_path: Path, monkeypat
     assert "at first 8.98" in page
 
 
-@pytest.mark.parametrize("kind", ["pipe", "not UTF-8"])
-def test_a_broken_style_beside_the_log_is_named(left: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["pipe", "not UTF-8", "control characters"])
+def test_a_style_beside_the_log_is_not_read(left: Path, kind: str) -> None:
     if kind == "pipe":
         os.mkfifo(left / "matplotlibrc")
     else:
-        (left / "matplotlibrc").write_bytes(b"\xff\xfe")
+        (left / "matplotlibrc").write_bytes(b"\xff\xfe" if kind == "not UTF-8" else b"\x1b[31mevil: 1\nno colon\n")
     done = aced_command(["report", "."], cwd=left)
-    assert done.returncode == 1
-    assert "matplotlibrc" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_matplotlib_may_not_read_is_named(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:

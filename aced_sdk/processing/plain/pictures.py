@@ -7,6 +7,7 @@ import io
 import re
 import struct
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
@@ -23,7 +24,11 @@ _STRIP = 2**20  # pixels
 _MAX_TILES = 2**16  # of a TIFF
 _MAX_SCANS = 64  # of a JPEG; the decoder goes over the whole picture for each
 _MAX_EXIF = 2**20  # bytes of a JPEG's EXIF segments; Pillow copies what it has for each
-_MAX_CHUNKS = 2**17  # of a PNG
+_MAX_CHUNKS = 2**17  # of a PNG; blocks before the first picture of a GIF
+_MAX_TAGS = 2**16  # of a TIFF
+_MAX_VALUES = 2**18  # of a tag, which become Python numbers; a palette has 196,608
+_PLACES = (273, 279, 324, 325)  # tags of strips and tiles
+_PLAIN = (1, 2, 7)  # types of tags that stay bytes
 _MAX_RLE = 2**22  # pixels of a run-length coded BMP, which Pillow decodes in Python
 _MAX_RUNS = 2**24  # bytes of one
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # of a JPEG, but for restarts
@@ -126,12 +131,16 @@ def _opened(source: bytes | str | Path, max_pixels: int) -> Image.Image:
             raise PictureError("unreadable picture", error.cause) from None
     if len(source) > MAX_BYTES:
         raise PictureError("too many bytes", f"{len(source):,}, the bound is {MAX_BYTES:,}")
-    if size := _webp_size(source):  # Pillow reserves the canvas when it opens a WebP
+    if size := webp_size(source):  # Pillow reserves the canvas when it opens a WebP
         _check_size(*size, max_pixels, max(size))
     if source[:2] == b"\xff\xd8":
         _check_jpeg(source)
     elif source[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(source)
+    elif source[:4] == b"GIF8":
+        _check_gif(source)
+    elif source[:2] in (b"II", b"MM"):
+        _check_tiff(source)
     elif source[:2] == b"BM" and source[30:34] in (b"\1\0\0\0", b"\2\0\0\0") and len(source) > _MAX_RUNS:
         raise PictureError("too many bytes", f"{len(source):,} of a run-length encoded BMP")
     try:
@@ -176,7 +185,45 @@ def _check_png(content: bytes) -> None:
     raise PictureError("too many chunks", f"a PNG has at most {_MAX_CHUNKS:,}")
 
 
-def _webp_size(content: bytes) -> tuple[int, int] | None:
+def _check_gif(content: bytes) -> None:
+    """Count what is before the first picture: blocks of extensions, and bytes between them, which are skipped."""
+    at = 13 + (3 << (content[10] & 7) + 1 if content[10:11] and content[10] & 128 else 0)
+    for _ in range(_MAX_CHUNKS):
+        kind = content[at : at + 1]
+        if kind in (b"", b",", b";"):
+            return
+        at += 1
+        if kind == b"!":
+            at = _after_blocks(content, at + 1)
+    raise PictureError("too many chunks", f"a GIF has at most {_MAX_CHUNKS:,} blocks")
+
+
+def _after_blocks(content: bytes, at: int) -> int:
+    """Where the blocks of a GIF's extension end."""
+    for _ in range(_MAX_CHUNKS):
+        if at >= len(content) or not content[at]:
+            return at + 1
+        at += 1 + content[at]
+    raise PictureError("too many chunks", f"an extension of a GIF has at most {_MAX_CHUNKS:,} blocks")
+
+
+def _check_tiff(content: bytes) -> None:
+    """Bound the values of the first directory's tags, as its header has them."""
+    order: Literal["little", "big"] = "little" if content[:2] == b"II" else "big"
+    wide = content[2:3] == b"+"  # as Pillow tells a BigTIFF
+    start, size, entry = (8, 8, 20) if wide else (4, 2, 12)
+    at = int.from_bytes(content[start : start + (8 if wide else 4)], order)
+    count = int.from_bytes(content[at : at + size], order)
+    if count > _MAX_TAGS:
+        raise PictureError("unreadable picture", f"{count:,} tags")
+    for place in range(at + size, min(at + size + count * entry, len(content)), entry):
+        tag, kind = (int.from_bytes(content[place + k : place + k + 2], order) for k in (0, 2))
+        values = int.from_bytes(content[place + 4 : place + (12 if wide else 8)], order)
+        if values > _MAX_VALUES and (kind not in _PLAIN or tag in _PLACES):
+            raise PictureError("unreadable picture", f"{values:,} values in a tag")
+
+
+def webp_size(content: bytes) -> tuple[int, int] | None:
     """Width and height in a WebP's header; None for other formats and broken headers."""
     if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) < 30:
         return None

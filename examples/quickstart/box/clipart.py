@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from html import unescape
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from .pictures import Candidate, make_key
 from .sources import APT_CLIPART, APT_LICENCES, APT_STAMPS
 
 _MAX_SVG_BYTES = 300_000  # larger ones are maps that take seconds to draw
+_MAX_MEMBER = 16 * 2**20
+_MAX_UNPACKED = 2**32  # bytes of all members that are read
 _TITLE = re.compile(rb"<dc:title>(.*?)</dc:title>", re.S)
 
 
@@ -29,9 +32,14 @@ def has_apt() -> bool:
 
 
 def fetch_deb(name: str, downloads: Path) -> Path:
-    """The package file of `name`, of the version that this system's package lists have; apt checks its hash."""
-    if there := sorted(downloads.glob(f"{name}_*.deb")):
-        return there[-1]
+    """The package file of `name`, of the version that this system's package lists have; apt checks its hash.
+
+    One that is there is taken if its digest is beside it and fits.
+    """
+    for there in sorted(downloads.glob(f"{name}_*.deb"), reverse=True):
+        with suppress(files.ReadError):
+            if files.read_text(_digest_of(there), 100).strip() == files.sha256(there):
+                return there
     with tempfile.TemporaryDirectory(prefix=".part-", dir=downloads) as temporary:
         done = run_tool(["apt-get", "download", name], Path(temporary), what=name, missing="build without apt parts")
         found = list(Path(temporary).glob("*.deb"))
@@ -41,19 +49,32 @@ def fetch_deb(name: str, downloads: Path) -> Path:
                 remedy="run `apt-get update` and check the network, or build without the apt parts",
             )
         target = downloads / found[0].name.replace("%3a", ".")
+        digest = files.sha256(found[0])
         found[0].replace(target)
+        with files.whole_file(_digest_of(target)) as temporary_file:
+            temporary_file.write_text(digest + "\n", encoding="utf-8")
     return target
+
+
+def _digest_of(deb: Path) -> Path:
+    return deb.with_name(f"{deb.name}.sha256")
 
 
 def read_deb(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """The `wanted` regular files inside a package file, by path, read without unpacking it to disk."""
     members: dict[str, bytes] = {}
+    room = _MAX_UNPACKED
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE) as process:
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
                 for member in tar:
                     name = str(check_member(member.name, path.name))
-                    if member.isfile() and wanted(name) and (file := tar.extractfile(member)) is not None:
+                    if not (member.isfile() and wanted(name)) or member.size > _MAX_MEMBER:
+                        continue
+                    room -= member.size
+                    if room < 0:
+                        raise FetchError(f"{path} unpacks to too many bytes", remedy="delete it and build again")
+                    if (file := tar.extractfile(member)) is not None:
                         members[name] = file.read()
         except tarfile.TarError as error:
             raise FetchError(f"{path} cannot be read: {error}", remedy="delete it and build again") from error

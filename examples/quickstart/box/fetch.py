@@ -47,6 +47,7 @@ def locked(home: Path) -> Iterator[None]:
         try:
             for name in _FOLDERS:
                 (home / name).mkdir(parents=True, exist_ok=True)
+                files.inside(home, name)  # what is swept below may be nobody else's
             held.enter_context(files.alone(home, "downloads", wait=True))
         except OSError as error:
             raise DataError(
