@@ -17,7 +17,7 @@ from typing import Any
 from aced_sdk.errors import AcedError, ModelError
 from aced_sdk.files import ReadError, check_links, inside, printable, read_json, read_text
 from aced_sdk.towers.numbers import check_length, check_number, check_real, check_together
-from aced_sdk.towers.text_files import check_tokenizer
+from aced_sdk.towers.text_files import ATTENTIONS, REWORKED, check_tokenizer
 
 _KINDS = ("llava", "fast_vlm", "aya_vision")
 _PROCESSORS = ("LlavaProcessor", "AyaVisionProcessor", "PixtralProcessor", None)
@@ -246,6 +246,8 @@ def _check(value: Any, key: str, folder: Path, where: str = "") -> None:
             _check_timm(value, where)
         if odd := [name for name in sorted(_ELSEWHERE & value.keys()) if value[name]]:
             raise ReadError(f"{printable(where)} has {odd[0]}, which loads further files", remedy=_REMEDY)
+        if odd := [name for name in REWORKED if value.get(name)]:
+            raise ReadError(f"{printable(where)} sets {odd[0]}", remedy=_REMEDY)
         if "template" in value and not re.fullmatch(r"[\w-]+", str(value.get("name", "default"))):
             raise ReadError(f"{printable(where)} names a chat template {printable(value['name'])}", remedy=_REMEDY)
         if where.endswith("tokenizer.json") and "model" in value:
@@ -296,6 +298,11 @@ def _check_name(value: str, key: str, folder: Path, where: str) -> None:
                 raise ReadError(f"{printable(key)} in {printable(where)} names a file outside", remedy=_REMEDY)
     if "implementation" in key and "/" in value:
         raise ReadError(f"{printable(key)} in {printable(where)} names code elsewhere", remedy=_REMEDY)
+    if "attn_implementation" in key and value not in ATTENTIONS:
+        raise ReadError(
+            f"{printable(key)} in {printable(where)} is {printable(value, 50)}, and must be eager or sdpa",
+            remedy=_REMEDY,
+        )
     if key in ("image_processor_type", "feature_extractor_type") and not _IMAGE_PROCESSORS.fullmatch(value):
         raise ReadError(f"{printable(where)} names the image processor {printable(value)}", remedy=_REMEDY)
 
