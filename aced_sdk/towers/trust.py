@@ -47,6 +47,11 @@ _IMAGE_PROCESSORS = re.compile(
 )
 _ELEMENTS, _PER_BYTE = 2**26, 8  # of a model's tensors: so many, and so many more for each byte of its weights' files
 _MODULES = 50_000
+# What no embedding and no answer depends on: buffers that are computed today, and pooling heads.
+_UNREAD = re.compile(
+    r"(^|[._])(position_ids|inv_freq|masked_bias|token_type_ids|cos_cached|sin_cached|num_batches_tracked)$|"
+    r"(^|\.)(head|pooler)\."
+)
 _NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a tensor
 
 
@@ -165,7 +170,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def check_weights(model: Any, unused: Collection[str] = ()) -> None:
-    """Refuse a loaded model whose weights are not finite, or whose files hold more layers than its config describes.
+    """Refuse a loaded model whose weights are not finite, or whose files hold more tensors than its config describes.
 
     Args:
         model: after loading.
@@ -178,10 +183,16 @@ def check_weights(model: Any, unused: Collection[str] = ()) -> None:
 
     own = dict(model.state_dict())
     forms = {_NUMBER.sub(".N.", name) for name in own}
-    if lost := sorted(name for name in unused if _NUMBER.sub(".N.", name) in forms):
-        raise ReadError(
-            f"its config describes fewer layers than its weights have: {printable(lost[0])} is unused", remedy=_REMEDY
-        )
+    towers = {name.partition(".")[0] for name in own}
+    for name in sorted(unused):
+        if _NUMBER.sub(".N.", name) in forms:
+            raise ReadError(
+                f"its config describes fewer layers than its weights have: {printable(name)} is unused", remedy=_REMEDY
+            )
+        if name.partition(".")[0] in towers and not _UNREAD.search(name):
+            raise ReadError(
+                f"its config leaves out a tensor that its weights have: {printable(name)} is unused", remedy=_REMEDY
+            )
     for name, tensor in own.items():
         if not is_finite(tensor):
             raise ReadError(f"{printable(name)} has values that are not finite", remedy=_REMEDY)

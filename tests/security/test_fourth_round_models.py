@@ -19,7 +19,7 @@ from aced_sdk.towers.folder import CONFIG, WEIGHTS
 from aced_sdk.towers.trial import check_embeds
 from tests.security.folders import BERT, change, text_tower, with_text, write
 from tests.security.sandbox import run
-from tests.security.vlm_parts import edit, foreign, parts, refused
+from tests.security.vlm_parts import MANIFEST, edit, foreign, open_all, parts, refused
 
 __all__ = ["parts"]
 Parts = dict[str, Path]
@@ -124,6 +124,44 @@ def test_a_loaded_model_is_as_it_was_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode_image(picture), made.encode_image(picture))
 
 
+def embed_thin(resize: str) -> None:
+    sizes = ARCHITECTURE["vision_cfg"] | {"image_size": 2_048, "patch_size": 512}
+    student = Student(architecture=ARCHITECTURE | {"vision_cfg": sizes}, resize=resize)
+    towers.build(student, 0).encode_image(Image.new("L", (200, 1)))
+
+
+def test_a_thin_picture_is_not_blown_up() -> None:
+    """Of 200 x 1 pixels, 409,600 x 2,048 would be made before the crop."""
+    outcome = run(embed_thin, "shortest")
+    assert outcome.refused("images[0]", "too long and thin")
+    assert outcome.mib < 200
+    assert run(embed_thin, "squash").kind == "returned"
+
+
+def test_large_pictures_are_embedded_one_by_one() -> None:
+    """Eight pictures of 2,048 pixels took 4 GB in a ResNet."""
+    sizes = {224: 8, 512: 8, 1_024: 2, 2_048: 1, 16: 256}
+    for side, count in sizes.items():
+        made = encoder()
+        made.preprocess_config = made.preprocess_config.replace(size=(side, side))
+        assert made._image_batch() == count
+
+
+def test_texts_have_a_bound() -> None:
+    """Nested escapes take ftfy time that grows with the square of a text's length."""
+    nested = "&#65286;" + "#65286;" * 9_000
+    for call in (tokenize, embed_text):
+        assert run(call, ["a boat", nested], seconds=10).refused("texts[1] has 63008 characters")
+
+
+def tokenize(texts: list[str]) -> None:
+    encoder().tokenize(texts)
+
+
+def embed_text(texts: list[str]) -> None:
+    encoder().encode_text(texts)
+
+
 ODD: list[tuple[str, Any]] = [
     ("_attn_implementation", "flex_attention"),
     ("attn_implementation", "flash_attention_2"),
@@ -156,3 +194,55 @@ def test_a_folder_asks_for_no_kernels_and_no_other_weights(parts: Parts, tmp_pat
             folders.append((kind, foreign(parts[kind], tmp_path / f"{number}-{kind}-{part}")))
             edit(folders[-1][1] / "config.json", part + name, value)
     refused(folders, parts, "config.json")
+
+
+def test_every_tensor_of_a_tower_is_read(parts: Parts, tmp_path: Path) -> None:
+    """A config that leaves out biases or norms would give other answers without an error."""
+    left_out = {"merged": "mlp.gate_proj.bias", "language": "self_attn.q_norm.weight", "vision": "mlp.extra.bias"}
+    folders = []
+    for kind, name in left_out.items():
+        folders.append((kind, foreign(parts[kind], tmp_path / kind)))
+        whole = "model.language_model" if kind == "merged" else "model" if kind == "language" else "encoder"
+        prefix = {name.partition(".layers.")[0] for name in load_file(folders[-1][1] / "model.safetensors")}
+        prefix = {one for one in prefix if whole in one} or {whole}
+        extra = {f"{min(prefix)}.layers.0.{name}": torch.ones(4)}
+        rewrite(folders[-1][1] / "model.safetensors", lambda _, extra=extra: extra)
+    refused(folders, parts, "its config leaves out a tensor")
+
+
+def test_tensors_that_are_computed_today_may_be_left_over(parts: Parts, tmp_path: Path) -> None:
+    folder = foreign(parts["language"], tmp_path / "language")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "classifier.weight": torch.ones(4)}
+    rewrite(folder / "model.safetensors", lambda _: extra)
+    assert run(open_all, [("language", folder)], parts).returned() == [""]
+
+
+def test_generation_settings_together_leave_a_token(parts: Parts, tmp_path: Path) -> None:
+    count = 1000
+    folders = []
+    for number, settings in enumerate(
+        [
+            {"bad_words_ids": [[n] for n in range(count)]},
+            {"suppress_tokens": list(range(0, count, 2)), "begin_suppress_tokens": list(range(1, count, 2))},
+        ]
+    ):
+        folders.append(("merged", foreign(parts["merged"], tmp_path / str(number))))
+        for name, value in settings.items():
+            edit(folders[-1][1] / "generation_config.json", name, value)
+    refused(folders, parts, "suppress every token")
+
+
+def test_answers_come_from_finite_values(parts: Parts, tmp_path: Path) -> None:
+    """Weights that are finite can still overflow."""
+    folder = foreign(parts["merged"], tmp_path / "merged")
+    rewrite(
+        folder / "model.safetensors",
+        lambda weights: {name: weights[name] * 0 + 3e38 for name in weights if "language" in name and "proj" in name},
+    )
+    refused([("merged", folder)], parts, "computes values that are not finite")
+
+
+def test_a_manifest_is_an_object(parts: Parts, tmp_path: Path) -> None:
+    folder = foreign(parts["merged"], tmp_path / "merged")
+    write(folder / MANIFEST, [1])
+    refused([("merged", folder)], parts, f"{MANIFEST} holds no JSON object")
