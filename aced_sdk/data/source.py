@@ -36,6 +36,7 @@ from aced_sdk.files import (
 )
 from aced_sdk.files.reading import MIB
 from aced_sdk.processing.plain import PictureError, to_rgb
+from aced_sdk.processing.plain.inputs import MAX_CHARACTERS
 from aced_sdk.towers import DualEncoder
 
 _IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
@@ -124,6 +125,8 @@ class Decoding:
     def _one(self, row: int) -> tuple[Tensor, str] | str:
         try:
             text = self.pool.text(row, self.config.max_caption_bytes)
+            if len(text) > MAX_CHARACTERS:
+                raise UnusablePair("caption has too many characters")
             return resized(self.pool, row, self.encoder, self.config.max_pixels), text
         except UnusablePair as reason:
             return str(reason)
