@@ -186,4 +186,5 @@ def _check_saved(folder: Path) -> None:
         manifest = read_json(folder / _MANIFEST)
         if not isinstance(manifest, dict):
             raise ReadError(f"{printable(folder / _MANIFEST)} holds no JSON object", remedy="restore the file")
-        check_digests(folder, manifest.get("files"), [_MANIFEST])
+        files: Any = manifest.get("files")
+        check_digests(folder, files, [_MANIFEST])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from os import PathLike, fspath
@@ -60,7 +60,7 @@ def text_batches(texts: str | Iterable[str], size: int) -> Iterator[tuple[int, l
         yield first, batch
 
 
-def check_lengths(texts: list[str], most: int, first: int = 0, remedy: str = "shorten it") -> None:
+def check_lengths(texts: Sequence[str], most: int, first: int = 0, remedy: str = "shorten it") -> None:
     """Refuse texts of more than `most` characters; `first` is the number of the first one in messages.
 
     Raises:
