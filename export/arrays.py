@@ -30,7 +30,8 @@ def read_arrays(path: str | Path, limit: int) -> dict[str, NDArray[Any]]:
     """
     with open_regular(path) as stream:
         try:
-            if os.fstat(stream.fileno()).st_size > limit:
+            size = os.fstat(stream.fileno()).st_size
+            if size > limit:
                 raise ValueError(f"more than {limit:,} bytes")
             end = zipfile._EndRecData(stream)  # type: ignore[attr-defined]
             if end and end[zipfile._ECD_SIZE] > _MAX_DIRECTORY:  # type: ignore[attr-defined]
@@ -39,6 +40,10 @@ def read_arrays(path: str | Path, limit: int) -> dict[str, NDArray[Any]]:
                 members = archive.infolist()
                 if len(members) > _MAX_ARRAYS:
                     raise ValueError("too many members")
+                if len({member.filename for member in members}) < len(members):
+                    raise ValueError("two members have the same name")
+                if sum(member.file_size for member in members) > size:
+                    raise ValueError("its members are larger than the file")
                 return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
         except Exception as error:  # zipfile and numpy raise a dozen kinds for files that are broken
             raise ReadError(

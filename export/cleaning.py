@@ -17,7 +17,8 @@ from html.entities import html5
 CLEANINGS = ("lower", "whitespace", "canonicalize")
 
 # An ampersand that was escaped over and over; one round for each would take time that grows with the square.
-_AMPERSAND = re.compile(r"&(?:(?:amp|AMP|#0{0,20}38|#[xX]0{0,20}26);)+")
+_AMPERSAND = re.compile(r"&(?:(?:amp|AMP|#0{0,20}38|#[xX]0{0,20}26|#0{0,20}65286|#[xX]0{0,20}[fF]{2}06);)+")
+_MAX_ROUNDS = 64  # of unescaping and replacing; texts need two or three, and nested escapes one for each level
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 _TERMINAL_ESCAPE = re.compile("\033\\[((?:\\d|;)*)([a-zA-Z])")
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
@@ -46,7 +47,7 @@ def _fix(text: str) -> str:
 
 
 def _fix_line(line: str, unescape: bool) -> str:
-    while True:
+    for _ in range(_MAX_ROUNDS):
         before = line
         if unescape:
             line = _ENTITY.sub(_character, _AMPERSAND.sub("&", line))
@@ -57,7 +58,8 @@ def _fix_line(line: str, unescape: bool) -> str:
         line = _TERMINAL_ESCAPE.sub("", line).translate(_controls())
         line = unicodedata.normalize("NFC", line)
         if line == before:
-            return line
+            break
+    return line
 
 
 def _joined(pair: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ _GRAPH = 7  # of ModelProto
 _NODE, _INITIALIZER = 1, 5  # of GraphProto
 _INPUT, _OUTPUT, _OP_TYPE, _ATTRIBUTE = 1, 2, 4, 5  # of NodeProto
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TENSOR = 1, 3, 5
+_ATTRIBUTE_VALUES = {*range(2, 12), 14, 15, 22, 23}  # the fields that a value can be in; an attribute has one of them
 _DATA_TYPE, _TENSOR_NAME = 2, 8  # of TensorProto
 _REALS = {1, 10, 11, 16}  # data types: float, float16, double, bfloat16
 _DIVISIONS = (b"Div", b"Mod")
@@ -79,8 +80,13 @@ def _tensor(message: memoryview, fields: Fields) -> tuple[bytes, int]:
 
 
 def _node(message: memoryview, fields: Fields) -> tuple[bytes, list[bytes], list[bytes], int]:
-    """Operator, inputs and outputs of a node, and the data type that an attribute of it names (`to`, `value`, ...)."""
+    """Operator, inputs and outputs of a node, and the data type that an attribute of it names (`to`, `value`, ...).
+
+    Raises:
+        ValueError: if more than one attribute could name it. Which of them counts, onnxruntime alone decides.
+    """
     operator, kind = b"", 0
+    names: list[bytes] = []
     inputs: list[bytes] = []
     outputs: list[bytes] = []
     for number, content in fields(message):
@@ -91,20 +97,29 @@ def _node(message: memoryview, fields: Fields) -> tuple[bytes, list[bytes], list
         elif number in (_INPUT, _OUTPUT):
             (inputs if number == _INPUT else outputs).append(bytes(content))
         elif number == _ATTRIBUTE:
-            kind = _attribute(content, fields) or kind
+            name, named = _attribute(content, fields)
+            names.append(name)
+            kind = named or kind
+    naming = sum(name in (b"to", b"dtype") or name.startswith(b"value") for name in names)
+    if len(set(names)) < len(names) or naming > 1 or (operator == b"Constant" and len(names) != 1):
+        raise ValueError(f"a node of it has the attributes {b', '.join(names)[:100]!r}")
     return operator, inputs, outputs, kind or (1 if operator == b"ConstantOfShape" else 0)
 
 
-def _attribute(message: memoryview, fields: Fields) -> int:
-    """The data type that an attribute names; 0 where it names none."""
+def _attribute(message: memoryview, fields: Fields) -> tuple[bytes, int]:
+    """Name of an attribute, and the data type that it names; 0 where it names none."""
     name, number_of, tensor = b"", 0, 0
+    values = set()
     for number, content in fields(message):
+        values |= {number} & _ATTRIBUTE_VALUES
         if number == _ATTRIBUTE_NAME and isinstance(content, memoryview):
             name = bytes(content)
         elif number == _ATTRIBUTE_INT and isinstance(content, int):
             number_of = content
         elif number == _ATTRIBUTE_TENSOR and isinstance(content, memoryview):
             tensor = _tensor(content, fields)[1]
+    if len(values) > 1:
+        raise ValueError(f"the attribute {name[:50]!r} of a node has several values")
     if name in (b"to", b"dtype"):
-        return number_of
-    return {b"value": tensor, b"value_float": 1, b"value_floats": 1}.get(name, 0)
+        return name, number_of
+    return name, {b"value": tensor, b"value_float": 1, b"value_floats": 1}.get(name, 0)

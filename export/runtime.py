@@ -14,7 +14,14 @@ from tokenizers import Tokenizer
 
 from aced_sdk.files import inside, printable
 from aced_sdk.processing.plain import read_tokenizer
-from aced_sdk.processing.plain.inputs import Picture, at_least_one, picture_batches, text_batches
+from aced_sdk.processing.plain.inputs import (
+    MAX_CHARACTERS,
+    Picture,
+    at_least_one,
+    check_lengths,
+    picture_batches,
+    text_batches,
+)
 from export.cleaning import clean_text
 from export.errors import EncoderError, FolderError, InputError, folder_errors
 from export.graph_file import check_graph_file
@@ -24,7 +31,6 @@ from export.sessions import check_ends, known_providers, open_session, run_sessi
 
 MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn
 MAX_BATCH = 256
-MAX_CHARACTERS = 10_000  # of one text: a tower reads some hundred, and cleaning takes time that grows with the square
 
 Floats = NDArray[np.float32]
 
@@ -248,12 +254,7 @@ class OnnxEncoder:
             place = f"texts[{first + n}]"
             if not isinstance(text, str):
                 raise InputError(f"{place} is a {type(text).__name__}", remedy="give strings", field=place)
-            if len(text) > self.max_characters:
-                raise InputError(
-                    f"{place} has {len(text)} characters, the bound is {self.max_characters}",
-                    remedy="shorten it, or give OnnxEncoder a larger max_characters",
-                    field=place,
-                )
+        check_lengths(texts, self.max_characters, first, "shorten it, or give OnnxEncoder a larger max_characters")
         cleaned = [clean_text(text, self._cleaning) for text in texts]
         try:
             rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]

@@ -90,15 +90,15 @@ def decoding(
     kept = {name: given[name] for name, fits in _KEPT.items() if fits(given.get(name))}
     kept.setdefault("eos_token_id", tokenizer.eos_token_id)
     kept.setdefault("pad_token_id", tokenizer.pad_token_id)
-    for name in ("suppress_tokens", "begin_suppress_tokens"):
-        if len(banned := set(kept.get(name, ()))) >= len(tokenizer) and banned.issuperset(
-            tokenizer.get_vocab().values()
-        ):
-            raise ModelError(
-                f"the generation settings suppress every token ({name})",
-                remedy="correct generation_config.json",
-                field="language",
-            )
+    banned = {*kept.get("suppress_tokens", ()), *kept.get("begin_suppress_tokens", ())}
+    banned |= {word[0] for word in kept.get("bad_words_ids", ()) if len(word) == 1}
+    banned |= set() if image_token is None else {image_token}
+    if len(banned) >= len(tokenizer) and banned.issuperset(tokenizer.get_vocab().values()):
+        raise ModelError(
+            "the generation settings suppress every token (suppress_tokens, begin_suppress_tokens and bad_words_ids)",
+            remedy="correct generation_config.json",
+            field="language",
+        )
     if image_token is not None:
         kept["suppress_tokens"] = sorted({*kept.get("suppress_tokens", []), image_token})
     return GenerationConfig(do_sample=False, **kept)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aced_sdk.errors import ConfigError, DataError
+from aced_sdk.errors import ConfigError, DataError, ModelError
 from aced_sdk.files import one_line
 from vlm.adapters import base_of
 from vlm.chat import IMAGE
@@ -363,8 +363,24 @@ def _generate(
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=False,
             streamer=words,
+            logits_processor=[_check_scores],
         )
     return ids
+
+
+def _check_scores(_ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores [N, V] of the next tokens as they are.
+
+    Raises:
+        ModelError: if a question has no finite best one; suppressed tokens have minus infinity.
+    """
+    if not bool(scores.amax(-1).isfinite().all()):
+        raise ModelError(
+            "the language model computes values that are not finite",
+            remedy="load it in float32, or train it again with a lower learning rate",
+            field="model",
+        )
+    return scores
 
 
 def _text(processor: LlavaProcessor, ids: list[int]) -> str:

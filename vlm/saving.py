@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aced_sdk.errors import ModelError
 from aced_sdk.files import (
+    ReadError,
     check_digests,
     check_links,
     expand,
@@ -182,5 +183,8 @@ def _check_saved(folder: Path) -> None:
     """
     check_links(folder)
     if (folder / _MANIFEST).exists():
-        files = read_json(folder / _MANIFEST).get("files")
+        manifest = read_json(folder / _MANIFEST)
+        if not isinstance(manifest, dict):
+            raise ReadError(f"{printable(folder / _MANIFEST)} holds no JSON object", remedy="restore the file")
+        files: Any = manifest.get("files")
         check_digests(folder, files, [_MANIFEST])

@@ -37,6 +37,7 @@ from aced_sdk.files import (
 )
 from aced_sdk.files.reading import MIB
 from aced_sdk.processing.plain import PictureError, open_picture, read_header, to_rgb
+from aced_sdk.processing.plain.inputs import MAX_CHARACTERS
 from aced_sdk.processing.plain.pictures import webp_size
 from aced_sdk.towers import DualEncoder
 
@@ -126,6 +127,8 @@ class Decoding:
     def _one(self, row: int) -> tuple[Tensor, str] | str:
         try:
             text = self.pool.text(row, self.config.max_caption_bytes)
+            if len(text) > MAX_CHARACTERS:
+                raise UnusablePair("caption has too many characters")
             return resized(self.pool, row, self.encoder, self.config.max_pixels), text
         except UnusablePair as reason:
             return str(reason)

@@ -15,7 +15,15 @@ from aced_sdk.config import LossForm
 from aced_sdk.errors import InputError, ModelError
 from aced_sdk.files import tensor_digest
 from aced_sdk.processing.plain import PictureError
-from aced_sdk.processing.plain.inputs import Picture, at_least_one, open_input, picture_batches, text_batches
+from aced_sdk.processing.plain.inputs import (
+    MAX_CHARACTERS,
+    Picture,
+    at_least_one,
+    check_lengths,
+    open_input,
+    picture_batches,
+    text_batches,
+)
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.profile import Profile, profile_model
 from aced_sdk.towers.replica import evaluating, replaced
@@ -78,12 +86,13 @@ class DualEncoder(nn.Module):
         """Token ids, int64 [N, context_length], padded and cut as the text tower expects.
 
         Raises:
-            InputError: if something is no text.
+            InputError: if something is no text, or has more than 10,000 characters.
             ModelError: if the tokenizer fails.
         """
         read = [text for _, batch in text_batches(texts, 1024) for text in batch]
         if not read:
             return torch.empty(0, self.context_length, dtype=torch.int64)
+        check_lengths(read, MAX_CHARACTERS)
         with tokenizing("the tokenizer fails on these texts"):
             tokens: Tensor = self.tokenizer(read)
         return tokens
@@ -195,14 +204,17 @@ class DualEncoder(nn.Module):
     def _image_batch(self) -> int:
         """Pictures per forward pass without gradient: on a CPU no more than its caches take, which is faster."""
         height, width = self.preprocess_config.size
-        return 256 if self.mean.device.type != "cpu" else min(256, max(8, 200_000 // (height * width)))
+        if self.mean.device.type != "cpu":
+            return 256
+        least = min(8, 2**21 // (height * width))  # activations of 8 large pictures take gigabytes
+        return min(256, max(200_000 // (height * width), least, 1))
 
     @torch.no_grad()
     def encode_text(self, texts: Tensor | str | Iterable[str], batch_size: int = 256) -> Tensor:
         """L2-normalised float32 [N, D] for texts, or for their tokens.
 
         Raises:
-            InputError: if something is no text.
+            InputError: if something is no text, or has more than 10,000 characters.
             ModelError: if the tokens are another model's.
         """
         at_least_one(batch_size=batch_size)

@@ -38,6 +38,7 @@ from aced_sdk.towers.card import card
 from aced_sdk.towers.dual_encoder import DualEncoder
 from aced_sdk.towers.text_files import PLACES, copy_text_files, fetch, tokenizer_of
 from aced_sdk.towers.transforms import Preprocess
+from aced_sdk.towers.trial import check_embeds
 from aced_sdk.towers.weights import check_fit, read_weights
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -190,7 +191,8 @@ def load(name: str | os.PathLike[str]) -> DualEncoder:
 
     Raises:
         UnsupportedError: for a CoCa model.
-        ModelError: if the folder is missing, incomplete, altered or out of bounds, or holds no safetensors weights.
+        ModelError: if the folder is missing, incomplete, altered or out of bounds, holds no safetensors weights, or
+            cannot embed a picture and a text.
     """
     text = os.fspath(name)
     if text.startswith("hf-hub:"):
@@ -213,6 +215,7 @@ def _load_folder(folder: Path) -> DualEncoder:
     encoder = DualEncoder(model, model_cfg, preprocess, tokenizer_of(resolved), folder).eval()
     if manifest and manifest.trained_with:
         encoder.trained_with = manifest.trained_with
+    check_embeds(encoder, folder)
     return encoder
 
 

@@ -71,6 +71,7 @@ _REALS: tuple[tuple[re.Pattern[str], float, float], ...] = tuple(
         (r"^factor$|^(short|long)_factor$|^attention_factor$|^(low|high)_freq_factor$|^beta_(fast|slow)$", 1e-3, 1e5),
         (r"^partial_rotary_factor$|^rotary_pct$", 1e-3, 1),
         (r"_multiplier$|^logits_scaling$|softcapping$|_pre_attn_scalar$|^logit_scale$", 1e-6, 1e6),
+        (r"^mscale(_all_dim)?$", 0, 100),
         (r"^image_std$", 1e-6, 1000),
         (r"^image_mean$", -1000, 1000),
         (r"^rescale_factor$", 1e-6, 1000),

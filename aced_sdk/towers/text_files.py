@@ -29,6 +29,10 @@ _FILES = (
 _SUFFIXES = {Path(name).suffix for name in _FILES} | {".jinja"}
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _HUB_FILES = ["*.json", "*.txt", "*.model"]
+# Others compile or fetch kernels on first use, which takes minutes.
+ATTENTIONS = (None, "eager", "sdpa")
+# Settings that change how weights are stored or read; with float weights they never end, or fail at some lengths.
+REWORKED = ("quantization_config", "chunk_size_feed_forward")
 _REMEDY = "correct the file, or take a tokenizer that you trust"
 
 
@@ -107,6 +111,10 @@ def check_config(path: Path) -> dict[str, Any]:
             check_real(key, value, str(path))
         if ("implementation" in key and "/" in str(value)) or (key in ("use_kernels", "kernel_config") and value):
             raise _refuse(path, f"names code to download in {printable(key, 50)}")
+        if "attn_implementation" in key and value not in ATTENTIONS:
+            raise _refuse(path, f"asks for another attention than eager or sdpa in {printable(key, 50)}")
+        if key in REWORKED and value:
+            raise _refuse(path, f"sets {key}")
         if key == "configuration_files":
             raise _refuse(path, "names other files in configuration_files")
     return config

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aced_sdk.config import Config
 from aced_sdk.processing.plain import PictureError, to_rgb
+from aced_sdk.processing.plain.pictures import MAX_PIXELS
 
 MAX_SIDE = 2_048  # pixels; the largest towers of open_clip and timm take 1,024
 
@@ -43,6 +44,12 @@ class Preprocess(Config):
         ratio = max(height / self.size[0], width / self.size[1])
         return round(width / ratio) > 0 and round(height / ratio) > 0
 
+    def _resized_pixels(self, width: int, height: int) -> float:
+        """How many pixels a picture of this size has after its resize, before the crop."""
+        if self.resize_mode != "shortest":
+            return self.size[0] * self.size[1]
+        return width * height / min(height / self.size[0], width / self.size[1]) ** 2
+
     def resizer(self) -> Callable[[Image.Image], Tensor]:
         """A function from a picture to uint8 [3, H, W]: the geometry, before scaling to 0..1 and normalisation."""
         from open_clip.transform import image_transform
@@ -60,7 +67,10 @@ class Preprocess(Config):
         geometry = whole.transforms[:-2]  # the last two are ToTensor and Normalize, done on the device later
 
         def resize(image: Image.Image) -> Tensor:
-            if self.resize_mode == "longest" and not self._has_pixels(*image.size):
+            blown_up = (
+                self._resized_pixels(*image.size) > MAX_PIXELS
+            )  # the short side of a long strip has to grow a lot
+            if blown_up or (self.resize_mode == "longest" and not self._has_pixels(*image.size)):
                 raise PictureError("too long and thin", f"{image.width} x {image.height}")
             image = to_rgb(image)
             for step in geometry:

@@ -17,7 +17,7 @@ from typing import Any
 from aced_sdk.errors import AcedError, ModelError
 from aced_sdk.files import ReadError, check_links, inside, printable, read_json, read_text
 from aced_sdk.towers.numbers import check_length, check_number, check_real, check_together
-from aced_sdk.towers.text_files import check_tokenizer
+from aced_sdk.towers.text_files import ATTENTIONS, REWORKED, check_tokenizer
 
 _KINDS = ("llava", "fast_vlm", "aya_vision")
 _PROCESSORS = ("LlavaProcessor", "AyaVisionProcessor", "PixtralProcessor", None)
@@ -47,6 +47,11 @@ _IMAGE_PROCESSORS = re.compile(
 )
 _ELEMENTS, _PER_BYTE = 2**26, 8  # of a model's tensors: so many, and so many more for each byte of its weights' files
 _MODULES = 50_000
+# What no embedding and no answer depends on: buffers that are computed today, and pooling heads.
+_UNREAD = re.compile(
+    r"(^|[._])(position_ids|inv_freq|masked_bias|token_type_ids|cos_cached|sin_cached|num_batches_tracked)$|"
+    r"(^|\.)(head|pooler)\."
+)
 _NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a tensor
 
 
@@ -165,7 +170,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def check_weights(model: Any, unused: Collection[str] = ()) -> None:
-    """Refuse a loaded model whose weights are not finite, or whose files hold more layers than its config describes.
+    """Refuse a loaded model whose weights are not finite, or whose files hold more tensors than its config describes.
 
     Args:
         model: after loading.
@@ -178,10 +183,16 @@ def check_weights(model: Any, unused: Collection[str] = ()) -> None:
 
     own = dict(model.state_dict())
     forms = {_NUMBER.sub(".N.", name) for name in own}
-    if lost := sorted(name for name in unused if _NUMBER.sub(".N.", name) in forms):
-        raise ReadError(
-            f"its config describes fewer layers than its weights have: {printable(lost[0])} is unused", remedy=_REMEDY
-        )
+    towers = {name.partition(".")[0] for name in own}
+    for name in sorted(unused):
+        if _NUMBER.sub(".N.", name) in forms:
+            raise ReadError(
+                f"its config describes fewer layers than its weights have: {printable(name)} is unused", remedy=_REMEDY
+            )
+        if name.partition(".")[0] in towers and not _UNREAD.search(name):
+            raise ReadError(
+                f"its config leaves out a tensor that its weights have: {printable(name)} is unused", remedy=_REMEDY
+            )
     for name, tensor in own.items():
         if not is_finite(tensor):
             raise ReadError(f"{printable(name)} has values that are not finite", remedy=_REMEDY)
@@ -246,6 +257,8 @@ def _check(value: Any, key: str, folder: Path, where: str = "") -> None:
             _check_timm(value, where)
         if odd := [name for name in sorted(_ELSEWHERE & value.keys()) if value[name]]:
             raise ReadError(f"{printable(where)} has {odd[0]}, which loads further files", remedy=_REMEDY)
+        if odd := [name for name in REWORKED if value.get(name)]:
+            raise ReadError(f"{printable(where)} sets {odd[0]}", remedy=_REMEDY)
         if "template" in value and not re.fullmatch(r"[\w-]+", str(value.get("name", "default"))):
             raise ReadError(f"{printable(where)} names a chat template {printable(value['name'])}", remedy=_REMEDY)
         if where.endswith("tokenizer.json") and "model" in value:
@@ -296,6 +309,11 @@ def _check_name(value: str, key: str, folder: Path, where: str) -> None:
                 raise ReadError(f"{printable(key)} in {printable(where)} names a file outside", remedy=_REMEDY)
     if "implementation" in key and "/" in value:
         raise ReadError(f"{printable(key)} in {printable(where)} names code elsewhere", remedy=_REMEDY)
+    if "attn_implementation" in key and value not in ATTENTIONS:
+        raise ReadError(
+            f"{printable(key)} in {printable(where)} is {printable(value, 50)}, and must be eager or sdpa",
+            remedy=_REMEDY,
+        )
     if key in ("image_processor_type", "feature_extractor_type") and not _IMAGE_PROCESSORS.fullmatch(value):
         raise ReadError(f"{printable(where)} names the image processor {printable(value)}", remedy=_REMEDY)
 

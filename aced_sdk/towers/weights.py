@@ -101,7 +101,7 @@ def _check_values(model: Any, weights: dict[str, Tensor], path: Path) -> None:
             continue
         if own.is_floating_point() != tensor.is_floating_point():
             raise _unfit(path, f"{printable(name)} is of the type {tensor.dtype}")
-        if not is_finite(tensor):
+        if not is_finite(tensor.to(own.dtype)):  # 1e300 is infinite in float32
             raise _unfit(path, f"{printable(name)} has values that are not finite")
     for name, most in (("logit_scale", _MAX_LOG_SCALE), ("logit_bias", _MAX_BIAS)):
         if name in weights and bool((weights[name].abs() > most).any()):

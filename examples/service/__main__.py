@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from aced_sdk.errors import AcedError
 from aced_sdk.files import read_text
 from examples.service.app import create_app
 from examples.service.server import create_server
@@ -29,15 +31,18 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
-    app = create_app(
-        OnnxEncoder(args.folder, args.precision, args.threads, max_pixels=args.max_pixels),
-        classes=read_text(args.classes).splitlines() if args.classes else (),
-        max_batch=args.max_batch,
-        max_wait_ms=args.max_wait_ms,
-        queue=args.queue,
-        max_bodies=args.max_bodies_mib * 2**20,
-        max_decoded=args.max_decoded_mib * 2**20,
-    )
+    try:
+        app = create_app(
+            OnnxEncoder(args.folder, args.precision, args.threads, max_pixels=args.max_pixels),
+            classes=read_text(args.classes).splitlines() if args.classes else (),
+            max_batch=args.max_batch,
+            max_wait_ms=args.max_wait_ms,
+            queue=args.queue,
+            max_bodies=args.max_bodies_mib * 2**20,
+            max_decoded=args.max_decoded_mib * 2**20,
+        )
+    except AcedError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     create_server(app, args.host, args.port, max_connections=args.max_connections).run()
 
 

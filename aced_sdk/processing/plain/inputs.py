@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from os import PathLike, fspath
@@ -20,6 +20,7 @@ from aced_sdk.processing.plain import pictures
 Picture = Image.Image | str | PathLike[str] | bytes | NDArray[np.uint8]
 Item = TypeVar("Item")
 
+MAX_CHARACTERS = 10_000  # of one text: a tower reads some hundred, and cleaning takes time that grows with the square
 _KINDS = "PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]"
 _REMEDIES = {
     "too many pixels": "make it smaller, or raise max_pixels",
@@ -57,6 +58,18 @@ def text_batches(texts: str | Iterable[str], size: int) -> Iterator[tuple[int, l
                 place = f"texts[{first + n}]"
                 raise InputError(f"{place} is a {type(text).__name__}", remedy="give strings", field=place)
         yield first, batch
+
+
+def check_lengths(texts: Sequence[str], most: int, first: int = 0, remedy: str = "shorten it") -> None:
+    """Refuse texts of more than `most` characters; `first` is the number of the first one in messages.
+
+    Raises:
+        InputError: naming the text.
+    """
+    for n, text in enumerate(texts):
+        if len(text) > most:
+            place = f"texts[{first + n}]"
+            raise InputError(f"{place} has {len(text)} characters, the bound is {most}", remedy=remedy, field=place)
 
 
 def _batches(items: Iterable[Item], size: int, field: str, kinds: str) -> Iterator[tuple[int, list[Item]]]:
