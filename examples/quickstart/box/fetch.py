@@ -47,14 +47,14 @@ def locked(home: Path) -> Iterator[None]:
         try:
             for name in _FOLDERS:
                 (home / name).mkdir(parents=True, exist_ok=True)
-                files.inside(home, name)  # what is swept below may be nobody else's
             held.enter_context(files.alone(home, "downloads", wait=True))
         except OSError as error:
             raise DataError(
                 f"the home folder {files.printable(home)} cannot be written: {error.strerror}",
                 remedy="set ACED_HOME to another folder",
             ) from error
-        for folder in _FOLDERS:
+        # A linked folder is another's, which this lock does not hold.
+        for folder in [name for name in _FOLDERS if not (home / name).is_symlink()]:
             for stale in (home / folder).glob(".part-*"):
                 shutil.rmtree(stale, ignore_errors=True)
         yield
