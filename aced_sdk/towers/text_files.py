@@ -138,6 +138,8 @@ def check_tokenizer(folder: Path) -> None:
             settings = _mapping(path, 16 * MIB)
             _check_class(settings, path)
             _check_settings(settings, path)
+            if name == "special_tokens_map.json" and (odd := [key for key in settings if key.endswith("_file")]):
+                raise _refuse(path, f"names a file: {printable(odd[0])}")  # transformers reads it from anywhere
     if (path := folder / "added_tokens.json").exists() and len(_mapping(path)) > _MAX_ADDED:
         raise _refuse(path, f"has more than {_MAX_ADDED:,} tokens")
     for path in sorted(folder.glob("tokenizer*.json")):

@@ -221,8 +221,11 @@ def test_no_other_file_is_read_than_the_one_that_is_checked(parts: Parts, tmp_pa
         write(folder / "tokenizer.4.0.0.json", values | {"normalizer": longer})
         edit(folder / "tokenizer_config.json", "fast_tokenizer_files", ["tokenizer.4.0.0.json"])
         folders.append((kind, folder))
+        folder = foreign(parts[kind], tmp_path / f"special-{kind}")
+        write(folder / "special_tokens_map.json", {"tokenizer_file": "secret.json"})  # of the working folder
+        folders.append((kind, folder))
     refused(folders, parts, "fi")
-    assert all(run(open_all, [one], parts).returned()[0].count("_files") for one in (folders[0], folders[-1]))
+    assert all(run(open_all, [one], parts).returned()[0].count("_files") for one in (folders[0], folders[-2]))
 
 
 @pytest.mark.parametrize("target", ["../secret.safetensors", "weights.bin"])
