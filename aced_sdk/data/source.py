@@ -268,6 +268,8 @@ def _mapped(folder: Path, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -
     array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     if (array.dtype, array.shape) != (np.dtype(dtype), shape):
         raise ValueError(f"{name} holds {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} is stored by columns")
     return array
 
 

@@ -252,3 +252,11 @@ def test_a_full_disk_leaves_no_half_prepared_pool(
     assert caught.value.field == "data.prepared"
     assert not list((tmp_path / "prepared").iterdir())
     assert len(prepare(pool, tower, settings(pool), tmp_path / "prepared").usable()) == 8
+
+
+def test_prepared_pictures_that_are_stored_by_columns_are_refused(tmp_path: Path, tower: DualEncoder) -> None:
+    pool = Pool([write_pool(tmp_path / "pool", pairs=8)])
+    folder = prepare(pool, tower, settings(pool), tmp_path / "prepared").folder
+    np.save(folder / "images.npy", np.asfortranarray(np.load(folder / "images.npy")))
+    with pytest.raises(DataError, match=r"images\.npy is stored by columns"):
+        prepare(pool, tower, settings(pool), tmp_path / "prepared")
