@@ -29,7 +29,6 @@ from aced_sdk.towers import DualEncoder, load
 from aced_sdk.training.run import CONFIG, STUDENT, Run, start
 
 EVENTS = "events.jsonl"
-_MARKS = ("run_started", "checkpoint_saved")
 
 __all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "plan", "report", "resume"]
 
@@ -126,8 +125,11 @@ def _tell_of_changes(directory: Path, config: DistillConfig, resume_from: Path |
         EngineError: if the checkpoint was written under a config that the log does not know: by another run.
     """
     events = inside(directory, EVENTS)
-    rows = [row for row in read_events(events) if row["event"] in _MARKS] if events.is_file() else []
-    started = [row["config_hash"] for row in rows if row["event"] == "run_started" and "config_hash" in row]
+    started, saved = list[str](), False
+    for row in read_events(events) if events.is_file() else ():
+        saved = saved or row["event"] == "checkpoint_saved"
+        if row["event"] == "run_started" and isinstance(row.get("config_hash"), str):
+            started.append(row["config_hash"][:64])
     where = one_line(directory, 500)
     if resume_from is not None and started:
         own = read_checkpoint_state(resume_from).get("config")  # older checkpoints lack it
@@ -139,7 +141,7 @@ def _tell_of_changes(directory: Path, config: DistillConfig, resume_from: Path |
             )
     if started and started[0] != config.hash():
         warnings.warn(f"{where}: config.yaml is not the config that the run was started with", stacklevel=3)
-    if resume_from is None and any(row["event"] == "checkpoint_saved" for row in rows):
+    if resume_from is None and saved:
         warnings.warn(f"{where}: the run's checkpoints are gone; it starts again at step 0", stacklevel=3)
 
 

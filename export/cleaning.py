@@ -18,6 +18,7 @@ CLEANINGS = ("lower", "whitespace", "canonicalize")
 
 # An ampersand that was escaped over and over; one round for each would take time that grows with the square.
 _AMPERSAND = re.compile(r"&(?:(?:amp|AMP|#0{0,20}38|#[xX]0{0,20}26|#0{0,20}65286|#[xX]0{0,20}[fF]{2}06);)+")
+_HUGE_NUMBER = re.compile(r"&#[0-9]{4001,};?")  # which Python does not read, and which is no character
 _MAX_ROUNDS = 64  # of unescaping and replacing; texts need two or three, and nested escapes one for each level
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 _TERMINAL_ESCAPE = re.compile("\033\\[((?:\\d|;)*)([a-zA-Z])")
@@ -30,6 +31,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def clean_text(text: str, cleaning: str) -> str:
     """`text` as open_clip's tokenizer sees it; `cleaning` is one of CLEANINGS."""
+    text = _HUGE_NUMBER.sub("\ufffd", text)
     text = html.unescape(html.unescape(_fix(text))).strip()
     if cleaning == "canonicalize":
         text = text.replace("_", " ").translate(_PUNCTUATION).lower()

@@ -129,7 +129,11 @@ def converted(gguf: Path) -> Path:
     ):
         try:
             with bounded(gguf.stat().st_size):
-                quantised = AutoModelForCausalLM.from_pretrained(**where, trust_remote_code=False)
+                quantised, found = AutoModelForCausalLM.from_pretrained(
+                    **where, trust_remote_code=False, output_loading_info=True
+                )
+            if lost := sorted(found["missing_keys"]):
+                raise ReadError(f"it lacks {len(lost)} tensors, {lost[0]} first", remedy="convert the model again")
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         except ImportError as error:
             raise MissingPackageError(

@@ -230,7 +230,10 @@ def shard_paths(shards: Sequence[str | Path], *, patterns: bool = True) -> list[
     paths: list[Path] = []
     for shard in map(str, shards):
         for path in _names(shard, MAX_SHARDS - len(paths)) if patterns else [Path(shard)]:
-            path = path.absolute()  # the working folder may change while the pool is read
+            try:
+                path = path.absolute()  # the working folder may change while the pool is read
+            except OSError as error:
+                raise _wrong(f"the working folder cannot be read: {error.strerror}", "change to another one") from None
             if os.path.isdir(path):
                 found = sorted(path.glob("*.tar"))
                 if not found:

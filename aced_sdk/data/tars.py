@@ -18,6 +18,7 @@ from aced_sdk.files.reading import MIB
 BLOCK = 512
 _MAX_EXTENSION = MIB  # of a pax header or a long name
 _MAX_NAME = 4096  # bytes, as of a path in Linux
+_MAX_LETTERS = 2**26  # of all names: a hundred times those of usual shards
 _MAX_GAP = 64 * MIB  # of zeros between the tars in one file, together
 _REGULAR = (b"0", b"\0", b"7")
 _HARD_LINK, _SOFT_LINK = b"1", b"2"
@@ -63,6 +64,7 @@ def entries(stream: BufferedReader, length: int) -> Iterator[tuple[int, str, Mem
             raise UnsupportedTar(f"is compressed with {kind_of_file}", "decompress it: pairs are read at their offsets")
     places: dict[str, Member] = {}
     number = gaps = 0
+    letters = 0
     offset, name, target, size = 0, None, None, None  # the last three: as extension headers before a file give them
     while True:
         stream.seek(offset)
@@ -110,6 +112,9 @@ def entries(stream: BufferedReader, length: int) -> Iterator[tuple[int, str, Mem
         if kind == b"S":
             raise _sparse(name)
         if kind in _REGULAR:
+            letters += len(name)
+            if letters > _MAX_LETTERS:
+                raise UnsupportedTar(f"has names of more than {_MAX_LETTERS:,} letters together", "split it")
             place = places[name] = Member(data, held)
             yield number, name, place
         elif kind in (_HARD_LINK, _SOFT_LINK):

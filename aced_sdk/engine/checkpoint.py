@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -89,7 +90,7 @@ def checkpoints(directory: Path) -> list[Path]:
     """
     found = inside(directory, "checkpoints").glob("step-*")
     steps = [path for path in found if _NAME.fullmatch(path.name) and not path.is_symlink()]
-    return sorted((path for path in steps if (path / _STATE).is_file()), key=step_of)
+    return sorted((path for path in steps if os.path.isfile(path / _STATE)), key=step_of)
 
 
 def newest_intact(directory: Path) -> Path | None:

@@ -38,6 +38,7 @@ _MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
 _MAX_LETTERS = 2**28  # of all prompts
 _MAX_SHARE = 0.75  # of the memory, for the pictures of a task
 _MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
+_MAX_SCORES = 2**29  # pictures times classes of a multilabel task, 4 bytes and more for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +142,9 @@ def load_task(
     """
     opened = open_task(name, data_root)
     pool, kind = opened.pool, opened.kind
+    if kind == "multilabel" and len(pool) * len(opened.classes) > _MAX_SCORES:
+        cause = f"the task '{one_line(name)}' has {len(pool):,} pictures and {len(opened.classes):,} classes"
+        raise EvaluationError(f"{cause}, too many to rank", remedy="split it", field=_FIELD)
     images = _room(name, len(pool), encoder.preprocess_config.size)
     own: list[list[str] | int | Tensor] = []  # of each picture: its captions, its class, or its classes
     skipped = Counter[str]()

@@ -13,11 +13,12 @@ import secrets
 import shutil
 import stat
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from aced_sdk.errors import ConfigError
 from aced_sdk.files.reading import ReadError, expand, one_line, open_regular, printable
@@ -184,10 +185,17 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if wait and _holder(lock) == threading.get_ident():
+                raise ConfigError(
+                    f"{what} and the work that needs them would be in one folder, {printable(directory)}",
+                    remedy="name another folder for one of them",
+                    field="directory",
+                ) from None
             if wait:
                 sys.stderr.write(f"waiting for another process that works on {what} in {one_line(directory, 500)}\n")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                yield
+                with _held(lock):
+                    yield
                 return
             raise ConfigError(
                 f"another process works on {what} in {printable(directory)}",
@@ -202,7 +210,26 @@ def alone(directory: Path, what: str, wait: bool = False) -> Iterator[None]:
                 "make sure that only one process works there",
                 stacklevel=3,
             )
+        with _held(lock):
+            yield
+
+
+_HOLDERS: dict[tuple[int, int], int] = {}  # device and inode of a lock that this process holds, to the thread
+
+
+def _holder(lock: IO[bytes]) -> int | None:
+    facts = os.fstat(lock.fileno())
+    return _HOLDERS.get((facts.st_dev, facts.st_ino))
+
+
+@contextmanager
+def _held(lock: IO[bytes]) -> Iterator[None]:
+    facts = os.fstat(lock.fileno())
+    _HOLDERS[facts.st_dev, facts.st_ino] = threading.get_ident()
+    try:
         yield
+    finally:
+        _HOLDERS.pop((facts.st_dev, facts.st_ino), None)
 
 
 def check_path(path: str | Path, field: str) -> None:

@@ -7,12 +7,14 @@ each time, so that a caption of 4 kB takes 0.2 s.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 _SHORT = 512  # characters of texts that take little time, however deep their entities are
 _MAX_LEVELS = 8
+_HUGE_NUMBER = re.compile(r"&#[0-9]{4001,};?")  # which Python does not read, and which is no character
 
 
 def bound_entities(tokenizer: Any) -> None:
@@ -21,7 +23,7 @@ def bound_entities(tokenizer: Any) -> None:
 
 
 def _clean(clean: Callable[[str], str], text: str) -> str:
-    return clean(text if len(text) <= _SHORT else _flat(text))
+    return clean(text if len(text) <= _SHORT else _flat(_HUGE_NUMBER.sub("\ufffd", text)))
 
 
 def _flat(text: str) -> str:

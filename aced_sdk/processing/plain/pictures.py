@@ -131,8 +131,9 @@ def _opened(source: bytes | str | Path, max_pixels: int) -> Image.Image:
             raise PictureError("unreadable picture", error.cause) from None
     if len(source) > MAX_BYTES:
         raise PictureError("too many bytes", f"{len(source):,}, the bound is {MAX_BYTES:,}")
-    if size := webp_size(source):  # Pillow reserves the canvas when it opens a WebP
-        _check_size(*size, max_pixels, max(size))
+    if size := webp_size(source):  # Pillow reserves the canvas when it opens a WebP, several times for an animation
+        animated = source[12:16] == b"VP8X" and source[20] & 2
+        _check_size(*size, max_pixels // 4 if animated else max_pixels, max(size))
     if source[:2] == b"\xff\xd8":
         _check_jpeg(source)
     elif source[:8] == b"\x89PNG\r\n\x1a\n":
