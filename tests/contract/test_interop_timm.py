@@ -35,10 +35,10 @@ with torch.no_grad():
 """
 
 
-def save(folder: Path, resize: str = "squash", size: int = 64, **vision: Any) -> Path:
+def save(folder: Path, resize: str = "squash", size: int = 64, embed_dim: int = 16, **vision: Any) -> Path:
     """A student with an image tower of timm, its batch norms as if it had been trained."""
     vision_cfg = {"image_size": size, "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None, **vision}
-    architecture = tiny.ARCHITECTURE | {"vision_cfg": vision_cfg}
+    architecture = tiny.ARCHITECTURE | {"vision_cfg": vision_cfg, "embed_dim": embed_dim}
     encoder = towers.build(Student(architecture=architecture, resize=resize), seed=0)
     torch.manual_seed(0)
     for module in encoder.modules():
@@ -64,7 +64,13 @@ TOWERS: dict[str, dict[str, Any]] = {
     "convnext": {"timm_model_name": "test_convnext", "timm_proj": "linear"},
     "vit": {"timm_model_name": "test_vit", "size": 160, "timm_pool": "token", "timm_proj": "linear"},
     "vit_avg": {"timm_model_name": "test_vit", "size": 160, "timm_pool": "avg", "timm_proj": "linear"},
-    "vit_avg_bare": {"timm_model_name": "test_vit", "size": 160, "timm_pool": "avg", "timm_proj": "none"},
+    "vit_avg_bare": {
+        "timm_model_name": "test_vit",
+        "size": 160,
+        "embed_dim": 64,
+        "timm_pool": "avg",
+        "timm_proj": "none",
+    },
 }
 
 

@@ -68,7 +68,9 @@ def words(folder: Path, side: str = "right") -> Path:
     return folder
 
 
-def siglip(folder: Path, vision: dict[str, Any] | None = None, side: str = "right", **text: Any) -> Path:
+def siglip(
+    folder: Path, vision: dict[str, Any] | None = None, side: str = "right", embed_dim: int = 32, **text: Any
+) -> Path:
     """A student in SigLIP's shape, saved; `side` is where its tokenizer pads."""
     vision_cfg = {
         "image_size": 32,
@@ -84,7 +86,7 @@ def siglip(folder: Path, vision: dict[str, Any] | None = None, side: str = "righ
         "hf_tokenizer_name": str(words(folder / "words", side)), "tokenizer_kwargs": {"clean": "canonicalize"},
     }  # fmt: skip
     architecture = {
-        "embed_dim": 32,
+        "embed_dim": embed_dim,
         "custom_text": True,
         "vision_cfg": vision_cfg | (vision or {}),
         "text_cfg": text_cfg | text,
@@ -220,7 +222,7 @@ def test_towers_that_transformers_cannot_hold(tmp_path: Path) -> None:
     assert export.to_transformers(causal, tmp_path / "v", part="vision").image_max_abs <= 1e-5
     # registers have no place in SiglipVisionModel
     vision = {"timm_model_name": "test_vit3", "image_size": 160}
-    registers = towers.load(siglip(tmp_path / "registers", vision, width=96))
+    registers = towers.load(siglip(tmp_path / "registers", vision, embed_dim=96))
     assert not is_siglip_vit(registers)
     with pytest.raises(ModelError, match="no SigLIP ViT"):
         siglip_vision_model(registers)
