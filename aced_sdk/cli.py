@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ConfigFile = Annotated[Path, typer.Argument(help="a DistillConfig as YAML")]
+_INTERRUPTED = 130  # typer's exit code after Ctrl-C
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"aced-sdk {version('aced-sdk')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _wanted: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -97,6 +113,10 @@ def main() -> None:
         entry.load()(app)
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            typer.echo("interrupted; `aced resume DIRECTORY` continues a run from its last checkpoint", err=True)
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of standard output, or of a temporary folder
             error = ConfigError("no space is left on the disk that is written to", remedy="free some space")

@@ -160,7 +160,10 @@ def _refuse(options: set[str], beside: str) -> None:
 
 
 def _files(folder: Path | None) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file()) if folder else []
+    found = sorted(path for path in folder.iterdir() if path.is_file()) if folder else []
+    if folder and not found:
+        raise typer.BadParameter(f"the folder {folder} holds no files; put pictures there")
+    return found
 
 
 def _print(report: ExportReport) -> None:

@@ -179,7 +179,7 @@ def check_usable(cache: EmbeddingCache, bad: Counter[str], data: Data) -> None:
     """
     unusable = int((~cache.usable).sum())
     reasons = bad if bad.total() == unusable else Counter(unusable=unusable)
-    check_bad(reasons, len(cache.usable), data.max_bad_fraction, least=1)
+    check_bad(reasons, len(cache.usable), data.max_bad_fraction)
 
 
 @contextmanager

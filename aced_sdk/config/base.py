@@ -133,16 +133,23 @@ def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
     count = error.error_count()
     if count > _MOST:  # pydantic takes long to list so many
         return ConfigError(f"{count:,} mistakes in {kind.__name__}", remedy="correct the file")
-    found = [one for raw in error.errors(include_url=False)[:_MISTAKES] for one in _mistakes(dict(raw), kind)]
-    if count == 1 and len(found) == 1:
-        return found[0]
+    found = list[ConfigError]()
+    for raw in error.errors(include_url=False)[:_MISTAKES]:
+        found += [one for one in _mistakes(dict(raw), kind) if not _alternative(one, found)]
     more = count - _MISTAKES
+    if len(found) == 1 and more <= 0:
+        return found[0]
     listed = "; ".join(f"{one.field or kind.__name__}: {one.cause} ({one.remedy})" for one in found[:_MISTAKES])
     listed += f"; and {more:,} more" if more > 0 else ""
     cause = f"{len(found) + max(more, 0):,} mistakes: {listed}"
     whole = ConfigError(cause, remedy="correct these fields", field=found[0].field)
     whole.mistakes = tuple(found)
     return whole
+
+
+def _alternative(mistake: ConfigError, found: list[ConfigError]) -> bool:
+    """Whether a wrong type was found before: of a union, pydantic reports each alternative."""
+    return any(one.field == mistake.field and "takes a mapping" in one.cause for one in found)
 
 
 def _mistakes(found: dict[str, Any], kind: type[BaseModel]) -> list[ConfigError]:
@@ -169,8 +176,26 @@ def _mistake(found: dict[str, Any], place: list[str], kind: type[BaseModel]) -> 
         return ConfigError(f"unknown field '{place[-1]}'", remedy=hint, field=field)
     if found["type"] == "missing":
         return ConfigError(f"'{field}' is missing", remedy="give it a value", field=field)
+    if found["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _wrong_tag(found, field)
+    if found["type"] in ("model_type", "model_attributes_type"):
+        cause = f"'{field}' takes a mapping of fields (got {_shown(found.get('input'))})"
+        names = sorted(_fields(kind, place))
+        return ConfigError(cause, remedy=f"its fields are {', '.join(names)}", field=field)
     cause = f"{printable(found['msg'])} (got {_shown(found.get('input'))})"
     return ConfigError(cause, remedy=f"correct '{field}' in {kind.__name__}", field=field)
+
+
+def _wrong_tag(found: dict[str, Any], field: str) -> ConfigError:
+    """A union of configs, such as `curation`, without the field that says which one it is, or with an unknown value."""
+    context = found["ctx"]
+    field, name = f"{field}.{context['discriminator'].strip(chr(39))}", context["discriminator"].strip("'")
+    if found["type"] == "union_tag_not_found":
+        return ConfigError(f"'{field}' is missing", remedy=f"set '{name}' beside the other fields", field=field)
+    tag, known = str(context["tag"]), context["expected_tags"]
+    near = difflib.get_close_matches(tag, re.findall(r"'([^']*)'", known), n=1, cutoff=0.6)
+    hint = f"did you mean '{near[0]}'?" if near else f"use one of {known}"
+    return ConfigError(f"unknown {name} '{one_line(tag, 80)}'", remedy=hint, field=field)
 
 
 def _shown(value: Any) -> str:

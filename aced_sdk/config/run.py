@@ -82,6 +82,29 @@ class DistillConfig(Config):
             )
         return self
 
+    def check_pool(self, pairs: int) -> None:
+        """Raise if a step draws more pairs than there are.
+
+        Raises:
+            ConfigError: naming the field to change.
+        """
+        candidates = self.curation.candidates
+        if pairs < candidates:
+            raise ConfigError(
+                f"a step draws {candidates} candidates, and {pairs} pairs can be drawn from",
+                remedy="make the batches smaller or the pool larger",
+                field="curation.super_batch" if candidates != self.curation.sub_batch else "curation.sub_batch",
+            )
+
+    @property
+    def unused(self) -> str | None:
+        """The frozen model that is named and that neither curation nor objective reads: a field's name, or None."""
+        if self.teacher is not None and not self.objective.needs_teacher:
+            return "teacher"
+        if self.reference is not None and not self.curation.needs_reference and self.reference not in self.teachers:
+            return "reference"
+        return None
+
     @property
     def teachers(self) -> tuple[Frozen | Stored, ...]:
         """Who teaches, in the terms' numbering: the reference where nobody else is named; () without distillation."""

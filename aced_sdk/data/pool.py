@@ -99,6 +99,11 @@ class Pool:
             yield shard, range(start, end)
             start = end
 
+    def name(self, row: int) -> str:
+        """A pair's key and shard, for messages."""
+        sample = self.samples[row]
+        return f"{printable(sample.key)} in {printable(self.shards[sample.shard])}"
+
     def read(self, row: int, extension: str, limit: int = MAX_BYTES) -> bytes | None:
         """The bytes of one member; None if the sample has none of that extension.
 

@@ -88,8 +88,13 @@ class Source(Protocol):
 class Decoding:
     """Decodes, resizes and tokenises when asked, on several threads.
 
+    Attributes:
+        seen: different pairs that were read.
+        bad: how many of them are unusable, by reason.
+
     Raises:
-        DataError: in `fetch`, when more than `max_bad_fraction` of at least 1,000 pairs were unusable.
+        DataError: in `fetch`, when more than `max_bad_fraction` of at least 1,000 pairs, or of the whole pool, are
+            unusable.
     """
 
     def __init__(self, pool: Pool, encoder: DualEncoder, config: Data) -> None:
@@ -98,6 +103,8 @@ class Decoding:
         self.config = config
         self.seen = 0
         self.bad: Counter[str] = Counter()
+        self._first = ""  # names the first unusable pair
+        self._met = np.zeros(len(pool), dtype=np.bool_)
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
 
     def usable(self) -> Rows:
@@ -119,9 +126,15 @@ class Decoding:
     def decode(self, rows: Sequence[int] | Rows) -> list[tuple[Tensor, str] | None]:
         """Resized uint8 picture and caption per row; None for an unusable pair, which is counted."""
         pairs = list(self._threads.map(self._one, [int(row) for row in rows]))
-        self.seen += len(pairs)
-        self.bad.update(pair for pair in pairs if isinstance(pair, str))
-        self._check()
+        for row, pair in zip(rows, pairs, strict=True):
+            if not self._met[row]:
+                self._met[row] = True
+                self.seen += 1
+                if isinstance(pair, str):
+                    self.bad[pair] += 1
+                    self._first = self._first or self.pool.name(int(row))
+        least = min(1000, len(self.pool))
+        check_bad(self.bad, self.seen, self.config.max_bad_fraction, least, self._first)
         return [None if isinstance(pair, str) else pair for pair in pairs]
 
     def _one(self, row: int) -> tuple[Tensor, str] | str:
@@ -132,9 +145,6 @@ class Decoding:
             return resized(self.pool, row, self.encoder, self.config.max_pixels), text
         except UnusablePair as reason:
             return str(reason)
-
-    def _check(self) -> None:
-        check_bad(self.bad, self.seen, self.config.max_bad_fraction)
 
 
 def resized(pool: Pool, row: int, encoder: DualEncoder, max_pixels: int) -> Tensor:
@@ -154,17 +164,25 @@ def resized(pool: Pool, row: int, encoder: DualEncoder, max_pixels: int) -> Tens
         raise UnusablePair(error.reason) from error
 
 
-def check_bad(bad: Counter[str], seen: int, bound: float, least: int = 1000) -> None:
-    """Stop where too many pairs are unusable.
+def check_bad(bad: Counter[str], seen: int, bound: float, least: int = 1, first: str = "") -> None:
+    """Raise if too many pairs are unusable.
+
+    Args:
+        bad: unusable pairs by reason.
+        seen: pairs that were read.
+        bound: largest fraction that may be unusable.
+        least: the bound holds from this many pairs on; before, only if no pair at all is usable.
+        first: the name of an unusable pair, for the message.
 
     Raises:
-        DataError: above `bound`, once `least` pairs were seen or nothing at all was usable.
+        DataError: if more are.
     """
     count = bad.total()
     if seen and count > bound * seen and (seen >= least or count == seen):
         reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(4))
+        example = f"; the first is {first}" if first else ""
         raise DataError(
-            f"{count} of {seen} pairs are unusable ({reasons})",
+            f"{count} of {seen} pairs are unusable ({reasons}{example})",
             remedy="repair the shards, or raise the bound if that is expected",
             field="data.max_bad_fraction",
         )
@@ -315,7 +333,7 @@ def prepare(
                 usable[batch.rows.numpy()] = True
                 if progress:
                     progress(int(rows[-1]) + 1, count)
-            check_bad(decoder.bad, count, config.max_bad_fraction, least=1)
+            check_bad(decoder.bad, count, config.max_bad_fraction)
             images.flush()
             np.save(temporary / _TOKENS, tokens)
             np.save(temporary / _USABLE, usable)

@@ -230,7 +230,7 @@ def _label(pool: Pool, row: int, kind: Kind, classes: int) -> list[str] | int | 
         return _labels(pool.read(row, "npy", 16 * classes + 4096), classes)
     text = (pool.read(row, "cls", _MAX_LABEL) or b"").strip()
     if not re.fullmatch(rb"-?[0-9]+", text):  # `int` also reads 1_0 as 10, and digits of other scripts
-        raise UnusablePair("no class")
+        raise UnusablePair("class is not a number" if text else "no class")
     label = int(text)
     if not 0 <= label < classes:
         raise UnusablePair("class out of range")

@@ -272,7 +272,10 @@ def parse_yaml(content: str, what: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         if isinstance(error, ReadError):
             raise
-        why = " ".join(str(error).split())  # PyYAML breaks lines
+        why = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())  # PyYAML breaks lines
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None and "\t" in "".join(content.split("\n")[mark.line : mark.line + 1])[: mark.column + 1]:
+            remedy = "indent with spaces, not with tabs"
         raise ReadError(f"{printable(what)} is not YAML: {printable(why)}", remedy=remedy) from None
 
 

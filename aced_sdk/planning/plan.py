@@ -58,11 +58,13 @@ def plan(config: DistillConfig) -> Plan:
     """Estimate a run without starting it.
 
     Raises:
+        ConfigError: if a step draws more pairs than the pool has.
         ModelError: if the student's architecture or a frozen model cannot be used.
         DataError: if the shards cannot be read.
         EvaluationError: if an evaluation task is missing or lacks a file.
     """
     pool = Pool(config.data.shards, caption_lines=config.data.caption_lines)
+    config.check_pool(len(pool))
     if (root := config.evaluation.data_root) is not None:
         for name in expand_names(config.evaluation.tasks):
             open_task(name, root)

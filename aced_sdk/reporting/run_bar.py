@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from aced_sdk.engine.events import Event, RunStarted, StepDone
+from aced_sdk.engine.events import Event, RunStarted, StepDone, StepSkipped, Warned
 from aced_sdk.files import one_line
 from aced_sdk.reporting.progress import Progress, first_rank, say
 
 
 class RunBar:
-    """Shows one bar at a time; off a terminal the plan alone, on another rank nothing."""
+    """Shows one bar at a time on a terminal, and writes the plan and warnings to standard error; on rank 0 only."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -38,11 +38,19 @@ class RunBar:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            if "plan" in event.facts and first_rank():
-                say(f"{one_line(self.title)}: {event.facts['plan']}")
+            if "plan" in event.facts:
+                self._say(str(event.facts["plan"]))
             self._open(self.title, event.steps, "steps", event.step)
         elif isinstance(event, StepDone) and self._bar is not None:
             self._bar.advance(event.step - self._bar.done, loss=event.loss)
+        elif isinstance(event, Warned):
+            self._say(f"warning: {event.cause}; {event.remedy}")
+        elif isinstance(event, StepSkipped) and event.in_a_row == 1:
+            self._say(f"warning: step {event.step} was skipped: {event.reason}")
+
+    def _say(self, line: str) -> None:
+        if first_rank():
+            say(f"{one_line(self.title)}: {one_line(line, 1000)}")
 
     def _open(self, what: str, total: int, unit: str, done: int) -> None:
         self._stack.close()

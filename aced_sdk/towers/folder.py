@@ -280,6 +280,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: if the folder or the file is missing or is not what it should be.
     """
+    if not os.path.lexists(folder):
+        raise ModelError(
+            f"there is no folder {printable(folder)}",
+            remedy="name a saved student (a run's is DIRECTORY/student), or `hf-hub:ORG/REPO` for a hub's model",
+        )
     if not os.path.lexists(folder / CONFIG):
         raise ModelError(
             f"{printable(folder)} is no model folder: it has no {CONFIG}", remedy="name a saved student folder"

@@ -57,7 +57,7 @@ class Run:
     """
 
     directory: Path
-    student: DualEncoder
+    student: DualEncoder = field(repr=False)
     step: int
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -157,13 +157,17 @@ def _start(
     parts.emit(RunStarted(step_of(resume_from) if resume_from else 0, config.schedule.steps, config.hash(), facts))
     if usable < len(pool) and resume_from is None:
         parts.emit(Warned(0, f"{len(pool) - usable} of {len(pool)} pairs are unusable and left out", _SKIPPED))
+    if config.unused is not None:
+        cause = f"the {config.unused} is not used by curation '{config.curation.method}' and this objective"
+        parts.emit(Warned(0, cause, f"set {config.unused} to null, or choose a curation or objective that reads it"))
     several, read = pool.many_lines() if config.data.caption_lines == "join" else (0, 1)
     if several > read / 2:
         parts.emit(Warned(0, f"{several} of {read} captions have several lines and are read as one text", _LINES))
     done = train(config, parts, resume_from)
     if isinstance(source, Decoding) and source.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.bad.most_common())
-        parts.emit(Warned(done.step, f"pairs were skipped as they were read: {reasons}", _SKIPPED))
+        cause = f"{source.bad.total()} of {source.seen} pairs were skipped as they were read: {reasons}"
+        parts.emit(Warned(done.step, cause, _SKIPPED))
     encoder.eval()
     counts = {"trained": done.trained, "scored": done.scored, "distilled": done.distilled}
     encoder.trained_with = config.objective.trained_with
@@ -241,12 +245,5 @@ def _drawable(config: DistillConfig, rows: Rows, reference: EmbeddingCache | Non
         embeddings = reference.rows(torch.from_numpy(rows), torch.device("cpu"))
         kept = static_filter(embeddings, config.curation.share, config.curation.loss)
         rows = rows[np.sort(kept.cpu().numpy())]
-    if len(rows) < config.curation.candidates:
-        raise ConfigError(
-            f"a step draws {config.curation.candidates} candidates, and the pool has {len(rows)} usable pairs",
-            remedy="make the batches smaller or the pool larger",
-            field="curation.super_batch"
-            if config.curation.candidates != config.curation.sub_batch
-            else "curation.sub_batch",
-        )
+    config.check_pool(len(rows))
     return rows

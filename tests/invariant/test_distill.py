@@ -325,6 +325,6 @@ def test_a_static_filter_draws_only_the_top_share(world: Path, tmp_path: Path) -
 
 
 def test_a_super_batch_larger_than_the_pool_is_refused(world: Path, tmp_path: Path) -> None:
-    curation = aced.Joint(sub_batch=32, super_batch=96, num_chunks=4)
-    with pytest.raises(ConfigError, match="draws 96 candidates, and the pool has 78"):
+    curation = aced.Joint(sub_batch=20, super_batch=80, num_chunks=4)
+    with pytest.raises(ConfigError, match="draws 80 candidates, and 78 pairs can be drawn from"):
         aced.distill(config(world, tmp_path / "run", curation=curation))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,10 @@ def test_the_command_has_every_verb() -> None:
         assert f" {verb} " in done.stdout
 
 
+def test_the_command_prints_its_version() -> None:
+    assert called("--version").strip() == f"aced-sdk {version('aced-sdk')}"
+
+
 def test_a_mistake_is_a_sentence_and_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("student: {architecture: ViT-B-32}\nshedule: {steps: 3}\n")
     done = process("plan", tmp_path / "config.yaml")
@@ -73,6 +78,15 @@ def test_errors_of_packages_that_cannot_import_this_one_read_alike(
             cli.main()
         assert caught.value.code == code
         assert capsys.readouterr().err.startswith(f"{type(error).__name__}: ")
+
+    def interrupt() -> None:
+        sys.exit(130)  # as typer does after Ctrl-C
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
+    assert "aced resume DIRECTORY" in capsys.readouterr().err
 
     def crash() -> None:
         raise KeyError("a defect")

@@ -164,3 +164,47 @@ def test_only_near_names_are_suggested() -> None:
     with pytest.raises(ConfigError) as caught:
         aced.DistillConfig(**{**VALUES, "objective": {"distillation": [{"los": "softmax"}]}})
     assert (caught.value.field, caught.value.remedy) == ("objective.distillation.0.los", "did you mean 'loss'?")
+
+
+@pytest.mark.parametrize(
+    ("curation", "cause", "remedy"),
+    [
+        ({"method": "joimt"}, "unknown method 'joimt'", "did you mean 'joint'?"),
+        ({"method": "best"}, "unknown method 'best'", "use one of 'iid', 'static', 'independent', 'joint'"),
+        ({"sub_batch": 3}, "'curation.method' is missing", "set 'method' beside the other fields"),
+    ],
+)
+def test_a_wrong_or_missing_method_is_named(curation: dict[str, Any], cause: str, remedy: str) -> None:
+    found = mistake(curation=curation)
+    assert (found.cause, found.remedy, found.field) == (cause, remedy, "curation.method")
+
+
+def test_a_text_instead_of_a_config_is_one_mistake_with_its_fields() -> None:
+    found = mistake(teacher="some/folder")
+    assert "'teacher' takes a mapping of fields" in found.cause
+    assert not found.mistakes
+    assert "model" in found.remedy
+
+
+def test_a_tab_in_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("student:\n\tarchitecture: x\n")
+    with pytest.raises(ConfigError, match="line 2, column 1") as caught:
+        aced.DistillConfig.from_yaml(tmp_path / "c.yaml")
+    assert caught.value.remedy == "indent with spaces, not with tabs"
+
+
+def test_a_frozen_model_that_nothing_reads_is_known() -> None:
+    reference = aced.Frozen(model="reference")
+    kd = aced.Objective(distillation=(aced.Distillation(),))
+    base = aced.DistillConfig(
+        student=aced.Student(architecture="ViT-B-32"),
+        data=aced.Data(shards="a.tar"),
+        schedule=aced.Schedule(steps=1),
+        directory="run",
+    )
+    assert base.unused is None
+    assert base.replace(reference=reference).unused == "reference"
+    assert base.replace(teacher=reference).unused == "teacher"
+    assert base.replace(reference=reference, objective=kd).unused is None
+    assert base.replace(reference=reference, curation=aced.Joint()).unused is None
+    assert base.replace(reference=reference, teacher=aced.Frozen(model="other"), objective=kd).unused == "reference"

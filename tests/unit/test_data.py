@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import io
 import tarfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,16 @@ def test_super_batches_replace_what_is_unusable_and_count_it(broken_pool: Pool, 
     assert set(range(64)) - set(seen) >= set(BROKEN)
     assert set(decoder.bad) == {"unreadable picture", "empty caption", "no picture", "caption is not UTF-8"}
     assert decoder.bad.total() >= len(BROKEN)
+
+
+def test_a_small_pool_with_too_many_unusable_pairs_ends_the_run(broken_pool: Pool, tower: DualEncoder) -> None:
+    assert len(broken_pool) < 1000
+    bound = (len(BROKEN) - 1) / 64
+    batches = SuperBatches(Decoding(broken_pool, tower, settings(broken_pool, max_bad_fraction=bound)), 16, seed=0)
+    with pytest.raises(DataError, match=rf"{len(BROKEN)} of 64 pairs are unusable .*the first is") as caught:
+        list(islice(batches, 8))  # the pool is read twice; each pair counts once
+    batches.close()
+    assert any(broken_pool.name(row) in str(caught.value) for row in BROKEN)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])

@@ -163,7 +163,7 @@ def test_a_retrieval_task_has_a_text_a_line_and_none_of_a_broken_picture(tmp_pat
         ("zeroshot_classification_templates.txt", "cannot read .*templates"),
         ("empty", "templates.txt is empty"),
         ("test/0.tar", "the task 'shapes' cannot be read"),
-        ("labels", r"1 of 1 samples .* unusable \(1 no class\)"),
+        ("labels", r"1 of 1 samples .* unusable \(1 class is not a number\)"),
         ("blank class", "line 3 of .*classnames.txt is blank"),
         ("no place", "no place for the class: 'a thing'"),
         ("unknown kind", "unknown kind of task: 'detection'"),

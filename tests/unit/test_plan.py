@@ -10,7 +10,7 @@ from tiny import distillation, encoder, write_pool
 
 import aced_sdk as aced
 from aced_sdk import towers
-from aced_sdk.errors import DataError, ModelError
+from aced_sdk.errors import ConfigError, DataError, ModelError
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,13 @@ def test_a_plan_is_one_readable_line(world: tuple[Path, Path], tmp_path: Path) -
 
 def test_a_plan_meets_the_mistakes_of_a_run(world: tuple[Path, Path], tmp_path: Path) -> None:
     pool, reference = world
+    small = distillation(tmp_path / "run", pool, reference)
+    with pytest.raises(ConfigError, match="a step draws 128 candidates, and 64 pairs can be drawn from") as caught:
+        aced.plan(small.replace(curation=small.curation.replace(super_batch=128)))
+    assert caught.value.field == "curation.super_batch"
     with pytest.raises(DataError, match="there is no shard"):
         aced.plan(distillation(tmp_path / "run", tmp_path / "none", reference))
-    with pytest.raises(ModelError, match="is no model folder"):
+    with pytest.raises(ModelError, match="there is no folder"):
         aced.plan(distillation(tmp_path / "run", pool, tmp_path / "none"))
 
 

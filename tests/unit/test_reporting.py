@@ -33,6 +33,7 @@ from aced_sdk.reporting.page import (
     thumbnail_uri,
     write_page,
 )
+from aced_sdk.reporting.run_bar import RunBar
 from aced_sdk.reporting.run_report import report
 from tests import tiny
 
@@ -60,6 +61,28 @@ def step(number: int, **values: Any) -> StepDone:
         }
         | values
     )
+
+
+# --- lines of a run ----------------------------------------------------------------------------------------------
+
+
+def test_warnings_of_a_run_are_lines_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def heard() -> str:
+        with RunBar("distil r") as bar:
+            bar(Warned(0, "3 of 9 pairs are unusable", "look at the shards"))
+            for in_a_row in (1, 2):
+                bar(StepSkipped(6 + in_a_row, "the loss was not finite", in_a_row))
+        return capsys.readouterr().err
+
+    monkeypatch.delenv("RANK", raising=False)
+    assert heard() == (
+        "distil r: warning: 3 of 9 pairs are unusable; look at the shards\n"
+        "distil r: warning: step 7 was skipped: the loss was not finite\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert heard() == ""
 
 
 # --- progress ----------------------------------------------------------------------------------------------------
