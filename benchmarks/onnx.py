@@ -39,8 +39,8 @@ import aced_sdk as aced
 import export
 from aced_sdk import towers
 from benchmarks.machine import emit, machine
-from export.parity import pictures
-from export.report import Precision
+from export.onnx.report import Precision
+from export.runtime.parity import pictures
 
 TOWERS = ("ViT-S-16", "ViT-B-32", "ViT-B-16", "MobileCLIP2-S0", "MobileCLIP-S1")
 BATCHES = (1, 8)

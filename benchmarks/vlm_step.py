@@ -32,8 +32,8 @@ from aced_sdk.config import Engine
 from aced_sdk.engine.events import Event, StepDone
 from benchmarks.machine import emit, machine
 from examples.quickstart.box import BoxConfig, build_box
-from vlm.adapters import prepare
-from vlm.rows import encode
+from vlm.data.rows import encode
+from vlm.model.adapters import prepare
 
 WARM_UP = 2
 STAGES = ("align", "adapt")

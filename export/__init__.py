@@ -7,44 +7,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.batcher import Batcher
-    from export.errors import ClosedError, EncoderError, FolderError, InputError, QueueFullError
-    from export.parity import Parity, verify_folder
-    from export.report import ExportError, ExportReport, GraphReport, Manifest
-    from export.runtime import OnnxEncoder
-    from export.save import to_onnx, verify
-    from export.search import Hit, Search
-    from export.timm_folder import TimmReport, to_timm
-    from export.transformers_folder import TransformersReport, to_transformers
-    from export.vlm_graph import VlmVisionReport, vlm_vision_to_onnx
-    from export.zero_shot import Guess, ZeroShot
+    from export.folders.to_timm import TimmReport, to_timm
+    from export.folders.to_transformers import TransformersReport, to_transformers
+    from export.onnx.report import ExportReport, GraphReport, Manifest
+    from export.onnx.save import to_onnx, verify
+    from export.onnx.vlm_vision import VlmVisionReport, vlm_vision_to_onnx
+    from export.runtime.batcher import Batcher
+    from export.runtime.encoder import OnnxEncoder
+    from export.runtime.errors import ClosedError, EncoderError, FolderError, InputError, QueueFullError
+    from export.runtime.parity import Parity, verify_folder
+    from export.runtime.search import Hit, Search
+    from export.runtime.zero_shot import Guess, ZeroShot
+    from export.writing import ExportError
 
 _HOME = {
-    "Batcher": "export.batcher",
-    "ClosedError": "export.errors",
-    "EncoderError": "export.errors",
-    "ExportError": "export.report",
-    "ExportReport": "export.report",
-    "FolderError": "export.errors",
-    "GraphReport": "export.report",
-    "Guess": "export.zero_shot",
-    "Hit": "export.search",
-    "InputError": "export.errors",
-    "Manifest": "export.report",
-    "OnnxEncoder": "export.runtime",
-    "Parity": "export.parity",
-    "QueueFullError": "export.errors",
-    "Search": "export.search",
-    "TimmReport": "export.timm_folder",
-    "TransformersReport": "export.transformers_folder",
-    "VlmVisionReport": "export.vlm_graph",
-    "ZeroShot": "export.zero_shot",
-    "to_onnx": "export.save",
-    "to_timm": "export.timm_folder",
-    "to_transformers": "export.transformers_folder",
-    "verify": "export.save",
-    "verify_folder": "export.parity",
-    "vlm_vision_to_onnx": "export.vlm_graph",
+    "Batcher": "export.runtime.batcher",
+    "ClosedError": "export.runtime.errors",
+    "EncoderError": "export.runtime.errors",
+    "ExportError": "export.writing",
+    "ExportReport": "export.onnx.report",
+    "FolderError": "export.runtime.errors",
+    "GraphReport": "export.onnx.report",
+    "Guess": "export.runtime.zero_shot",
+    "Hit": "export.runtime.search",
+    "InputError": "export.runtime.errors",
+    "Manifest": "export.onnx.report",
+    "OnnxEncoder": "export.runtime.encoder",
+    "Parity": "export.runtime.parity",
+    "QueueFullError": "export.runtime.errors",
+    "Search": "export.runtime.search",
+    "TimmReport": "export.folders.to_timm",
+    "TransformersReport": "export.folders.to_transformers",
+    "VlmVisionReport": "export.onnx.vlm_vision",
+    "ZeroShot": "export.runtime.zero_shot",
+    "to_onnx": "export.onnx.save",
+    "to_timm": "export.folders.to_timm",
+    "to_transformers": "export.folders.to_transformers",
+    "verify": "export.onnx.save",
+    "verify_folder": "export.runtime.parity",
+    "vlm_vision_to_onnx": "export.onnx.vlm_vision",
 }
 
 __all__ = [

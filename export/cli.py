@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from export.report import ExportReport
+    from export.onnx.report import ExportReport
 
 
 class Target(StrEnum):
@@ -121,7 +121,7 @@ def _export(
         for name, value in facts.items():
             typer.echo(f"{name:28} {value:.1e}" if isinstance(value, float) else f"{name:28} {value}")
     elif to is Target.vlm_vision:
-        from export.vlm_graph import vlm_vision_to_onnx
+        from export.onnx.vlm_vision import vlm_vision_to_onnx
 
         wanted: Any = [p.value for p in precision or [PrecisionName.fp32]]
         eyes = vlm_vision_to_onnx(
@@ -131,7 +131,7 @@ def _export(
             typer.echo(f"{graph.precision:8}{graph.bytes / 1e6:8.1f} MB  max abs {graph.max_abs:.1e}")
     else:
         from aced_sdk.files import read_text
-        from export.save import to_onnx
+        from export.onnx.save import to_onnx
 
         report = to_onnx(
             student,
@@ -186,20 +186,20 @@ def _print(report: ExportReport) -> None:
 
 
 def _verify(folder: Path, student: Path | None) -> None:
-    from export.parity import kind_of
+    from export.runtime.parity import kind_of
 
     if kind_of(folder) == "onnx_vlm_vision":
-        from export.vlm_graph import check_vlm_vision
+        from export.onnx.vlm_vision import check_vlm_vision
 
         check_vlm_vision(folder)
         typer.echo(f"{folder} is whole")
         return
     if student is not None:
-        from export.save import verify
+        from export.onnx.save import verify
 
         _print(verify(folder, student))
     else:
-        from export.parity import verify_folder
+        from export.runtime.parity import verify_folder
 
         typer.echo(f"{'part':8}{'format':8}{'max abs':>10}{'on export':>11}{'min cosine':>12}{'on export':>11}")
         for one in verify_folder(folder):

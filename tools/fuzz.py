@@ -37,7 +37,7 @@ from aced_sdk.errors import AcedError
 from aced_sdk.evaluation.tasks import load_task
 from aced_sdk.files import sha256
 from aced_sdk.towers import DualEncoder, build, save
-from export.manifest import manifest_digest
+from export.runtime.manifest import manifest_digest
 
 ARCHITECTURE: dict[str, Any] = {
     "embed_dim": 16,

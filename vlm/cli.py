@@ -30,7 +30,7 @@ def caption(
 ) -> None:
     """Say what is on each picture; one JSON object a line."""
     import vlm
-    from vlm.generating import CAPTION_PROMPT
+    from vlm.data.chat import CAPTION_PROMPT
 
     loaded, processor = vlm.load(model)
     for path, text in zip(

@@ -16,9 +16,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from aced_sdk.errors import UnsupportedError
-from vlm.chat import IMAGE
-from vlm.generating import answer
-from vlm.saving import load
+from vlm.data.chat import IMAGE
+from vlm.generation import answer
+from vlm.model.saving import load
 
 
 def manifest() -> ModelManifest:

@@ -37,15 +37,15 @@ from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.files import printable, read_json, tensor_digest, write_json
 from aced_sdk.reporting import JsonlWriter, Progress
 from aced_sdk.reporting.progress import say
-from vlm.adapters import base_of, check_adapters, check_saved, has_adapter, prepare, shown, snapshot, table
 from vlm.config import Adapt, Align, TuneConfig
-from vlm.data import Sample
-from vlm.language import reads
-from vlm.loss import AnswerLoss
-from vlm.pictures import Features, check_fit
-from vlm.rows import Batch, Row, batch_at, collate, fingerprint, make_rows, shares
-from vlm.skips import Skips
-from vlm.writing import check_adapter_savable, check_savable
+from vlm.data.pictures import Features, check_fit
+from vlm.data.rows import Batch, Row, batch_at, collate, fingerprint, make_rows, shares
+from vlm.data.samples import Sample
+from vlm.data.skips import Skips
+from vlm.model.adapters import base_of, check_adapters, check_saved, has_adapter, prepare, shown, snapshot, table
+from vlm.model.language import reads
+from vlm.model.loss import AnswerLoss
+from vlm.model.writing import check_adapter_savable, check_savable
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedModel

@@ -25,7 +25,7 @@ from benchmarks.vlm_quality.page import write
 from benchmarks.vlm_quality.run import run, tuning
 from examples.quickstart.box import BoxConfig, build_box
 from examples.quickstart.box.fetch import fetch_models
-from vlm.ranking import spread
+from vlm.probing.ranking import spread
 
 FIGURES = ("accuracy", "blind_accuracy", "cider", "blind_cider", "easy_accuracy", "blind_easy_accuracy")
 

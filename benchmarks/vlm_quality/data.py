@@ -18,7 +18,7 @@ from examples.quickstart.box import Box
 from examples.quickstart.box.fetch import fetch, home_folder, locked, unpack_wheel
 from examples.quickstart.box.questions import as_answer
 from examples.quickstart.box.sources import Package
-from vlm.data import Sample
+from vlm.data.samples import Sample
 
 EASY_VQA = Package(
     "easy-vqa",

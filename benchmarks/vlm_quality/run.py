@@ -13,7 +13,7 @@ import vlm
 from aced_sdk.errors import ConfigError
 from aced_sdk.files import write_json
 from benchmarks.vlm_quality.data import Exam
-from vlm.scoring import Metric
+from vlm.scoring.evaluate import Metric
 
 ASKED: dict[str, tuple[Metric, int]] = {
     "questions": ("accuracy", 6),

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from export.runtime import OnnxEncoder
+from export.runtime.encoder import OnnxEncoder
 
 
 def main(folder: str, precision: str, evaluation: str, tasks: str) -> None:

@@ -21,7 +21,7 @@ from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import UnsupportedError
 from export.cli import register
-from export.parity import TEXTS, pictures
+from export.runtime.parity import TEXTS, pictures
 
 ARCHITECTURE = {
     "embed_dim": 32,

@@ -19,7 +19,7 @@ import export
 from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, EvaluationError, UnsupportedError
-from export.parity import PATCH_PICTURES, TEXTS, pictures
+from export.runtime.parity import PATCH_PICTURES, TEXTS, pictures
 
 CONVOLUTIONAL = {
     "embed_dim": 16,
@@ -177,7 +177,7 @@ def test_tasks_are_compared_and_drops_refused(
     assert report.changes()["fp32"] == {"shapes": 0.0, "finding": 0.0}
 
     better = {"torch": {"shapes": 0.9}, "fp32": {"shapes": 0.9}, "int8": {"shapes": 0.8}}
-    monkeypatch.setattr("export.check.task_metrics", lambda *_: better)
+    monkeypatch.setattr("export.onnx.check.task_metrics", lambda *_: better)
     with pytest.raises(export.ExportError, match=r"int8 loses 0\.1000 of 'shapes', more than 0\.05"):
         export.to_onnx(student_folder, tmp_path / "o", max_zero_shot_drop=0.05, **options, parts=("vision",))
     assert export.verify(tmp_path / "o") == report  # the older export stays
@@ -198,7 +198,7 @@ def aced_main(student: towers.DualEncoder, tasks: list[Path]) -> dict[str, float
 def test_large_graphs_keep_their_weights_beside_them(
     student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.graphs.EXTERNAL_ABOVE", 10_000)
+    monkeypatch.setattr("export.onnx.graphs.EXTERNAL_ABOVE", 10_000)
     export.to_onnx(student_folder, tmp_path / "o", precisions=("fp32",), measure=False)
     graph, data = (tmp_path / f"o/onnx/vision_model.{name}" for name in ("onnx", "onnx_data"))
     assert graph.stat().st_size < data.stat().st_size

@@ -25,7 +25,7 @@ from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
 from aced_sdk.towers.huggingface import is_clip_vit, is_siglip_vit, siglip_vision_model
-from export.transformers_folder import BIAS_KEY
+from export.folders.to_transformers import BIAS_KEY
 
 TEXTS = ["a red apple", "Two apples, it's 12!", "a photo of a cat " * 9]
 ALONE = """

@@ -31,7 +31,7 @@ from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
 from aced_sdk.files import sha256
 from export.cli import register
-from export.parity import pictures
+from export.runtime.parity import pictures
 
 
 def language(folder: Path) -> Path:

@@ -24,8 +24,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import vlm
 from aced_sdk import towers
 from aced_sdk.config import Student
-from vlm.pictures import feature_shape, tower_features
-from vlm.rows import encode, messages
+from vlm.data.pictures import feature_shape, tower_features
+from vlm.data.rows import encode, messages
 
 Outside = Callable[[Tensor], Tensor]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

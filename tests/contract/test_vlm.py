@@ -28,11 +28,11 @@ from aced_sdk.engine.events import StepDone
 from aced_sdk.errors import DataError
 from aced_sdk.files import home
 from aced_sdk.towers.huggingface import clip_vision_model
-from vlm.adapters import base_of, table
 from vlm.cli import register
-from vlm.loss import AnswerLoss
-from vlm.pictures import Features, open_picture
-from vlm.rows import collate, encode, make_rows, messages
+from vlm.data.pictures import Features, open_picture
+from vlm.data.rows import collate, encode, make_rows, messages
+from vlm.model.adapters import base_of, table
+from vlm.model.loss import AnswerLoss
 
 WORDS = ["what", "colour", "is", "it", "this", "?", "red", "green", "blue", "yes", "no", "a", "picture", "of"]
 ROLES = ["user", "assistant", "system", "USER", "ASSISTANT", ":", "\n"]

@@ -17,10 +17,10 @@ import vlm
 from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.engine import Event
-from vlm.adapters import base_of
-from vlm.loss import AnswerLoss
-from vlm.pictures import Features
-from vlm.rows import collate, encode, make_rows, messages
+from vlm.data.pictures import Features
+from vlm.data.rows import collate, encode, make_rows, messages
+from vlm.model.adapters import base_of
+from vlm.model.loss import AnswerLoss
 from vlm.tuning import StageStarted
 
 

@@ -23,8 +23,8 @@ import vlm
 from aced_sdk.config import Engine
 from aced_sdk.engine import Event, checkpoints
 from tests.contract.test_vlm import language, student
-from vlm.adapters import base_of
-from vlm.rows import Row, shares
+from vlm.data.rows import Row, shares
+from vlm.model.adapters import base_of
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 STAGES = (0, 1, 2, 3)
@@ -32,7 +32,7 @@ NOTHING_WHOLE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 SECONDS = 90  # a hang is a failure
 # Forked from a process that has imported and computed nothing: threads do not outlive a fork, and imports take long.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["deepspeed", "peft", "vlm.building", "vlm.tuning", __name__])
+FORKS.set_forkserver_preload(["deepspeed", "peft", "vlm.model.building", "vlm.tuning", __name__])
 
 
 @pytest.fixture(scope="module")

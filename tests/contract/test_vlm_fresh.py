@@ -26,7 +26,7 @@ import vlm
 from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ModelError, UnsupportedError
-from vlm.rows import encode
+from vlm.data.rows import encode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_vlm import config, language, samples, student

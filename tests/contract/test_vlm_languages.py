@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import vlm
 from aced_sdk.errors import ModelError, UnsupportedError
-from vlm.adapters import prepare
-from vlm.loss import AnswerLoss
-from vlm.pictures import Features
-from vlm.rows import collate, make_rows
+from vlm.data.pictures import Features
+from vlm.data.rows import collate, make_rows
+from vlm.model.adapters import prepare
+from vlm.model.loss import AnswerLoss
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_vlm import language, samples, student

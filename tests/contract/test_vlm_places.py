@@ -14,10 +14,10 @@ from PIL import Image
 
 import vlm
 from aced_sdk.errors import DataError
-from vlm.chat import _TURNS, _template
-from vlm.generating import _inputs, _prompt, asked
-from vlm.rows import encode, make_rows, messages
-from vlm.skips import Skips
+from vlm.data.chat import _TURNS, _template
+from vlm.data.rows import encode, make_rows, messages
+from vlm.data.skips import Skips
+from vlm.generation import _inputs, _prompt, asked
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_vlm import config, language, samples, student
@@ -116,7 +116,7 @@ def test_turns_are_asked_with_their_system_prompt_and_the_pictures_up_to_them(
         heard.append(questions)
         return [_prompt(processor, one) for one in questions]  # what cannot be written fails here
 
-    monkeypatch.setattr("vlm.scoring.answers", listen)
+    monkeypatch.setattr("vlm.scoring.evaluate.answers", listen)
     vlm.evaluate(*model, [*placed(), *samples(1)])
     said, blind = heard
     assert len(blind) == sum(bool(one.images) for one in said)

@@ -17,7 +17,7 @@ from benchmarks.vlm_quality import data, page
 from benchmarks.vlm_quality.data import EASY_VQA, Exam, easy_vqa
 from benchmarks.vlm_quality.run import run, tuning
 from tests.contract.test_vlm import language, student
-from vlm.data import Sample
+from vlm.data.samples import Sample
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 

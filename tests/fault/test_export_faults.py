@@ -23,9 +23,10 @@ import export
 from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
-from export import check, graphs, parity
-from export.manifest import manifest_digest
-from export.pictures import Geometry, prepare
+from export.onnx import check, graphs
+from export.runtime import parity
+from export.runtime.manifest import manifest_digest
+from export.runtime.pictures import Geometry, prepare
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_places_that_cannot_be_used(student: Path, tmp_path: Path) -> None:
 def test_bad_graphs_leave_the_older_export(student: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "export.json").read_bytes()
     exact = onnx.load(folder / "onnx/vision_model.onnx")
-    monkeypatch.setattr("export.onnx_folder.float32_graph", lambda *_: exact)
+    monkeypatch.setattr("export.onnx.folder.float32_graph", lambda *_: exact)
     with pytest.raises(export.ExportError, match="int8 vision graph has a cosine of") as caught:
         export.to_onnx(student, folder, parts=("vision",), precisions=("int8",), min_cosine=1.0, measure=False)
     assert caught.value.field == "min_cosine"
@@ -277,7 +278,7 @@ def test_a_full_disk_and_a_closed_folder_are_said(
 
     with pytest.raises(export.ExportError, match=r"cannot be written to .*\[field: directory\]"):
         export.to_timm(student, folder / "export.json/below")
-    for writer in ("onnx.save_model", "export.timm_folder.save_tensors", "transformers.CLIPModel.save_pretrained"):
+    for writer in ("onnx.save_model", "export.folders.to_timm.save_tensors", "transformers.CLIPModel.save_pretrained"):
         monkeypatch.setattr(writer, full)
     for verb in (export.to_onnx, export.to_timm, export.to_transformers):
         target = folder if verb is export.to_onnx else tmp_path / "new"

@@ -34,7 +34,7 @@ from aced_sdk.errors import (
     ModelError,
     UnsupportedError,
 )
-from vlm.adapters import check_saved, snapshot
+from vlm.model.adapters import check_saved, snapshot
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 from test_vlm import config, language, samples, student

@@ -23,7 +23,7 @@ from aced_sdk import towers
 from aced_sdk.config import Student
 from aced_sdk.errors import ConfigError, DataError, ModelError
 from aced_sdk.processing.plain import to_rgb
-from vlm.pictures import open_picture, pixels_of
+from vlm.data.pictures import open_picture, pixels_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 from test_vlm import config, language, samples, student

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlm.metrics import caption_scores, tokens
+from vlm.scoring.captions import caption_scores, tokens
 
 Captions = list[tuple[str, list[str]]]
 

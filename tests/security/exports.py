@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import export
 from aced_sdk.errors import AcedError
 from export.cli import register
-from export.manifest import manifest_digest
+from export.runtime.manifest import manifest_digest
 
 VISION = "onnx/vision_model.onnx"
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

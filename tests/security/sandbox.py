@@ -26,9 +26,9 @@ _FORKS.set_forkserver_preload(
         "peft",
         "onnxruntime",
         "aced_sdk.verbs",
-        "vlm.saving",
+        "vlm.model.saving",
         "vlm.tuning",
-        "export.save",
+        "export.onnx.save",
     ]
 )
 

@@ -24,10 +24,10 @@ from numpy.lib import format as npy
 import export
 from aced_sdk import towers
 from aced_sdk.errors import AcedError
-from export import folder as cards
-from export.parity import TORCH
-from export.save import load_student
-from export.transformers_js import lay_beside
+from export import writing as cards
+from export.folders.transformers_js import lay_beside
+from export.runtime.parity import TORCH
+from export.student import load_student
 from tests.security.exports import VISION, command, manifest_of, model_of, pristine_export, put, sign, write_manifest
 from tests.security.sandbox import run
 

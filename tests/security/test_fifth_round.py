@@ -19,7 +19,7 @@ from aced_sdk.errors import CacheError, ConfigError, DataError, EvaluationError
 from aced_sdk.evaluation import tasks
 from aced_sdk.files.writing import alone
 from aced_sdk.processing.plain import PictureError, open_picture
-from export.cleaning import clean_text
+from export.runtime.cleaning import clean_text
 
 
 def test_a_folder_is_not_waited_for_by_its_own_holder(tmp_path: Path) -> None:

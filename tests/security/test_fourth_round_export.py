@@ -16,8 +16,8 @@ import onnx
 import pytest
 from onnx import AttributeProto, TensorProto, helper
 
-from export.arrays import read_arrays
-from export.cleaning import clean_text
+from export.runtime.arrays import read_arrays
+from export.runtime.cleaning import clean_text
 from tests.security.exports import VISION, constant, embed, model_of, pristine_export, put
 from tests.security.sandbox import run
 

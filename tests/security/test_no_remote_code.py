@@ -67,7 +67,7 @@ PICKLING = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "ma
 # The one place of a call that is refused everywhere else, and why it may be there.
 PLACES = {
     ("aced_sdk/files/reading.py", "yaml.load"): "with a SafeLoader, after aliases and tags were refused",
-    ("export/timm_folder.py", "timm.create_model"): "loads the safetensors folder that it has just written",
+    ("export/folders/to_timm.py", "timm.create_model"): "loads the safetensors folder that it has just written",
 }
 PICTURES = "aced_sdk/processing/plain/"
 

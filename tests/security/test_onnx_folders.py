@@ -46,7 +46,7 @@ def both(folder: str) -> None:
 
 def kind(folder: str) -> str:
     """What the command line reads first of a folder."""
-    from export.parity import kind_of
+    from export.runtime.parity import kind_of
 
     return kind_of(folder)
 

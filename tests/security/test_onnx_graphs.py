@@ -16,7 +16,7 @@ import pytest
 from onnx import helper
 
 import export
-from export import graph_file
+from export.runtime import graph_file
 from tests.security.exports import (
     FLOAT,
     INT64,
@@ -232,7 +232,7 @@ def test_graphs_that_fill_the_memory(folder: Path, model: Any) -> None:
 
 
 def _embed_in_little_memory(folder: str) -> tuple[int, ...]:
-    from export import sessions
+    from export.runtime import sessions
 
     sessions._MEMORY_SHARE = 2**28 / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return embed(folder)
@@ -262,7 +262,7 @@ def products(count: int, first: str) -> Any:
 
 
 def _embed_in_a_second(folder: str) -> tuple[int, ...]:
-    from export import sessions
+    from export.runtime import sessions
 
     sessions.SECONDS_PER_ROW = 1.0
     return embed(folder)

@@ -25,15 +25,15 @@ from aced_sdk.files import sha256
 from aced_sdk.processing import plain
 from aced_sdk.processing.plain import read_tokenizer
 from export import EncoderError, OnnxEncoder, ZeroShot, vlm_vision_to_onnx
-from export.arrays import read_arrays
-from export.errors import FolderError
-from export.graph_file import check_graph_file
-from export.manifest import manifest_digest
+from export.runtime.arrays import read_arrays
+from export.runtime.errors import FolderError
+from export.runtime.graph_file import check_graph_file
+from export.runtime.manifest import manifest_digest
 from tests.security.sandbox import run
 from tests.security.vlm_parts import edit, foreign, open_part, parts, refused
 from tests.tiny import exported
-from vlm.gguf_header import check_gguf
-from vlm.pictures import pixels_of
+from vlm.data.pictures import pixels_of
+from vlm.model.gguf_header import check_gguf
 
 __all__ = ["parts"]
 

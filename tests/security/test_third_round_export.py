@@ -16,8 +16,8 @@ from open_clip.tokenizer import basic_clean, whitespace_clean
 from PIL import Image
 
 import export
-from export.cleaning import clean_text
-from export.search import Search
+from export.runtime.cleaning import clean_text
+from export.runtime.search import Search
 from tests.security.exports import (
     VISION,
     constant,

@@ -18,9 +18,9 @@ import vlm
 from aced_sdk.errors import ModelError
 from tests.security.sandbox import run
 from tests.security.vlm_parts import edit, foreign, open_all, parts
-from vlm.card import card
-from vlm.hub import downloaded
-from vlm.scoring import KindScore, Scores
+from vlm.model.card import card
+from vlm.model.hub import downloaded
+from vlm.scores import KindScore, Scores
 
 __all__ = ["parts"]
 Parts = dict[str, Path]

@@ -15,7 +15,7 @@ import pytest
 
 import export
 from aced_sdk.errors import AcedError
-from export.vlm_graph import check_vlm_vision
+from export.onnx.vlm_vision import check_vlm_vision
 from tests.security.exports import command
 from tests.security.sandbox import canary, run
 

@@ -10,8 +10,8 @@ import pytest
 
 from aced_sdk.files import ReadError
 from tests.security.sandbox import run
-from vlm.gguf_header import check_gguf
-from vlm.language import load_language
+from vlm.model.gguf_header import check_gguf
+from vlm.model.language import load_language
 
 pytest.importorskip("gguf")
 U32, F32, STRING, ARRAY, U64 = 4, 6, 8, 9, 10

@@ -20,7 +20,7 @@ from aced_sdk.errors import AcedError, ConfigError, DataError
 from tests.security.sandbox import run
 from tests.tiny import picture, write_tar
 from vlm.cli import _line
-from vlm.pictures import check_shapes, open_picture
+from vlm.data.pictures import check_shapes, open_picture
 from vlm.tuning import _claim
 
 Json = dict[str, Any]

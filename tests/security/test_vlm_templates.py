@@ -14,10 +14,10 @@ import vlm
 from aced_sdk.errors import AcedError
 from tests.security.sandbox import run
 from tests.security.vlm_parts import foreign, parts, refused, samples
-from vlm import templates
-from vlm.chat import OWN_TEMPLATES
-from vlm.rows import encode, messages
-from vlm.templates import _worker, prompt_text
+from vlm.data import templates
+from vlm.data.chat import OWN_TEMPLATES
+from vlm.data.rows import encode, messages
+from vlm.data.templates import _worker, prompt_text
 
 __all__ = ["parts"]
 Parts = dict[str, Path]

@@ -17,7 +17,7 @@ from tiny import exported
 import aced_sdk as aced
 import export
 from aced_sdk.errors import InputError
-from export.parity import pictures
+from export.runtime.parity import pictures
 
 PICTURES = [picture.convert("RGB") for picture in pictures()[:3]]
 ONE = PICTURES[0]

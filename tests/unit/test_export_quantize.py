@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.quantize import int8_graph
-from export.report import ExportError
+from export.onnx.quantize import int8_graph
+from export.writing import ExportError
 
 WIDTH = 16
 

@@ -22,10 +22,10 @@ from tokenizers import Tokenizer
 
 import export
 from aced_sdk.towers import Preprocess
-from export.cleaning import CLEANINGS, clean_text
-from export.parity import TEXTS, pictures
-from export.pictures import Geometry
-from export.tokenizer import clip_tokenizer
+from export.onnx.tokenizer import clip_tokenizer
+from export.runtime.cleaning import CLEANINGS, clean_text
+from export.runtime.parity import TEXTS, pictures
+from export.runtime.pictures import Geometry
 
 FRESH = """
 import sys, time

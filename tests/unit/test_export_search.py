@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import exported
 
 import export
-from export.parity import TEXTS, Parity, _allowed, pictures
+from export.runtime.parity import TEXTS, Parity, _allowed, pictures
 
 
 def loaded(base: Path, seed: int) -> export.OnnxEncoder:

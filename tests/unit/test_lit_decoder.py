@@ -14,8 +14,8 @@ from tiny import encoder
 import vlm
 from aced_sdk.errors import ConfigError, DataError, EvaluationError
 from aced_sdk.towers import DualEncoder
-from vlm.probing import features, learn_tokens, turns
-from vlm.towers import open_tower
+from vlm.model.towers import open_tower
+from vlm.probing.lit import features, learn_tokens, turns
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 CONFIG = vlm.LitDecoder(width=32, layers=1, heads=2, vocabulary=400, steps=60, batch_size=16, learning_rate=1e-2)

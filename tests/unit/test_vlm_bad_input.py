@@ -14,9 +14,9 @@ from tiny import encoder
 import vlm
 from aced_sdk import towers
 from aced_sdk.errors import AcedError, ConfigError, DataError, EvaluationError
-from vlm.pictures import same_picture
-from vlm.rows import make_rows
-from vlm.scoring import deal
+from vlm.data.pictures import same_picture
+from vlm.data.rows import make_rows
+from vlm.scoring.evaluate import deal
 
 PICTURE = Image.new("RGB", (8, 8))
 
@@ -206,7 +206,7 @@ def test_encoders_come_as_a_list_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def trained(*_: Any) -> None:
         raise AssertionError("what cannot be scored was trained first")
 
-    monkeypatch.setattr("vlm.ranking.train", trained)
+    monkeypatch.setattr("vlm.probing.ranking.train", trained)
     long = [held_out[0], asked("long", "white", "why " * 200)]
     with pytest.raises(DataError, match="do not fit into 128 places: 'why why"):
         vlm.rank_encoders(folders, learned, long, plan)

@@ -15,8 +15,8 @@ from PIL import Image
 
 import vlm
 from aced_sdk.errors import DataError
-from vlm.conversation import messages, pictures_of_turn
-from vlm.data import Samples
+from vlm.data.conversation import messages, pictures_of_turn
+from vlm.data.samples import Samples
 
 Json = dict[str, Any]
 PICTURE = Image.new("RGB", (8, 8))

@@ -14,11 +14,11 @@ from PIL import Image
 
 import vlm
 from aced_sdk.errors import ConfigError, DataError, EvaluationError
-from vlm.data import Samples
-from vlm.loss import attention_mask
-from vlm.pictures import open_picture
-from vlm.rows import IGNORED, Row, batch_at, collate
-from vlm.scoring import deal, normalised, right
+from vlm.data.pictures import open_picture
+from vlm.data.rows import IGNORED, Row, batch_at, collate
+from vlm.data.samples import Samples
+from vlm.model.loss import attention_mask
+from vlm.scoring.evaluate import deal, normalised, right
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (200, 30, 30)) -> Path:

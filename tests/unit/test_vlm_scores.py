@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vlm
 from aced_sdk.errors import EvaluationError
-from vlm.vqa import vqa_normalised
+from vlm.scoring.vqa import vqa_normalised
 
 
 @pytest.mark.parametrize(

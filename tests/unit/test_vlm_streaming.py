@@ -20,8 +20,8 @@ import vlm
 from aced_sdk.errors import DataError
 from aced_sdk.files import printable
 from vlm.cli import register
-from vlm.generating import _inputs, _prompt, _Words, asked
-from vlm.rows import encode
+from vlm.data.rows import encode
+from vlm.generation import _inputs, _prompt, _Words, asked
 
 MARKS = ["<s>", "<|im_start|>", "<|im_end|>"]
 PICTURE = Image.new("RGB", (16, 16), (200, 20, 20))
