@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,20 +13,29 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal
 
-from aced_sdk.cache import EmbeddingCache, default_directory, stored_fingerprint, write_cache, write_stored
-from aced_sdk.config import Data, DistillConfig, Engine, Stored
+from aced_sdk.cache import EmbeddingCache, FrozenModel, FrozenSource, default_directory
+from aced_sdk.config import Data, DistillConfig, Engine, Frozen, Stored
 from aced_sdk.data import Pool
-from aced_sdk.engine import Callback, checkpoints, newest_intact, pick_device, read_checkpoint_state, step_of
-from aced_sdk.engine.events import Evaluated, Event
+from aced_sdk.engine import (
+    Callback,
+    checkpoints,
+    newest_intact,
+    pick_device,
+    read_checkpoint_state,
+    step_of,
+    thread_limit,
+)
+from aced_sdk.engine.events import Event
 from aced_sdk.errors import ConfigError, EngineError
-from aced_sdk.evaluation import EvaluateEvery, evaluate, expand_names, load_task
+from aced_sdk.evaluation import EvaluateEvery, evaluate, expand_names, load_task, open_task
 from aced_sdk.files import alone, inside, one_line, printable
-from aced_sdk.planning import Plan, plan
+from aced_sdk.planning import Plan, estimate
 from aced_sdk.reporting import JsonlWriter, read_events
 from aced_sdk.reporting.run_bar import RunBar
 from aced_sdk.reporting.run_report import report
 from aced_sdk.towers import DualEncoder, load
-from aced_sdk.training.run import CONFIG, STUDENT, Run, start
+from aced_sdk.training.events import Evaluated
+from aced_sdk.training.run import CONFIG, STUDENT, Run, assemble, open_inputs, train_and_save
 
 EVENTS = "events.jsonl"
 
@@ -150,30 +159,63 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
     with (
         JsonlWriter(events) as writer,
         RunBar(f"distil {config.directory.name}") as bar,
+        thread_limit(config.engine.threads),
     ):
         writer.truncate_after(step_of(resume_from) if resume_from else -1)
-        evaluated = {
-            t: m for row in read_events(events) if row["event"] == "evaluated" for t, m in row["metrics"].items()
-        }
+        evaluated = _evaluated(events)
+        inputs = open_inputs(config, resume_from)
+        listeners: list[Callback] = [writer, bar, evaluated, *callbacks]
+        first = _evaluation(config, inputs.student, listeners)
+        cost = estimate(config, inputs.pool, inputs.student, inputs.frozen)
+        parts = assemble(config, inputs, bar.watch)
+        parts.callbacks += [*first, *listeners]
+        run = train_and_save(config, parts, resume_from, {"plan": str(cost)})
+    return replace(run, metrics=run.metrics | {"evaluation": evaluated.metrics})
 
-        def remember(event: Event) -> None:
-            if isinstance(event, Evaluated):
-                evaluated.update(event.metrics)
 
-        listeners: list[Callback] = [writer, bar, remember, *callbacks]
+class _Evaluated:
+    """Remembers the last metrics of each task."""
 
-        def listen(encoder: DualEncoder) -> list[Callback]:
-            held_out = config.evaluation
-            if not held_out.tasks or held_out.data_root is None:
-                return listeners
-            tasks = [
-                load_task(name, held_out.data_root, encoder, max_bad_fraction=held_out.max_bad_fraction)
-                for name in expand_names(held_out.tasks)
-            ]
-            return [EvaluateEvery(encoder, tasks, held_out.every or config.schedule.steps, listeners), *listeners]
+    def __init__(self, metrics: dict[str, dict[str, float]]) -> None:
+        self.metrics = metrics
 
-        run = start(config, listen, resume_from, bar.watch, {"plan": str(plan(config))})
-    return replace(run, metrics=run.metrics | {"evaluation": evaluated})
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Evaluated):
+            self.metrics.update(event.metrics)
+
+
+def _evaluated(events: Path) -> _Evaluated:
+    """Those of an interrupted run, from its log."""
+    rows = [row for row in read_events(events) if row["event"] == "evaluated"]
+    return _Evaluated({task: metrics for row in rows for task, metrics in row["metrics"].items()})
+
+
+def _evaluation(config: DistillConfig, student: DualEncoder, listeners: Sequence[Callback]) -> list[Callback]:
+    """The callback that evaluates while training, if the config names tasks; they are read now."""
+    held_out = config.evaluation
+    if not held_out.tasks or held_out.data_root is None:
+        return []
+    tasks = [
+        load_task(name, held_out.data_root, student, max_bad_fraction=held_out.max_bad_fraction)
+        for name in expand_names(held_out.tasks)
+    ]
+    return [EvaluateEvery(student, tasks, held_out.every or config.schedule.steps, listeners)]
+
+
+def plan(config: DistillConfig) -> Plan:
+    """Estimate the cost of a run, and check its data, models and tasks, without starting it.
+
+    Raises:
+        ConfigError: if a step draws more pairs than the pool has.
+        ModelError: if the student's architecture or a frozen model cannot be used.
+        DataError: if the shards cannot be read.
+        EvaluationError: if an evaluation task is missing or lacks a file.
+    """
+    inputs = open_inputs(config)
+    if (root := config.evaluation.data_root) is not None:
+        for name in expand_names(config.evaluation.tasks):
+            open_task(name, root)
+    return estimate(config, inputs.pool, inputs.student, inputs.frozen)
 
 
 @contextmanager
@@ -210,12 +252,12 @@ def cache_embeddings(
         given = [data] if isinstance(data, str | PathLike) else data
         data = Data(shards=tuple(fspath(shard) for shard in given))
     pool = Pool(data.shards, caption_lines=data.caption_lines)
-    write: Callable[..., EmbeddingCache]
-    if isinstance(model, Stored):
-        fingerprint, write = stored_fingerprint(model), partial(write_stored, model)
+    source: FrozenSource
+    if isinstance(model, DualEncoder):
+        source = FrozenModel.of(model)
     else:
-        encoder = model if isinstance(model, DualEncoder) else load(model).to(pick_device(Engine(), 0))
-        fingerprint, write = encoder.fingerprint(), partial(write_cache, encoder)
-    target = Path(directory) if directory is not None else default_directory(fingerprint, pool)
+        config = model if isinstance(model, Stored) else Frozen(model=fspath(model))
+        source = config.build().to(pick_device(Engine(), 0))
+    target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
     with RunBar("cache embeddings") as bar:
-        return write(pool, target, data, batch_size, partial(bar.watch, "cache embeddings"), dtype=dtype)
+        return source.write(pool, target, data, batch_size, partial(bar.watch, "cache embeddings"), dtype)

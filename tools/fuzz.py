@@ -233,7 +233,7 @@ def targets(world: World) -> dict[str, Target]:
         pool = Pool([folder / "0.tar"], caption_lines="first" if dice.random() < 0.5 else "join")
         decoder = Decoding(pool, world.encoder, Data(shards=("x",), max_bad_fraction=0.7))
         decoder.fetch(np.arange(len(decoder.pool)))
-        return "skipped" if decoder.bad else "read"
+        return "skipped" if decoder.skipped else "read"
 
     def onnx(folder: Path, dice: random.Random) -> str:
         given = dice.choice(VALUES)

@@ -320,7 +320,7 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
             run.tokens += sum(len(row.ids) for row in chosen)
             losses.append(loss)
             seconds = time.perf_counter() - began
-            run.emit(StepDone(run.step, loss, {stage.stage: loss}, rate, norm, run.samples, 0, seconds, 0.0))
+            run.emit(StepDone(run.step, loss, {stage.stage: loss}, rate, norm, run.samples, seconds, 0.0))
         due = (step + 1) % config.engine.checkpoint_every == 0 and bad_in_a_row == 0
         if due or step + 1 == stage.steps:
             saved = save_checkpoint(

@@ -2,13 +2,18 @@
 """Embeddings of frozen models, one file per shard, bound to model, preprocessing and shard contents."""
 
 from aced_sdk.cache.embeddings import EmbeddingCache, default_directory, open_cache
+from aced_sdk.cache.frozen import FrozenModel, FrozenSource, build_frozen, open_or_write
 from aced_sdk.cache.stored import stored_fingerprint, stored_width, write_stored
 from aced_sdk.cache.writing import write_cache
 
 __all__ = [
     "EmbeddingCache",
+    "FrozenModel",
+    "FrozenSource",
+    "build_frozen",
     "default_directory",
     "open_cache",
+    "open_or_write",
     "stored_fingerprint",
     "stored_width",
     "write_cache",

@@ -92,7 +92,7 @@ def write_stored(
         shards=bound_shards(pool),
         dtype=dtype or "fp16",
     )
-    bad: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
 
     def one(row: int) -> tuple[Vectors, Vectors] | str:
         try:
@@ -104,13 +104,13 @@ def write_stored(
 
         def read(rows: Rows) -> Embedded:
             pairs = list(threads.map(one, rows.tolist()))
-            bad.update(pair for pair in pairs if isinstance(pair, str))
+            skipped.update(pair for pair in pairs if isinstance(pair, str))
             good = [place for place, pair in enumerate(pairs) if not isinstance(pair, str)]
             found = np.array([pairs[place] for place in good], dtype=np.float32).reshape(-1, 2, width)
             return Embedded(torch.from_numpy(rows[good]), *torch.from_numpy(found).unbind(1))
 
         cache = write_parts(directory, manifest, pool, read, lambda embedded: embedded, batch_size, progress, dtype)
-    check_usable(cache, bad, data)
+    check_usable(cache, skipped, data)
     return cache
 
 

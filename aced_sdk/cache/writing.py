@@ -30,7 +30,7 @@ from aced_sdk.cache.parts import (
     write_part,
 )
 from aced_sdk.config import Data
-from aced_sdk.data import Decoding, Pool, SuperBatch, check_bad
+from aced_sdk.data import Decoding, Pool, SuperBatch, check_skipped
 from aced_sdk.data.source import Rows
 from aced_sdk.errors import CacheError, ModelError
 from aced_sdk.files import alone, one_line, printable, write_json
@@ -108,7 +108,7 @@ def write_cache(
         return Embedded(batch.rows, image, text)
 
     cache = write_parts(directory, manifest, pool, decoder.fetch, embed, batch_size, progress, dtype)
-    check_usable(cache, decoder.bad, data)
+    check_usable(cache, decoder.skipped, data)
     return cache
 
 
@@ -171,15 +171,15 @@ def write_parts(
         return EmbeddingCache(directory, manifest, [len(rows) for rows in shards], verified=True)
 
 
-def check_usable(cache: EmbeddingCache, bad: Counter[str], data: Data) -> None:
-    """Stop where too many pairs are unusable; `bad` has the reasons, if all were met in this call.
+def check_usable(cache: EmbeddingCache, skipped: Counter[str], data: Data) -> None:
+    """Raise if too many pairs are unusable; `skipped` has the reasons, if all were met in this call.
 
     Raises:
         DataError: above the bound.
     """
     unusable = int((~cache.usable).sum())
-    reasons = bad if bad.total() == unusable else Counter(unusable=unusable)
-    check_bad(reasons, len(cache.usable), data.max_bad_fraction)
+    reasons = skipped if skipped.total() == unusable else Counter(unusable=unusable)
+    check_skipped(reasons, len(cache.usable), data.max_bad_fraction)
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from aced_sdk.config.base import Config
+from aced_sdk.config.base import Component
 from aced_sdk.errors import ConfigError
+from aced_sdk.files import one_line
 
 Score = Literal["learnability", "easy_reference", "hard_learner"]
 LossForm = Literal["sigmoid", "softmax"]
@@ -17,7 +20,16 @@ _AUTO = "auto: sigmoid if every model that is scored was trained with the sigmoi
 MAX_BATCH = 2**24
 
 
-class _Selection(Config):
+class Curation(Component):
+    """Base of the curation configs.
+
+    Subclasses set `method`, the name used in YAML, and `target`, the selector that they build
+    (`aced_sdk.curation.Selector`). A subclass outside this package is known once its module is imported.
+    """
+
+    methods: ClassVar[dict[str, type[Curation]]] = {}
+
+    method: str = ""
     sub_batch: int = Field(256, gt=0, le=MAX_BATCH, description="b: examples trained on in a step")
 
     @property
@@ -35,15 +47,45 @@ class _Selection(Config):
         """Whether the reference's embeddings are read."""
         return False
 
+    @property
+    def filters_pool(self) -> bool:
+        """Whether pairs are chosen once, before training, and not in each step."""
+        return False
 
-class Iid(_Selection):
+    @property
+    def scoring_side(self) -> int | None:
+        """Side in pixels at which the student scores, if that is not its own size."""
+        return None
+
+    @property
+    def cheap_fraction(self) -> float:
+        """Fraction of a sub-batch that is trained at `scoring_side`."""
+        return 0.0
+
+    @property
+    def collapse_level(self) -> float:
+        """Warn if the effective pool size falls below this fraction of what uniform draws give; 0: never."""
+        return 0.0
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if name := cls.model_fields["method"].default:
+            Curation.methods[name] = cls
+
+
+class Iid(Curation):
     """No curation: every drawn example is trained on."""
+
+    target: ClassVar[str] = "aced_sdk.curation.selectors:Selector"
 
     method: Literal["iid"] = "iid"
 
 
-class StaticFilter(_Selection):
+class StaticFilter(Curation):
     """An offline filter: only the top share of the pool by the reference's own pair score is ever drawn."""
+
+    target: ClassVar[str] = "aced_sdk.curation.selectors:StaticSelector"
 
     method: Literal["static"] = "static"
     share: float = Field(0.2, gt=0, le=1, description="share of the pool that is kept")
@@ -53,8 +95,14 @@ class StaticFilter(_Selection):
     def needs_reference(self) -> bool:
         return True
 
+    @property
+    def filters_pool(self) -> bool:
+        return True
 
-class _Scored(_Selection):
+
+class Scored(Curation):
+    """Base of the curations that score a super-batch in each step."""
+
     super_batch: int = Field(1280, gt=0, le=MAX_BATCH, description="B: examples scored in a step")
     score: Score = Field("learnability", description="learnability (H-ACID), easy_reference (I-ACID) or hard_learner")
     loss: SelectionLoss = Field("auto", description=f"form of the loss in the scores; {_AUTO}")
@@ -106,6 +154,14 @@ class _Scored(_Selection):
         return 0.0 if self.collapse_margin == 0 else 1 - self.filter_ratio * (1 - self.collapse_margin)
 
     @property
+    def scoring_side(self) -> int | None:
+        return self.scoring_size if self.needs_student else None
+
+    @property
+    def cheap_fraction(self) -> float:
+        return 0.0 if self.scoring_side is None else self.scoring_share
+
+    @property
     def filter_ratio(self) -> float:
         """f = 1 - b/B."""
         return 1 - self.sub_batch / self.super_batch
@@ -123,14 +179,18 @@ class _Scored(_Selection):
         return self.score != "hard_learner"
 
 
-class Independent(_Scored):
+class Independent(Scored):
     """Every example scored by its own pair loss alone; the baseline of the joint sampler."""
+
+    target: ClassVar[str] = "aced_sdk.curation.selectors:IndependentSelector"
 
     method: Literal["independent"] = "independent"
 
 
-class Joint(_Scored):
+class Joint(Scored):
     """Joint example selection in chunks (JEST, Algorithm 1), the sampler of ACID and ACED."""
+
+    target: ClassVar[str] = "aced_sdk.curation.selectors:JointSelector"
 
     method: Literal["joint"] = "joint"
     num_chunks: int = Field(16, gt=0, description="n: the sub-batch is drawn in n chunks of b/n")
@@ -146,4 +206,23 @@ class Joint(_Scored):
         return self
 
 
-Curation = Annotated[Iid | StaticFilter | Independent | Joint, Field(discriminator="method")]
+def _of_method(value: Any) -> Any:
+    """The curation that a mapping's `method` names.
+
+    Raises:
+        ConfigError: if it names none.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if "method" not in value:
+        raise ConfigError("'method' is missing", remedy=f"use one of {', '.join(Curation.methods)}", field="method")
+    method = one_line(value["method"], 80)
+    if method not in Curation.methods:
+        near = difflib.get_close_matches(method, Curation.methods, n=1, cutoff=0.6)
+        hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(Curation.methods)}"
+        raise ConfigError(f"unknown method '{method}'", remedy=hint, field="method")
+    return Curation.methods[method](**value)
+
+
+AnyCuration = Annotated[SerializeAsAny[Curation], BeforeValidator(_of_method)]
+"""The type of a field that takes any curation."""

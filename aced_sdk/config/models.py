@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from aced_sdk.config.base import Config, JsonObject
+from aced_sdk.config.base import Component, Config, JsonObject
 from aced_sdk.config.curation import LossForm
 
 CaptionLines = Literal["join", "first"]
@@ -41,15 +41,19 @@ class Student(Config):
     )
 
 
-class Frozen(Config):
+class Frozen(Component):
     """A frozen dual encoder that serves as reference or teacher through its cached embeddings."""
+
+    target: ClassVar[str] = "aced_sdk.cache.frozen:FrozenModel"
 
     model: str = Field(description="folder of a dual encoder, or an open_clip name such as `hf-hub:ORG/REPO`")
     cache: Path | None = Field(None, description="folder of its embedding cache; default: beside the run's caches")
 
 
-class Stored(Config):
+class Stored(Component):
     """Embeddings that the shards themselves carry in `KEY.npz`, as DataCompDR's do; no model is loaded."""
+
+    target: ClassVar[str] = "aced_sdk.cache.frozen:StoredEmbeddings"
 
     scale: float = Field(gt=0, description="scale on cosine similarities: the factor, not its logarithm")
     bias: float = Field(0.0, description="bias of a sigmoid-trained model; 0 for a softmax-trained one")

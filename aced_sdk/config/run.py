@@ -9,7 +9,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from aced_sdk.config.base import Config
-from aced_sdk.config.curation import Curation, Iid
+from aced_sdk.config.curation import AnyCuration, Iid
 from aced_sdk.config.engine import Engine, Optimizer, Schedule
 from aced_sdk.config.models import Data, Frozen, Stored, Student
 from aced_sdk.config.objective import Objective
@@ -42,7 +42,7 @@ class DistillConfig(Config):
     teacher: Frozen | Stored | tuple[Frozen | Stored, ...] | None = Field(
         None, description="one, or several that terms name by number; None with a distillation term: the reference"
     )
-    curation: Curation = Iid()
+    curation: AnyCuration = Iid()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule

@@ -10,63 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from aced_sdk.config import Curation, Independent, Joint
-from aced_sdk.curation.scores import doubts, weights_of
 from aced_sdk.errors import CurationError
-from aced_sdk.towers.embeddings import Embeddings
 
 COLLAPSE_REMEDY = "lower curation.gain or the filter ratio (a smaller curation.super_batch), or enlarge the pool"
 """What to do about `DrawStatistics.collapsed`."""
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""The quantiles that `score_quantiles` gives."""
-
-
-@torch.no_grad()
-def score_quantiles(
-    config: Curation, student: Embeddings | None, reference: Embeddings | None, picked: Tensor
-) -> dict[str, tuple[float, ...]]:
-    """How the scores of a super-batch lie, and those of the pairs picked from it.
-
-    A pair's score is its own log-weight before anything is picked, without the gain: the diagonal of the joint score
-    (JEST, arXiv 2406.17711, section 3). O(N D) for N candidates.
-
-    Args:
-        config: which score and which form of the loss.
-        student: embeddings of the candidates, where the config needs them.
-        reference: likewise.
-        picked: int64 [b], places among the candidates.
-
-    Returns:
-        `QUANTILES` of "candidates" and of "picked"; nothing where a config scores no candidates.
-
-    Raises:
-        CurationError: as `select`.
-    """
-    if not isinstance(config, Independent | Joint):
-        return {}
-    scores = weights_of(student, reference, config.score, config.loss).current()
-    at = scores.new_tensor(QUANTILES)
-    both = torch.stack([torch.quantile(part, at) for part in (scores, scores[picked.to(scores.device)])])
-    candidates, chosen = both.tolist()  # one wait for the device
-    return {"candidates": tuple(candidates), "picked": tuple(chosen)}
-
-
 _MANY = 1e6  # draws of each pair, from which on chance makes no difference
-
-
-@torch.no_grad()
-def doubts_of(config: Curation, student: Embeddings | None, reference: Embeddings | None) -> tuple[str, str] | None:
-    """Cause and remedy if selection by this config is close to random; see `aced_sdk.curation.scores.doubts`.
-
-    Raises:
-        CurationError: as `select`.
-    """
-    if not isinstance(config, Independent | Joint):
-        return None
-    return doubts(weights_of(student, reference, config.score, config.loss), config.gain)
 
 
 def even_pool_size(draws: int, pairs: int) -> float:
@@ -96,16 +46,12 @@ class DrawSummary:
         unique_coverage: share of the pool drawn at least once.
         top_decile_share: share of all draws that fell on the most drawn tenth of the pool; 0.1 if all are drawn alike.
         effective_pool_size: exp of the entropy of the draws, in pairs; the pool's size if all are drawn alike.
-        noisy_drawn: share of known-noisy pairs among the draws; None if it is not known which pairs are noisy.
-        noisy_pool: their share of the pool.
     """
 
     draws: int
     unique_coverage: float
     top_decile_share: float
     effective_pool_size: float
-    noisy_drawn: float | None
-    noisy_pool: float | None
 
 
 class DrawStatistics:
@@ -113,31 +59,20 @@ class DrawStatistics:
 
     Args:
         num_pairs: pairs in the pool.
-        noisy: bool [num_pairs], where it is known which pairs are noisy.
 
     Raises:
-        CurationError: if the sizes do not fit.
+        CurationError: if the pool is empty.
     """
 
-    def __init__(self, num_pairs: int, *, noisy: npt.NDArray[np.bool_] | None = None) -> None:
+    def __init__(self, num_pairs: int) -> None:
         if num_pairs < 1:
             raise CurationError(f"a pool of {num_pairs} pairs", remedy="give a pool with pairs", field="num_pairs")
-        if noisy is not None and noisy.shape != (num_pairs,):
-            raise CurationError(
-                f"noise marks of shape {list(noisy.shape)} for {num_pairs} pairs",
-                remedy="give one bool for each pair of the pool",
-                field="noisy",
-            )
-        self._noisy = noisy
-        self._noisy_share = None if noisy is None else float(noisy.mean())
         self._count(np.zeros(num_pairs, dtype=np.int32))
 
     def _count(self, counts: npt.NDArray[np.int32]) -> None:
         self._counts = counts
-        # How many pairs were drawn k times: all measures but those of noise follow from it, without a
-        # pass over the pool.
+        # How many pairs were drawn k times: all measures follow from it, without a pass over the pool.
         self._tally = np.bincount(counts)
-        self._noisy_draws = 0 if self._noisy is None else int(counts[self._noisy].sum(dtype=np.int64))
 
     @property
     def counts(self) -> npt.NDArray[np.int32]:
@@ -168,8 +103,6 @@ class DrawStatistics:
             self._tally = np.concatenate([self._tally, np.zeros(2 * most + 1 - len(self._tally), dtype=np.int64)])
         np.subtract.at(self._tally, before, 1)
         np.add.at(self._tally, after, 1)
-        if self._noisy is not None:
-            self._noisy_draws += int(times[self._noisy[pairs]].sum())
 
     def summary(self) -> DrawSummary:
         """The measures of all draws so far; zeros before the first. O(draws of the most drawn pair)."""
@@ -178,7 +111,7 @@ class DrawStatistics:
         often = self._tally[times]
         draws = int(times @ often)
         if draws == 0:
-            return DrawSummary(0, 0.0, 0.0, 0.0, None, self._noisy_share)
+            return DrawSummary(0, 0.0, 0.0, 0.0)
         top = max(1, round(pairs / 10))
         in_top = np.diff(np.minimum(np.cumsum(often), top), prepend=0)
         return DrawSummary(
@@ -186,8 +119,6 @@ class DrawStatistics:
             unique_coverage=(pairs - int(self._tally[0])) / pairs,
             top_decile_share=int(times @ in_top) / draws,
             effective_pool_size=draws * math.exp(-float(often @ (times * np.log(np.maximum(times, 1)))) / draws),
-            noisy_drawn=None if self._noisy is None else self._noisy_draws / draws,
-            noisy_pool=self._noisy_share,
         )
 
     def collapsed(self, below: float) -> str | None:

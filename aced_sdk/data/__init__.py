@@ -2,7 +2,7 @@
 """Pairs in, super-batches out, with an exact position to resume from."""
 
 from aced_sdk.data.pool import Pool, UnusablePair
-from aced_sdk.data.source import Decoding, Prepared, Source, SuperBatch, check_bad, prepare
+from aced_sdk.data.source import Decoding, Prepared, Source, SuperBatch, check_skipped, prepare
 from aced_sdk.data.stream import Order, SuperBatches
 
 __all__ = [
@@ -14,6 +14,6 @@ __all__ = [
     "SuperBatch",
     "SuperBatches",
     "UnusablePair",
-    "check_bad",
+    "check_skipped",
     "prepare",
 ]

@@ -76,7 +76,15 @@ class SuperBatch:
 
 
 class Source(Protocol):
-    """Where a stream takes its pairs from."""
+    """Where a stream takes its pairs from.
+
+    Attributes:
+        seen: different pairs that were read, where reading may fail.
+        skipped: how many of them are unusable, by reason.
+    """
+
+    seen: int
+    skipped: Counter[str]
 
     def usable(self) -> Rows:
         """Rows that may be asked for; a decoding source learns of broken ones only when it meets them."""
@@ -90,7 +98,7 @@ class Decoding:
 
     Attributes:
         seen: different pairs that were read.
-        bad: how many of them are unusable, by reason.
+        skipped: how many of them are unusable, by reason.
 
     Raises:
         DataError: in `fetch`, when more than `max_bad_fraction` of at least 1,000 pairs, or of the whole pool, are
@@ -102,7 +110,7 @@ class Decoding:
         self.encoder = encoder
         self.config = config
         self.seen = 0
-        self.bad: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         self._first = ""  # names the first unusable pair
         self._met = np.zeros(len(pool), dtype=np.bool_)
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
@@ -131,10 +139,10 @@ class Decoding:
                 self._met[row] = True
                 self.seen += 1
                 if isinstance(pair, str):
-                    self.bad[pair] += 1
+                    self.skipped[pair] += 1
                     self._first = self._first or self.pool.name(int(row))
         least = min(1000, len(self.pool))
-        check_bad(self.bad, self.seen, self.config.max_bad_fraction, least, self._first)
+        check_skipped(self.skipped, self.seen, self.config.max_bad_fraction, least, self._first)
         return [None if isinstance(pair, str) else pair for pair in pairs]
 
     def _one(self, row: int) -> tuple[Tensor, str] | str:
@@ -164,11 +172,11 @@ def resized(pool: Pool, row: int, encoder: DualEncoder, max_pixels: int) -> Tens
         raise UnusablePair(error.reason) from error
 
 
-def check_bad(bad: Counter[str], seen: int, bound: float, least: int = 1, first: str = "") -> None:
+def check_skipped(skipped: Counter[str], seen: int, bound: float, least: int = 1, first: str = "") -> None:
     """Raise if too many pairs are unusable.
 
     Args:
-        bad: unusable pairs by reason.
+        skipped: unusable pairs by reason.
         seen: pairs that were read.
         bound: largest fraction that may be unusable.
         least: the bound holds from this many pairs on; before, only if no pair at all is usable.
@@ -177,9 +185,9 @@ def check_bad(bad: Counter[str], seen: int, bound: float, least: int = 1, first:
     Raises:
         DataError: if more are.
     """
-    count = bad.total()
+    count = skipped.total()
     if seen and count > bound * seen and (seen >= least or count == seen):
-        reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(4))
+        reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.most_common(4))
         example = f"; the first is {first}" if first else ""
         raise DataError(
             f"{count} of {seen} pairs are unusable ({reasons}{example})",
@@ -233,6 +241,7 @@ class Prepared:
 
     def __init__(self, folder: Path, pairs: int, size: tuple[int, int], length: int) -> None:
         self.folder = folder
+        self.seen, self.skipped = 0, Counter[str]()
         try:
             manifest = read_json(inside(folder, _MANIFEST), MIB)
             if manifest["pairs"] != pairs:
@@ -333,12 +342,12 @@ def prepare(
                 usable[batch.rows.numpy()] = True
                 if progress:
                     progress(int(rows[-1]) + 1, count)
-            check_bad(decoder.bad, count, config.max_bad_fraction)
+            check_skipped(decoder.skipped, count, config.max_bad_fraction)
             images.flush()
             np.save(temporary / _TOKENS, tokens)
             np.save(temporary / _USABLE, usable)
             np.save(temporary / _SUMS, sums)
-            facts = {"pairs": count, "unusable": dict(decoder.bad), "pool": pool.fingerprint}
+            facts = {"pairs": count, "unusable": dict(decoder.skipped), "pool": pool.fingerprint}
             digests = {name: sha256(temporary / name) for name in (_TOKENS, _USABLE, _SUMS)}
             write_json(temporary / _MANIFEST, facts | {"sha256": digests})
     except OSError as error:

@@ -20,6 +20,7 @@ from aced_sdk.engine.events import Callback, Event
 from aced_sdk.engine.launch import Launch, read_launch
 from aced_sdk.engine.ranks import Ranks
 from aced_sdk.engine.schedule import factor
+from aced_sdk.engine.stepping import Learned, Step, take_steps
 from aced_sdk.errors import UnsupportedError
 
 
@@ -59,7 +60,9 @@ __all__ = [
     "Engine",
     "Event",
     "Launch",
+    "Learned",
     "Ranks",
+    "Step",
     "build_engine",
     "checkpoints",
     "factor",
@@ -70,5 +73,6 @@ __all__ = [
     "read_launch",
     "save_checkpoint",
     "step_of",
+    "take_steps",
     "thread_limit",
 ]

@@ -10,12 +10,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from aced_sdk.engine.events import Callback, Evaluated, Event, RunEnded, RunStarted, StepDone
+from aced_sdk.engine.events import Callback, Event
 from aced_sdk.errors import EvaluationError
 from aced_sdk.evaluation.metrics import run_task
 from aced_sdk.evaluation.stable_eval import expand_names, group_of
 from aced_sdk.evaluation.tasks import Task, load_task
 from aced_sdk.towers import DualEncoder, load
+from aced_sdk.training.events import Evaluated, RunEnded, RunStarted, StudentStep
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,12 @@ class EvaluateEvery:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._steps = event.steps
-        if isinstance(event, StepDone) and event.step % self.every == 0 and event.step < self._steps:
+        if isinstance(event, StudentStep) and event.step % self.every == 0 and event.step < self._steps:
             self._tell(event)
         if isinstance(event, RunEnded):
             self._tell(event)
 
-    def _tell(self, event: StepDone | RunEnded) -> None:
+    def _tell(self, event: StudentStep | RunEnded) -> None:
         metrics = {task.name: run_task(self.encoder, task) for task in self.tasks}
         for listener in self.listeners:
             listener(Evaluated(event.step, metrics, event.trained, event.scored))

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from aced_sdk.cache import stored_width
-from aced_sdk.config import DistillConfig, Frozen, Independent, Joint, Stored
+from aced_sdk.cache import FrozenSource
+from aced_sdk.config import DistillConfig
 from aced_sdk.data import Pool
 from aced_sdk.engine import pick_device, thread_limit
 from aced_sdk.errors import ModelError
-from aced_sdk.evaluation import expand_names, open_task
 from aced_sdk.files import printable
-from aced_sdk.towers import DualEncoder, build, check_size, load
+from aced_sdk.towers import DualEncoder
 
 _MAX_PIXELS = 64 * 256 * 256  # of the pictures that are embedded for an estimate
 
@@ -54,32 +54,29 @@ class Plan:
         )
 
 
-def plan(config: DistillConfig) -> Plan:
+def estimate(config: DistillConfig, pool: Pool, encoder: DualEncoder, frozen: Sequence[FrozenSource]) -> Plan:
     """Estimate a run without starting it.
+
+    Args:
+        config: the run.
+        pool: its pairs.
+        encoder: its student.
+        frozen: the different sources of frozen embeddings that it reads.
 
     Raises:
         ConfigError: if a step draws more pairs than the pool has.
-        ModelError: if the student's architecture or a frozen model cannot be used.
-        DataError: if the shards cannot be read.
-        EvaluationError: if an evaluation task is missing or lacks a file.
+        ModelError: if the student cannot embed a batch.
+        DataError: if embeddings are to be read from the shards, and these have none.
     """
-    pool = Pool(config.data.shards, caption_lines=config.data.caption_lines)
     config.check_pool(len(pool))
-    if (root := config.evaluation.data_root) is not None:
-        for name in expand_names(config.evaluation.tasks):
-            open_task(name, root)
-    encoder = build(config.student, config.seed)
     profile = encoder.profile()
     steps, curation = config.schedule.steps, config.curation
     trained = steps * curation.sub_batch
     scored = steps * curation.candidates if curation.needs_student else 0
     passes = _passes(config, encoder, trained=trained, scored=scored)
-    # One cache for each model and for each reading of stored embeddings, wherever it lies.
-    caches = {frozen.replace(cache=None) for frozen in _frozen(config)}
-    widths = [stored_width(f, pool) if isinstance(f, Stored) else load(f.model).embedding_dim for f in caches]
     height, width = encoder.preprocess_config.size
     per_pair = 3 * height * width + 4 * encoder.context_length if config.data.prepared else 0
-    disk = len(pool) * (per_pair + sum(2 * 2 * dim for dim in widths))
+    disk = len(pool) * (per_pair + sum(2 * 2 * source.width(pool) for source in frozen))
     return Plan(
         pairs=len(pool),
         trained=trained,
@@ -95,20 +92,13 @@ def plan(config: DistillConfig) -> Plan:
 def _passes(config: DistillConfig, encoder: DualEncoder, *, trained: int, scored: int) -> float:
     """Forward passes of one pair at the student's own size that the run costs, a backward pass counted as two."""
     curation = config.curation
-    cheap, share = 1.0, 0.0
-    if isinstance(curation, Joint | Independent) and curation.scoring_size is not None:
-        check_size(encoder, curation.scoring_size, field="curation.scoring_size")
-        cheap = encoder.profile(curation.scoring_size).macs / encoder.profile().macs
-        share = curation.scoring_share
+    cheap, share = 1.0, curation.cheap_fraction
+    if curation.scoring_side is not None:
+        cheap = encoder.profile(curation.scoring_side).macs / encoder.profile().macs
     batches = 2 if config.objective.needs_iid_batch else 1
     # Micro-batches embed once more, unless the scores at full size serve as that pass; a second batch was scored too.
     again = 1 if config.engine.micro_batch is not None and (scored == 0 or share > 0) else 0
     return scored * cheap + batches * trained * (3 + again) * (1 - share + share * cheap)
-
-
-def _frozen(config: DistillConfig) -> list[Frozen | Stored]:
-    named = [config.reference if config.curation.needs_reference else None, *config.teachers]
-    return [frozen for frozen in named if frozen is not None]
 
 
 def _forward_seconds(encoder: DualEncoder, config: DistillConfig) -> float:
@@ -120,9 +110,9 @@ def _forward_seconds(encoder: DualEncoder, config: DistillConfig) -> float:
     size = encoder.preprocess_config.size
     count = max(1, min(64, config.curation.sub_batch, _MAX_PIXELS // math.prod(size)))
     device = pick_device(config.engine, 0)
-    best = float("inf")
+    best, training = float("inf"), encoder.training
     try:
-        encoder = encoder.to(device)
+        encoder = encoder.to(device).eval()  # batch statistics are not to see these pictures
         images = torch.zeros(count, 3, *size, dtype=torch.uint8, device=device)
         tokens = encoder.tokenize(["a picture"]).repeat(count, 1).to(device)
         with torch.no_grad(), thread_limit(config.engine.threads):
@@ -136,6 +126,8 @@ def _forward_seconds(encoder: DualEncoder, config: DistillConfig) -> float:
             remedy="use smaller pictures or a smaller student, or a machine with more memory",
             field="student",
         ) from error
+    finally:
+        encoder.train(training)
     return best / count
 
 

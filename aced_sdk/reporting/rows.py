@@ -46,7 +46,7 @@ class _StepDone(_Row):
     learning_rate: Number
     gradient_norm: Number
     trained: Count
-    scored: Count
+    scored: Count = 0
     seconds: Seconds
     data_seconds: Seconds
     distilled: Count = 0

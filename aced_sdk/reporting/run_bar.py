@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from aced_sdk.engine.events import Event, RunStarted, StepDone, StepSkipped, Warned
+from aced_sdk.engine.events import Event, StepDone, StepSkipped, Warned
 from aced_sdk.files import one_line
 from aced_sdk.reporting.progress import Progress, first_rank, say
+from aced_sdk.training.events import RunStarted
 
 
 class RunBar:

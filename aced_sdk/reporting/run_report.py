@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from aced_sdk.config import DistillConfig, Independent, Joint
+from aced_sdk.config import DistillConfig
 from aced_sdk.curation import COLLAPSE_REMEDY, even_pool_size
 from aced_sdk.errors import ConfigError, DataError
 from aced_sdk.files import ReadError, inside, one_line, printable, read_text
@@ -289,7 +289,7 @@ def _effective_pool(kinds: dict[str, list[Row]], config: DistillConfig | None) -
         draws = [(step, round(steps[place]["trained"])) for step, place in places if place < len(steps)]
         lines["even draws"] = [(step, even_pool_size(drawn, pairs)) for step, drawn in draws]
         words += " Dashed: what even draws would reach, and where the run warns."
-        if config is not None and isinstance(config.curation, Independent | Joint) and draws and draws[-1][1] >= pairs:
+        if config is not None and config.curation.collapse_level and draws and draws[-1][1] >= pairs:
             below = config.curation.collapse_level
             lines["warns below"] = [
                 (step, below * even_pool_size(drawn, pairs)) for step, drawn in draws if drawn >= pairs

@@ -52,7 +52,7 @@ def keep(config: DistillConfig, parts: Parts, done: Progress) -> Path:
         **parts.statistics.state_dict(),
         **noise_state(parts.engine.device),
     }
-    state = asdict(done) | {"pool": parts.pool, "frozen": parts.frozen, "config": config.hash()}
+    state = asdict(done) | {"pool": parts.pool.fingerprint, "frozen": parts.frozen, "config": config.hash()}
     return save_checkpoint(config.directory, done.step, parts.engine, state, tensors, config.engine.keep_checkpoints)
 
 

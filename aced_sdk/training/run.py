@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -14,24 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from aced_sdk.cache import (
-    EmbeddingCache,
-    default_directory,
-    open_cache,
-    stored_fingerprint,
-    write_cache,
-    write_stored,
-)
-from aced_sdk.config import DistillConfig, Frozen, Independent, Joint, StaticFilter, Stored
-from aced_sdk.curation import DrawStatistics, static_filter
+from aced_sdk.cache import EmbeddingCache, FrozenSource, build_frozen, open_or_write
+from aced_sdk.config import DistillConfig
+from aced_sdk.curation import DrawStatistics, Embeddings, Selector
 from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
 from aced_sdk.data.source import Rows
-from aced_sdk.engine import Callback, build_engine, pick_device, read_launch, step_of, thread_limit
-from aced_sdk.engine.events import RunEnded, RunStarted, Warned
-from aced_sdk.errors import CacheError, ConfigError, DataError, EngineError, UnsupportedError
-from aced_sdk.files import one_line, printable
+from aced_sdk.engine import build_engine, pick_device, read_launch, step_of
+from aced_sdk.engine.events import Warned
+from aced_sdk.errors import ConfigError, DataError, EngineError, UnsupportedError
+from aced_sdk.files import printable
 from aced_sdk.objectives import build_objective
-from aced_sdk.towers import DualEncoder, build, check_size, load, names_weights, save
+from aced_sdk.towers import DualEncoder, build, check_size, names_weights, save
+from aced_sdk.training.events import RunEnded, RunStarted
 from aced_sdk.training.loop import train
 from aced_sdk.training.parts import Parts, Trainee
 from aced_sdk.training.progress import check_pool
@@ -62,21 +56,41 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
-def start(
-    config: DistillConfig,
-    listen: Callable[[DualEncoder], Sequence[Callback]] = lambda _: (),
-    resume_from: Path | None = None,
-    watch: Watch | None = None,
-    facts: dict[str, Any] | None = None,
-) -> Run:
-    """Train from the beginning or from a checkpoint, and save `directory/student`.
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: opened and checked, before anything is computed.
+
+    Attributes:
+        pool: the pairs.
+        student: the encoder to train.
+        reference: source of the reference's embeddings; None if nothing reads them.
+        teachers: sources of the teachers' embeddings, in the numbering of the objective's terms.
+    """
+
+    pool: Pool
+    student: DualEncoder
+    reference: FrozenSource | None
+    teachers: tuple[FrozenSource, ...]
+
+    @property
+    def frozen(self) -> list[FrozenSource]:
+        """The different sources."""
+        named = (self.reference, *self.teachers)
+        return list({source.fingerprint: source for source in named if source is not None}.values())
+
+
+def open_inputs(config: DistillConfig, resume_from: Path | None = None) -> Inputs:
+    """Open the pool and load all models. Mistakes of a config are raised here, before hours of caching.
 
     Args:
         config: the run.
-        listen: from the student to the callbacks that hear every event; a callback may look at the student.
         resume_from: a checkpoint folder of this run.
-        watch: hears of preparations (what, done, total).
-        facts: told with `RunStarted`.
+
+    Raises:
+        UnsupportedError: for several processes, and for ZeRO stage 3.
+        ConfigError: if the config does not fit the student or the pool.
+        DataError: if the shards cannot be read, or are not those of the checkpoint.
+        ModelError: if a model cannot be loaded.
     """
     if read_launch().world_size > 1:
         raise UnsupportedError(
@@ -87,94 +101,134 @@ def start(
     if config.engine.kind == "deepspeed" and config.engine.zero_stage == 3:
         raise UnsupportedError(
             "ZeRO stage 3 cannot hold a dual encoder: DeepSpeed does not partition its 0-dim scale and bias",
-            remedy="take stage 2; a dual encoder that is distilled is small",
+            remedy="use stage 2; a dual encoder that is distilled is small",
             field="engine.zero_stage",
         )
-    with thread_limit(config.engine.threads):
-        return _start(config, listen, resume_from, watch or (lambda *_: None), facts or {})
-
-
-def _start(
-    config: DistillConfig,
-    listen: Callable[[DualEncoder], Sequence[Callback]],
-    resume_from: Path | None,
-    watch: Watch,
-    facts: dict[str, Any],
-) -> Run:
-    started = time.perf_counter()
-    torch.manual_seed(config.seed)
     pool = Pool(config.data.shards, caption_lines=config.data.caption_lines)
+    config.check_pool(len(pool))
     if resume_from is not None:
         check_pool(resume_from, pool.fingerprint)
-    encoder = build(config.student, config.seed)
-    # Mistakes of a config are raised before hours of caching.
-    objective = build_objective(config.objective)
-    can_accumulate(config, encoder)
-    if isinstance(config.curation, Joint | Independent) and config.curation.scoring_size is not None:
-        check_size(encoder, config.curation.scoring_size, field="curation.scoring_size")
-    callbacks = list(listen(encoder))
-    reference = frozen_embeddings(config.reference, pool, config, watch) if config.curation.needs_reference else None
-    teachers = tuple(
-        reference
-        if reference is not None and teacher == config.reference
-        else frozen_embeddings(teacher, pool, config, watch)
-        for teacher in config.teachers
+    student = build(config.student, config.seed)
+    build_objective(config.objective)
+    can_accumulate(config, student)
+    if config.curation.scoring_side is not None:
+        check_size(student, config.curation.scoring_side, field="curation.scoring_size")
+    built: dict[str, FrozenSource] = {}
+    named = [("reference", config.reference)] if config.curation.needs_reference else []
+    for role, frozen in [*named, *(("teacher", teacher) for teacher in config.teachers)]:
+        if frozen is not None and frozen.hash() not in built:  # a model with two roles is loaded once
+            built[frozen.hash()] = build_frozen(frozen, "reference" if frozen == config.reference else role)
+    reference = built[config.reference.hash()] if named and config.reference is not None else None
+    return Inputs(pool, student, reference, tuple(built[teacher.hash()] for teacher in config.teachers))
+
+
+def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
+    """Make what the loop joins: cached embeddings, a source of pairs, and the engine that holds the student.
+
+    Args:
+        config: the run.
+        inputs: as `open_inputs` returns them.
+        watch: hears of preparations (what, done, total).
+
+    Raises:
+        CacheError: if a cache cannot be written, or is of something else.
+        DataError: if too many pairs are unusable.
+        ConfigError: if a step draws more pairs than are left.
+    """
+    pool, student, data = inputs.pool, inputs.student, config.data
+    device = pick_device(config.engine, 0)
+    caches = {
+        source.fingerprint: open_or_write(source.to(device), pool, data, partial(watch, "cache embeddings"))
+        for source in inputs.frozen
+    }
+    reference = None if inputs.reference is None else caches[inputs.reference.fingerprint]
+    source: Source
+    if data.prepared is not None:
+        source = prepare(pool, student, data, data.prepared, partial(watch, "resize pictures"))
+    else:
+        source = Decoding(pool, student, data)
+    usable = _usable(config, pool, source, list(caches.values()))
+    selector: Selector = config.curation.build()
+    kept = selector.keep(lambda: _rows_of(reference, usable), len(usable))
+    rows = usable[kept.numpy()]
+    config.check_pool(len(rows))
+    noisy = known_noisy(pool)
+    return Parts(
+        engine=build_engine(Trainee(student), config.engine, config.optimizer),
+        student=student,
+        batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
+        selector=selector,
+        reference=reference if config.curation.needs_reference and not config.curation.filters_pool else None,
+        teachers=tuple(caches[teacher.fingerprint] for teacher in inputs.teachers),
+        objective=build_objective(config.objective),
+        statistics=DrawStatistics(len(pool)),
+        pool=pool,
+        source=source,
+        rows=rows,
+        usable=len(usable),
+        noisy=None if noisy is None else torch.from_numpy(noisy),
+        generator=torch.Generator().manual_seed(config.seed + 1),
     )
 
-    source: Source
-    if config.data.prepared is not None:
-        source = prepare(
-            pool, encoder, config.data, config.data.prepared, lambda n, of: watch("resize pictures", n, of)
-        )
-    else:
-        source = Decoding(pool, encoder, config.data)
-    rows = _usable(config, pool, source, [cache for cache in (reference, *teachers) if cache is not None])
-    usable = len(rows)
-    rows = _drawable(config, rows, reference)
-    bad = known_bad(pool)
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    parts = Parts(
-        engine=build_engine(Trainee(encoder), config.engine, config.optimizer),
-        student=encoder,
-        batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
-        reference=None if isinstance(config.curation, StaticFilter) else reference,  # it has filtered the rows already
-        teachers=teachers,
-        objective=objective,
-        statistics=DrawStatistics(len(pool)),
-        pool=pool.fingerprint,
-        bad=None if bad is None else torch.from_numpy(bad),
-        keys=lambda rows: [one_line(pool.samples[int(row)].key) for row in rows],
-        generator=generator,
-        callbacks=callbacks,
-    )
-    encoder.train()
-    facts = facts | {
-        "pairs": len(rows),
-        "student": "trained weights" if names_weights(config.student.architecture) else "new weights",
-        "macs": encoder.profile().macs,
-        "parameters": sum(p.numel() for p in encoder.parameters()),
-    }
-    parts.emit(RunStarted(step_of(resume_from) if resume_from else 0, config.schedule.steps, config.hash(), facts))
-    if usable < len(pool) and resume_from is None:
-        parts.emit(Warned(0, f"{len(pool) - usable} of {len(pool)} pairs are unusable and left out", _SKIPPED))
-    if config.unused is not None:
-        cause = f"the {config.unused} is not used by curation '{config.curation.method}' and this objective"
-        parts.emit(Warned(0, cause, f"set {config.unused} to null, or choose a curation or objective that reads it"))
-    several, read = pool.many_lines() if config.data.caption_lines == "join" else (0, 1)
-    if several > read / 2:
-        parts.emit(Warned(0, f"{several} of {read} captions have several lines and are read as one text", _LINES))
+
+def train_and_save(
+    config: DistillConfig, parts: Parts, resume_from: Path | None = None, facts: dict[str, Any] | None = None
+) -> Run:
+    """Train from the beginning or from a checkpoint, and save `directory/student`.
+
+    Args:
+        config: the run.
+        parts: as `assemble` returns them.
+        resume_from: a checkpoint folder of this run.
+        facts: logged with `RunStarted`.
+
+    Raises:
+        EngineError: as `train`, or if the trained student has weights that are not finite.
+        ModelError: if the student cannot be saved.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    student = parts.student
+    student.train()
+    first = step_of(resume_from) if resume_from else 0
+    parts.emit(RunStarted(first, config.schedule.steps, config.hash(), (facts or {}) | _facts(config, parts)))
+    for cause, remedy in _warnings(config, parts, resumed=resume_from is not None):
+        parts.emit(Warned(0, cause, remedy))
     done = train(config, parts, resume_from)
-    if isinstance(source, Decoding) and source.bad:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in source.bad.most_common())
-        cause = f"{source.bad.total()} of {source.seen} pairs were skipped as they were read: {reasons}"
+    skipped = parts.source.skipped
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+        cause = f"{skipped.total()} of {parts.source.seen} pairs were skipped as they were read: {reasons}"
         parts.emit(Warned(done.step, cause, _SKIPPED))
-    encoder.eval()
+    student.eval()
     counts = {"trained": done.trained, "scored": done.scored, "distilled": done.distilled}
-    encoder.trained_with = config.objective.trained_with
-    _check_finite(encoder)
-    save(encoder, config.directory / STUDENT, facts=student_facts(config, counts))
+    student.trained_with = config.objective.trained_with
+    _check_finite(student)
+    save(student, config.directory / STUDENT, facts=student_facts(config, counts))
     parts.emit(RunEnded(done.step, time.perf_counter() - started, done.trained, done.scored))
-    return Run(config.directory, encoder, done.step, dict(counts))
+    return Run(config.directory, student, done.step, dict(counts))
+
+
+def _facts(config: DistillConfig, parts: Parts) -> dict[str, Any]:
+    return {
+        "pairs": len(parts.rows),
+        "student": "trained weights" if names_weights(config.student.architecture) else "new weights",
+        "macs": parts.student.profile().macs,
+        "parameters": sum(p.numel() for p in parts.student.parameters()),
+    }
+
+
+def _warnings(config: DistillConfig, parts: Parts, resumed: bool) -> Iterator[tuple[str, str]]:
+    """Cause and remedy of what a user should know at the start."""
+    pairs = len(parts.pool)
+    if parts.usable < pairs and not resumed:
+        yield f"{pairs - parts.usable} of {pairs} pairs are unusable and left out", _SKIPPED
+    if (unused := config.unused) is not None:
+        cause = f"the {unused} is not used by curation '{config.curation.method}' and this objective"
+        yield cause, f"set {unused} to null, or choose a curation or objective that reads it"
+    several, read = parts.pool.many_lines() if config.data.caption_lines == "join" else (0, 1)
+    if several > read / 2:
+        yield f"{several} of {read} captions have several lines and are read as one text", _LINES
 
 
 def _check_finite(encoder: DualEncoder) -> None:
@@ -197,27 +251,7 @@ def student_facts(config: DistillConfig, counts: dict[str, int]) -> dict[str, An
     }
 
 
-def frozen_embeddings(
-    frozen: Frozen | Stored | None, pool: Pool, config: DistillConfig, watch: Watch
-) -> EmbeddingCache:
-    """The cached embeddings of a frozen model, or of those in the shards, made where they are missing."""
-    if frozen is None:
-        raise ConfigError("a frozen model is needed, and none is named", remedy="set reference", field="reference")
-    write: Callable[..., EmbeddingCache]
-    if isinstance(frozen, Stored):
-        fingerprint, write = stored_fingerprint(frozen), partial(write_stored, frozen)
-    else:
-        encoder = load(frozen.model).to(pick_device(config.engine, 0))
-        fingerprint, write = encoder.fingerprint(), partial(write_cache, encoder)
-    directory = frozen.cache or default_directory(fingerprint, pool)
-    try:
-        return open_cache(directory, fingerprint, pool)
-    except CacheError:
-        # Absent or incomplete: write what is missing. A cache of something else is refused again.
-        return write(pool, directory, config.data, progress=lambda n, of: watch("cache embeddings", n, of))
-
-
-def known_bad(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+def known_noisy(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
     """bool [N]: whose KEY.json says `"noisy": true`; None where no sample says anything."""
     marks = pool.marks("noisy")
     if all(mark is None for mark in marks):
@@ -239,11 +273,8 @@ def _usable(config: DistillConfig, pool: Pool, source: Source, caches: list[Embe
     return rows
 
 
-def _drawable(config: DistillConfig, rows: Rows, reference: EmbeddingCache | None) -> Rows:
-    """Rows that may be drawn: for a static filter only the top share."""
-    if isinstance(config.curation, StaticFilter) and reference is not None:
-        embeddings = reference.rows(torch.from_numpy(rows), torch.device("cpu"))
-        kept = static_filter(embeddings, config.curation.share, config.curation.loss)
-        rows = rows[np.sort(kept.cpu().numpy())]
-    config.check_pool(len(rows))
-    return rows
+def _rows_of(cache: EmbeddingCache | None, rows: Rows) -> Embeddings:
+    """The embeddings of some rows, in memory."""
+    if cache is None:
+        raise ConfigError("a frozen model is needed, and none is named", remedy="set reference", field="reference")
+    return cache.rows(torch.from_numpy(rows), torch.device("cpu"))

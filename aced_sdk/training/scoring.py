@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aced_sdk.config import Curation, DistillConfig, Independent, Joint
+from aced_sdk.config import DistillConfig
+from aced_sdk.config.curation import Curation
 from aced_sdk.data import SuperBatch
 from aced_sdk.engine.base import precision
 from aced_sdk.towers import DualEncoder, Embeddings, shrink
@@ -18,7 +19,7 @@ def score(batch: SuperBatch, student: DualEncoder, config: DistillConfig, device
 
     Pictures have `curation.scoring_size` where it is set. Captions repeat, and each distinct one is embedded once.
     """
-    step, size = config.engine.scoring_batch, scoring_size(config.curation)
+    step, size = config.engine.scoring_batch, config.curation.scoring_side
     distinct, inverse = torch.unique(batch.tokens, dim=0, return_inverse=True)
     # On a CPU the encoder's own, smaller batches stay in the caches.
     at_once = None if device.type == "cpu" else step
@@ -36,15 +37,8 @@ def shrunk(images: Tensor, size: int | None) -> Tensor:
     return images if size is None else shrink(images, size)
 
 
-def scoring_size(curation: Curation) -> int | None:
-    """The side in pixels at which the student scores, where that is not its own."""
-    return curation.scoring_size if isinstance(curation, Joint | Independent) and curation.needs_student else None
-
-
 def cheap_places(curation: Curation, pairs: int) -> Tensor:
     """bool [pairs]: which pairs of each sub-batch are trained at the scoring size, spread over the draw order."""
-    places = torch.arange(pairs) % curation.sub_batch
-    if not isinstance(curation, Joint | Independent) or scoring_size(curation) is None:
-        return torch.zeros(pairs, dtype=torch.bool)
-    share, of = round(curation.scoring_share * curation.sub_batch), curation.sub_batch
-    return (places + 1) * share // of > places * share // of
+    places, of = torch.arange(pairs) % curation.sub_batch, curation.sub_batch
+    cheap = round(curation.cheap_fraction * of)
+    return (places + 1) * cheap // of > places * cheap // of

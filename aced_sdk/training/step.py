@@ -29,15 +29,15 @@ from aced_sdk.errors import ConfigError
 from aced_sdk.objectives import LossTerms, Objective
 from aced_sdk.towers import Embeddings
 from aced_sdk.training.progress import noise_state, set_noise_state
-from aced_sdk.training.scoring import cheap_places, scoring_size, shrunk
+from aced_sdk.training.scoring import cheap_places, shrunk
 
 _Out = tuple[Tensor, Tensor, Tensor, Tensor]  # image [m, D], text [m, D], scale [], bias []
 _Pieces = list[tuple[Tensor, int | None]]  # places in the batch (int64 [m]) and the pictures' size; None: their own
 
 
 @dataclass(frozen=True, eq=False)
-class Learned:
-    """What a step learned from.
+class Gradient:
+    """A step's loss, whose gradient is in the engine.
 
     Attributes:
         loss: the objective's total.
@@ -57,7 +57,7 @@ def learn(
     batch: SuperBatch,
     teachers: Sequence[Embeddings],
     known: Embeddings | None = None,
-) -> Learned:
+) -> Gradient:
     """Bring the gradient of the objective into the engine; a loss that is not finite brings none.
 
     Args:
@@ -88,7 +88,7 @@ def learn(
             _second_pass(engine, batch, pieces, noise, gradients)
     parts = {name: float(value) for name, value in terms.parts.items()}
     scale, bias = (float(torch.as_tensor(value).detach()) for value in (student.scale, student.bias))
-    return Learned(loss, parts, Embeddings(student.image.detach(), student.text.detach(), scale, bias))
+    return Gradient(loss, parts, Embeddings(student.image.detach(), student.text.detach(), scale, bias))
 
 
 def can_accumulate(config: DistillConfig, module: nn.Module) -> None:
@@ -120,7 +120,7 @@ def is_quiet(engine: Engine, batch: SuperBatch) -> bool:
 def _pieces(config: DistillConfig, pairs: int) -> _Pieces:
     """What goes through the towers together: pairs of one size, a micro-batch at most."""
     places, cheap = torch.arange(pairs), cheap_places(config.curation, pairs)
-    by_size = ((places[~cheap], None), (places[cheap], scoring_size(config.curation)))
+    by_size = ((places[~cheap], None), (places[cheap], config.curation.scoring_side))
     step = config.engine.micro_batch or pairs
     return [(piece, size) for of_size, size in by_size for piece in torch.split(of_size, step) if len(piece)]
 

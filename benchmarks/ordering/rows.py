@@ -17,9 +17,9 @@ from typing import Any, Literal
 import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.config import Curation, SelectionLoss
-from aced_sdk.engine.events import Evaluated, Event, RunEnded, Selected
+from aced_sdk.engine.events import Event
 from aced_sdk.files import home, write_json
-from aced_sdk.training.scoring import scoring_size
+from aced_sdk.training.events import Evaluated, RunEnded, Selected
 from benchmarks.ordering.world import SIDE, STUDENT, Material, World, WorldConfig, make_world
 
 SUB_BATCH = 128
@@ -157,7 +157,7 @@ class Job:
         curation, objective = method(self.row, self.knobs, self.form)
         trained = 6.0 if objective.needs_iid_batch else 3.0
         scored = curation.candidates / curation.sub_batch if curation.needs_student else 0.0
-        size = scoring_size(curation)
+        size = curation.scoring_side
         if isinstance(curation, aced.Joint) and size is not None:
             share = _pass_at(size)
             trained *= 1 - curation.scoring_share * (1 - share)

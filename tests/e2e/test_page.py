@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from aced_sdk.engine.events import RunEnded, RunStarted, StepDone
 from aced_sdk.reporting import JsonlWriter
 from aced_sdk.reporting.run_report import report
+from aced_sdk.training.events import RunEnded, RunStarted, StudentStep
 from examples.quickstart.page import (
     KindAccuracy,
     LicenceRow,
@@ -211,7 +211,7 @@ def test_a_run_report_opens_in_a_browser(tmp_path: Path) -> None:
     with JsonlWriter(tmp_path / "events.jsonl") as writer:
         writer(RunStarted(0, steps=20, config_hash="abc"))
         for n in range(1, 21):
-            writer(StepDone(n, 1 / n, {"contrastive": 1.0}, 1e-3, 0.5, 256 * n, 1280 * n, 0.2, 0.01))
+            writer(StudentStep(n, 1 / n, {"contrastive": 1.0}, 1e-3, 0.5, 256 * n, 0.2, 0.01, 1280 * n))
         writer(RunEnded(20, seconds=4.0, trained=5120, scored=25600))
     document, console = opened(report(tmp_path), tmp_path / "profile")
     assert "Finished: 20 of 20 steps." in document

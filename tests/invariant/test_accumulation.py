@@ -26,7 +26,7 @@ from aced_sdk.engine.single import SingleProcess
 from aced_sdk.errors import ConfigError
 from aced_sdk.objectives import build_objective
 from aced_sdk.training.parts import Trainee
-from aced_sdk.training.step import Learned, can_accumulate, is_quiet, learn
+from aced_sdk.training.step import Gradient, can_accumulate, is_quiet, learn
 
 OBJECTIVES = {
     "sigmoid": Objective(),
@@ -111,7 +111,7 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def learned(
     objective: Objective, sub_batch: int, micro_batch: int | None, seed: int, dropout: float = 0.0, **curation: Any
-) -> tuple[Learned, nn.Module]:
+) -> tuple[Gradient, nn.Module]:
     made = config(objective, sub_batch, micro_batch, **curation)
     module = Towers(seed, dropout).train()
     pairs = sub_batch * (2 if objective.needs_iid_batch else 1)

@@ -18,8 +18,9 @@ import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.config import DistillConfig
 from aced_sdk.data import Decoding, Order, Pool, SuperBatch
-from aced_sdk.engine.events import CheckpointSaved, Event, RunEnded, Selected, StepDone
+from aced_sdk.engine.events import CheckpointSaved, Event, StepDone
 from aced_sdk.errors import ConfigError, UnsupportedError
+from aced_sdk.training.events import RunEnded, Selected
 from aced_sdk.training.parts import Trainee
 from aced_sdk.training.scoring import cheap_places, score
 

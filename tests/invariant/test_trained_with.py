@@ -13,7 +13,8 @@ from tiny import ARCHITECTURE, distillation, encoder, write_pool
 import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.config import Student
-from aced_sdk.engine.events import Event, RunStarted, Warned
+from aced_sdk.engine.events import Event, Warned
+from aced_sdk.training.events import RunStarted
 
 
 @pytest.fixture(scope="module")

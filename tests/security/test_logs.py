@@ -17,29 +17,21 @@ import tiny
 import torch
 
 from aced_sdk.curation import COLLAPSE_REMEDY, even_pool_size
-from aced_sdk.engine.events import (
-    CheckpointSaved,
-    Evaluated,
-    RunEnded,
-    RunStarted,
-    Selected,
-    StepDone,
-    StepSkipped,
-    Warned,
-)
+from aced_sdk.engine.events import CheckpointSaved, StepSkipped, Warned
 from aced_sdk.errors import AcedError
 from aced_sdk.files import save_tensors, write_json
 from aced_sdk.reporting import JsonlWriter, read_events
 from aced_sdk.reporting.page import image_uri
 from aced_sdk.reporting.run_report import report
+from aced_sdk.training.events import Evaluated, RunEnded, RunStarted, Selected, StudentStep
 from tests.security.sandbox import run
 
 Row = dict[str, Any]
 
 
-def step(number: int) -> StepDone:
+def step(number: int) -> StudentStep:
     parts = {"contrastive": 1.0, "softmax": 0.5}
-    return StepDone(number, 2.0 / number, parts, 1e-3, 0.5, 8 * number, 16 * number, 0.2, 0.05)
+    return StudentStep(number, 2.0 / number, parts, 1e-3, 0.5, 8 * number, 0.2, 0.05, 16 * number)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from aced_sdk.data.pool import shard_paths
 from aced_sdk.data.tars import entries
 from aced_sdk.errors import DataError
 from aced_sdk.evaluation import load_task
-from aced_sdk.training.run import known_bad
+from aced_sdk.training.run import known_noisy
 from tests.security.sandbox import MIB, run
 
 # -- names of shards ----------------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def _fetch(folder: Path, **changes: Any) -> tuple[int, Counter[str]]:
     pool = Pool([folder])
     decoder = Decoding(pool, tiny.encoder(), Data(shards=("unused",), max_bad_fraction=0.5, **changes))
     batch = decoder.fetch(np.arange(len(pool)))
-    known_bad(pool)
-    return len(batch), decoder.bad
+    known_noisy(pool)
+    return len(batch), decoder.skipped
 
 
 @pytest.mark.parametrize("kind", PICTURES)

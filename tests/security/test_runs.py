@@ -209,10 +209,11 @@ def test_a_planted_later_checkpoint_costs_no_checkpoint_of_the_run(copy: Path) -
 
 def _distill_beside(root: Path) -> list[int]:
     """Train anew in a folder where a later checkpoint was planted."""
-    from aced_sdk.training.run import start
+    from aced_sdk.training import assemble, open_inputs, train_and_save
 
     made = config(root)
-    start(made.replace(engine=made.engine.replace(keep_checkpoints=1)))
+    made = made.replace(engine=made.engine.replace(keep_checkpoints=1))
+    train_and_save(made, assemble(made, open_inputs(made), lambda *_: None))
     return [step_of(path) for path in checkpoints(root / "run")]
 
 

@@ -24,12 +24,13 @@ import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.config import DistillConfig, Engine, Optimizer, Schedule
 from aced_sdk.engine.checkpoint import state_digest
-from aced_sdk.engine.events import CheckpointSaved, Event, RunStarted
+from aced_sdk.engine.events import CheckpointSaved, Event
 from aced_sdk.errors import AcedError, ConfigError, DataError, EngineError
 from aced_sdk.files import file_digests, parse_yaml, whole_folder
 from aced_sdk.reporting import run_report
 from aced_sdk.reporting.thinning import Thinned
 from aced_sdk.training import run as training
+from aced_sdk.training.events import RunStarted
 from tests import tiny
 from tests.security.sandbox import run
 
@@ -81,14 +82,14 @@ def test_a_second_start_leaves_the_config_of_the_first(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one still prepares: nothing of it but its config is on the disk."""
-    real, prepares, go = training.frozen_embeddings, threading.Event(), threading.Event()
+    real, prepares, go = training.open_or_write, threading.Event(), threading.Event()
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **named: Any) -> Any:
         prepares.set()
         go.wait(60)
         return real(*args)
 
-    monkeypatch.setattr(training, "frozen_embeddings", slow)
+    monkeypatch.setattr(training, "open_or_write", slow)
     first = config_of(world, tmp_path / "run")
     thread = threading.Thread(target=aced.distill, args=(first,))
     thread.start()

@@ -12,7 +12,7 @@ import pytest
 
 from aced_sdk.data import Pool
 from aced_sdk.errors import DataError
-from aced_sdk.training.run import known_bad
+from aced_sdk.training.run import known_noisy
 from tests import tiny
 from tests.security.sandbox import run
 
@@ -52,7 +52,7 @@ def _samples(path: Path) -> int:
 
 
 def _marked(path: Path) -> str:
-    found = known_bad(Pool([path]))
+    found = known_noisy(Pool([path]))
     return "nothing" if found is None else f"{found.sum()} of {len(found)}"
 
 

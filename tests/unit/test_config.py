@@ -170,8 +170,8 @@ def test_only_near_names_are_suggested() -> None:
     ("curation", "cause", "remedy"),
     [
         ({"method": "joimt"}, "unknown method 'joimt'", "did you mean 'joint'?"),
-        ({"method": "best"}, "unknown method 'best'", "use one of 'iid', 'static', 'independent', 'joint'"),
-        ({"sub_batch": 3}, "'curation.method' is missing", "set 'method' beside the other fields"),
+        ({"method": "best"}, "unknown method 'best'", "use one of iid, static, independent, joint"),
+        ({"sub_batch": 3}, "'method' is missing", "use one of iid, static, independent, joint"),
     ],
 )
 def test_a_wrong_or_missing_method_is_named(curation: dict[str, Any], cause: str, remedy: str) -> None:

@@ -21,7 +21,6 @@ from aced_sdk.curation import (
     Embeddings,
     gumbel_noise,
     pair_scores,
-    select,
     select_independent,
     select_joint,
     select_random,
@@ -47,12 +46,12 @@ def generator() -> torch.Generator:
 def test_select_follows_the_config() -> None:
     joint = Joint(super_batch=40, sub_batch=8, num_chunks=4, score="learnability", loss="softmax", gain=2.0)
     expected = select_joint(STUDENT, REFERENCE, size=8, num_chunks=4, loss="softmax", gain=2.0, generator=generator())
-    assert select(joint, STUDENT, REFERENCE, generator()).tolist() == expected.tolist()
+    assert joint.build().select(STUDENT, REFERENCE, generator()).tolist() == expected.tolist()
     independent = Independent(super_batch=40, sub_batch=8, score="easy_reference", gain=3.0)
     alone = select_independent(None, REFERENCE, size=8, score="easy_reference", gain=3.0, generator=generator())
-    assert select(independent, None, REFERENCE, generator()).tolist() == alone.tolist()
+    assert independent.build().select(None, REFERENCE, generator()).tolist() == alone.tolist()
     for config in (Iid(sub_batch=5), StaticFilter(sub_batch=5)):
-        assert select(config, None, None, generator()).tolist() == [0, 1, 2, 3, 4]
+        assert config.build().select(None, None, generator()).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_models_a_score_does_not_use_are_not_needed() -> None:
@@ -243,18 +242,15 @@ def test_static_filter_keeps_the_easiest(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_draw_statistics() -> None:
-    noisy = np.zeros(20, dtype=bool)
-    noisy[:5] = True
-    statistics = DrawStatistics(20, noisy=noisy)
+    statistics = DrawStatistics(20)
     empty = statistics.summary()
-    assert (empty.draws, empty.unique_coverage, empty.noisy_drawn, empty.noisy_pool) == (0, 0.0, None, 0.25)
+    assert (empty.draws, empty.unique_coverage) == (0, 0.0)
     statistics.update(torch.tensor([0, 7, 7, 7]))
     statistics.update(np.array([7, 8]))
     summary = statistics.summary()
     assert summary.draws == 6
     assert summary.unique_coverage == 3 / 20
     assert summary.top_decile_share == 5 / 6
-    assert summary.noisy_drawn == 1 / 6
     entropy = -(4 / 6 * math.log(4 / 6) + 2 * (1 / 6) * math.log(1 / 6))
     assert summary.effective_pool_size == pytest.approx(math.exp(entropy))
     assert statistics.counts.dtype == np.int32
@@ -268,7 +264,6 @@ def test_an_even_draw_uses_the_whole_pool() -> None:
     assert summary.effective_pool_size == pytest.approx(50)
     assert summary.unique_coverage == 1
     assert summary.top_decile_share == pytest.approx(0.1)
-    assert summary.noisy_drawn is None
 
 
 def test_draw_statistics_go_on_from_a_checkpoint() -> None:
@@ -293,8 +288,6 @@ def test_draw_statistics_refuse() -> None:
         with pytest.raises(CurationError, match="pool of 10"):
             statistics.update(np.array(rows))
     assert statistics.summary().draws == 0
-    with pytest.raises(CurationError, match="noise marks"):
-        DrawStatistics(10, noisy=np.zeros(3, dtype=bool))
     with pytest.raises(CurationError, match="0 pairs"):
         DrawStatistics(0)
     with pytest.raises(ValueError, match="read-only"):

@@ -165,8 +165,8 @@ def test_super_batches_replace_what_is_unusable_and_count_it(broken_pool: Pool, 
     order = Order(np.arange(64, dtype=np.int64), 0).take(0, position)
     assert seen == [row for row in order if row not in BROKEN]
     assert set(range(64)) - set(seen) >= set(BROKEN)
-    assert set(decoder.bad) == {"unreadable picture", "empty caption", "no picture", "caption is not UTF-8"}
-    assert decoder.bad.total() >= len(BROKEN)
+    assert set(decoder.skipped) == {"unreadable picture", "empty caption", "no picture", "caption is not UTF-8"}
+    assert decoder.skipped.total() >= len(BROKEN)
 
 
 def test_a_small_pool_with_too_many_unusable_pairs_ends_the_run(broken_pool: Pool, tower: DualEncoder) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import encoder, picture, write_tar
 
 import aced_sdk as aced
-from aced_sdk.engine.events import Evaluated, Event, RunEnded, RunStarted, StepDone
+from aced_sdk.engine.events import Event
 from aced_sdk.errors import EvaluationError
 from aced_sdk.evaluation import (
     STABLE_EVAL,
@@ -32,6 +32,7 @@ from aced_sdk.evaluation import (
 )
 from aced_sdk.evaluation.stable_eval import folder_names, group_of
 from aced_sdk.towers import DualEncoder
+from aced_sdk.training.events import Evaluated, RunEnded, RunStarted, StudentStep
 
 CLASSES = ["cat", "boat", "tree", "red house", "blue star", "square"]
 TEMPLATES = ["a picture of a {c}.", "a small {c}"]
@@ -248,7 +249,7 @@ def test_the_callback_evaluates_every_so_many_steps_and_at_the_end(tmp_path: Pat
     callback(RunStarted(0, 7, "hash"))
     tower.train()
     for step in range(1, 8):
-        callback(StepDone(step, 1.0, {}, 0.1, 1.0, step * 8, step * 16, 0.1, 0.0))
+        callback(StudentStep(step, 1.0, {}, 0.1, 1.0, step * 8, 0.1, 0.0, step * 16))
     assert tower.training
     tower.eval()
     callback(RunEnded(7, 1.0, 56, 112))

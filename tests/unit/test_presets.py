@@ -129,7 +129,7 @@ def test_siglip2s_finish_is_a_short_stage_of_acid_from_a_folder(world: presets.O
     assert preset.curation.filter_ratio == 0.5
     assert (preset.optimizer.learning_rate, preset.optimizer.weight_decay) == (1e-5, 0.0)
     assert (preset.objective.contrastive.loss, preset.objective.distillation) == ("sigmoid", ())
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="there is no folder"):
         preset.student.profile()
     start = towers.save(encoder(3), tmp_path / "start")
     options = world | {"student": aced.Student(architecture=f"local-dir:{start}"), "directory": tmp_path / "run"}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from aced_sdk import config
 from aced_sdk.curation import COLLAPSE_REMEDY
-from aced_sdk.engine.events import Evaluated, RunEnded, RunStarted, Selected, StepDone, StepSkipped, Warned
+from aced_sdk.engine.events import StepSkipped, Warned
 from aced_sdk.errors import DataError
 from aced_sdk.files import save_tensors, write_json
 from aced_sdk.reporting import JsonlWriter, Progress, Stages, read_events
@@ -35,6 +35,7 @@ from aced_sdk.reporting.page import (
 )
 from aced_sdk.reporting.run_bar import RunBar
 from aced_sdk.reporting.run_report import report
+from aced_sdk.training.events import Evaluated, RunEnded, RunStarted, Selected, StudentStep
 from tests import tiny
 
 
@@ -45,9 +46,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def step(number: int, **values: Any) -> StepDone:
+def step(number: int, **values: Any) -> StudentStep:
     """One step of a made-up run with b = 256, B = 1280."""
-    return StepDone(
+    return StudentStep(
         **{
             "step": number,
             "loss": 2.0 / number,

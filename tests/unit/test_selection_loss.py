@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize
 
 from aced_sdk.config import Joint, Score
-from aced_sdk.curation import Embeddings, pair_scores, select, select_independent, select_joint, static_filter
+from aced_sdk.curation import Embeddings, pair_scores, select_independent, select_joint, static_filter
 from aced_sdk.curation.scores import loss_form
 from aced_sdk.errors import CurationError, CurationWarning
 
@@ -72,7 +72,7 @@ def test_the_configs_and_the_filter_follow_the_same_rule() -> None:
     reference = embed(100.0, 0.05, 1, shuffled=True)
     config = Joint(sub_batch=SIZE, super_batch=PAIRS, score="easy_reference")
     assert config.loss == "auto"
-    assert noisy_share(select(config, None, reference, torch.Generator().manual_seed(0))) < 0.12
+    assert noisy_share(config.build().select(None, reference, torch.Generator().manual_seed(0))) < 0.12
     assert noisy_share(static_filter(reference, 0.4)) < 0.01
     torch.testing.assert_close(pair_scores(reference), pair_scores(reference, "softmax"))
 

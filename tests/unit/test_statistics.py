@@ -17,8 +17,6 @@ from aced_sdk.curation import (
     DrawStatistics,
     Embeddings,
     even_pool_size,
-    score_quantiles,
-    select,
 )
 from aced_sdk.errors import CurationError
 
@@ -39,12 +37,11 @@ def counted(rows: npt.NDArray[np.int64], pairs: int = PAIRS) -> DrawStatistics:
 def test_measures_kept_up_step_by_step_are_those_of_the_counts(data: st.DataObject) -> None:
     pairs = data.draw(st.integers(1, 40))
     steps = data.draw(st.lists(st.lists(st.integers(0, pairs - 1), min_size=1, max_size=30), min_size=1, max_size=6))
-    noisy = np.array(data.draw(st.lists(st.booleans(), min_size=pairs, max_size=pairs)))
     resumed_at = data.draw(st.integers(0, len(steps)))
-    statistics = DrawStatistics(pairs, noisy=noisy)
+    statistics = DrawStatistics(pairs)
     for number, rows in enumerate(steps):
         if number == resumed_at:
-            fresh = DrawStatistics(pairs, noisy=noisy)
+            fresh = DrawStatistics(pairs)
             fresh.load_state_dict(statistics.state_dict())
             statistics = fresh
         statistics.update(np.array(rows))
@@ -58,8 +55,6 @@ def test_measures_kept_up_step_by_step_are_those_of_the_counts(data: st.DataObje
     assert summary.unique_coverage == (counts > 0).sum() / pairs
     assert summary.top_decile_share == np.sort(counts)[-top:].sum() / counts.sum()
     assert summary.effective_pool_size == pytest.approx(float(np.exp(-(share * np.log(share)).sum())), rel=1e-12)
-    assert summary.noisy_drawn == counts[noisy].sum() / counts.sum()
-    assert summary.noisy_pool == noisy.mean()
 
 
 @pytest.mark.parametrize("draws", [1, 600, PAIRS, 15_000, 400_000])
@@ -139,8 +134,8 @@ def sigmoid_loss(model: Embeddings) -> torch.Tensor:
     ],
 )
 def test_quantiles_are_of_each_pairs_own_score(config: Curation, expected: torch.Tensor) -> None:
-    picked = select(config, STUDENT, REFERENCE, torch.Generator().manual_seed(0))
-    told = score_quantiles(config, STUDENT, REFERENCE, picked)
+    picked = config.build().select(STUDENT, REFERENCE, torch.Generator().manual_seed(0))
+    told = config.build().quantiles(STUDENT, REFERENCE, picked)
     levels = [0.05, 0.25, 0.5, 0.75, 0.95]
     assert told["candidates"] == pytest.approx(np.quantile(expected.numpy(), levels).tolist())
     assert told["picked"] == pytest.approx(np.quantile(expected[picked].numpy(), levels).tolist())
@@ -151,13 +146,13 @@ def test_quantiles_carry_no_gradient_and_leave_the_embeddings_alone() -> None:
     student = Embeddings(STUDENT.image.clone().requires_grad_(), STUDENT.text, torch.tensor(9.0), torch.tensor(-8.0))
     before = student.image.detach().clone()
     picked = torch.arange(4)
-    told = score_quantiles(Independent(sub_batch=4, super_batch=64), student, REFERENCE, picked)
+    told = Independent(sub_batch=4, super_batch=64).build().quantiles(student, REFERENCE, picked)
     assert all(type(value) is float for values in told.values() for value in values)
     assert torch.equal(student.image.detach(), before)
 
 
 def test_configs_that_score_nothing_have_no_quantiles() -> None:
-    assert score_quantiles(Iid(), None, None, torch.arange(4)) == {}
-    assert score_quantiles(StaticFilter(), None, REFERENCE, torch.arange(4)) == {}
+    assert Iid().build().quantiles(None, None, torch.arange(4)) == {}
+    assert StaticFilter().build().quantiles(None, REFERENCE, torch.arange(4)) == {}
     with pytest.raises(CurationError, match="student's embeddings"):
-        score_quantiles(Joint(), None, REFERENCE, torch.arange(4))
+        Joint().build().quantiles(None, REFERENCE, torch.arange(4))

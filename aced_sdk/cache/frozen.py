@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the embeddings of a frozen model come from: the model itself, or the shards that carry them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from aced_sdk.cache.embeddings import EmbeddingCache, default_directory, open_cache
+from aced_sdk.cache.parts import Dtype
+from aced_sdk.cache.stored import stored_fingerprint, stored_width, write_stored
+from aced_sdk.cache.writing import write_cache
+from aced_sdk.config import Data, Frozen, Stored
+from aced_sdk.data import Pool
+from aced_sdk.errors import CacheError, ModelError
+from aced_sdk.towers import DualEncoder, load
+
+Watch = Callable[[int, int], None]
+
+
+class FrozenSource(Protocol):
+    """Gives the embeddings of a pool.
+
+    Attributes:
+        fingerprint: what a cache is bound to.
+        cache: folder of the cache; None: the default one.
+    """
+
+    fingerprint: str
+    cache: Path | None
+
+    def to(self, device: torch.device) -> FrozenSource:
+        """Compute on this device from now on."""
+
+    def width(self, pool: Pool) -> int:
+        """D, the width of an embedding."""
+
+    def write(
+        self, pool: Pool, directory: Path, data: Data, batch_size: int, progress: Watch | None, dtype: Dtype | None
+    ) -> EmbeddingCache:
+        """Write the cache, or what is missing of it; arguments as for `write_cache`."""
+
+
+class FrozenModel:
+    """Embeddings made by a model (`Frozen`)."""
+
+    def __init__(self, config: Frozen) -> None:
+        self.encoder = load(config.model)
+        self.fingerprint = self.encoder.fingerprint()
+        self.cache = config.cache
+
+    @classmethod
+    def of(cls, encoder: DualEncoder) -> FrozenModel:
+        """The source of an encoder that is loaded already."""
+        source = cls.__new__(cls)
+        source.encoder, source.fingerprint, source.cache = encoder, encoder.fingerprint(), None
+        return source
+
+    def to(self, device: torch.device) -> FrozenSource:
+        """Move the encoder."""
+        self.encoder.to(device)
+        return self
+
+    def width(self, pool: Pool) -> int:
+        return self.encoder.embedding_dim
+
+    def write(
+        self, pool: Pool, directory: Path, data: Data, batch_size: int, progress: Watch | None, dtype: Dtype | None
+    ) -> EmbeddingCache:
+        return write_cache(self.encoder, pool, directory, data, batch_size, progress, dtype=dtype)
+
+
+class StoredEmbeddings:
+    """Embeddings that the shards carry (`Stored`)."""
+
+    def __init__(self, config: Stored) -> None:
+        self.config = config
+        self.fingerprint = stored_fingerprint(config)
+        self.cache = config.cache
+
+    def to(self, device: torch.device) -> FrozenSource:
+        """No model is computed with."""
+        return self
+
+    def width(self, pool: Pool) -> int:
+        return stored_width(self.config, pool)
+
+    def write(
+        self, pool: Pool, directory: Path, data: Data, batch_size: int, progress: Watch | None, dtype: Dtype | None
+    ) -> EmbeddingCache:
+        return write_stored(self.config, pool, directory, data, batch_size, progress, dtype=dtype)
+
+
+def build_frozen(config: Frozen | Stored, field: str) -> FrozenSource:
+    """The source that a config describes.
+
+    Args:
+        config: of a reference or teacher.
+        field: its name in the run's config, for errors.
+
+    Raises:
+        ModelError: if the model cannot be loaded.
+    """
+    try:
+        source: FrozenSource = config.build()
+    except ModelError as error:
+        raise ModelError(error.cause, remedy=error.remedy, field=error.field or f"{field}.model") from error
+    return source
+
+
+def open_or_write(
+    source: FrozenSource, pool: Pool, data: Data, progress: Watch | None = None, batch_size: int = 256
+) -> EmbeddingCache:
+    """The complete cache of a pool's embeddings; what is missing is written first.
+
+    Raises:
+        CacheError: if the folder holds a cache of something else.
+        DataError: if too many pairs are unusable.
+    """
+    directory = source.cache or default_directory(source.fingerprint, pool)
+    try:
+        return open_cache(directory, source.fingerprint, pool)
+    except CacheError:  # absent or incomplete; a cache of something else is refused again by the writer
+        return source.write(pool, directory, data, batch_size, progress, None)
