@@ -76,7 +76,7 @@ def seconds(work: Callable[..., Any], *arguments: Any) -> float:
 def writing(encoder: DualEncoder, name: str, pool: Pool, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """`write_cache` beside bare inference, alternately."""
     data = Data(shards=tuple(str(shard) for shard in pool.shards), workers=arguments.workers)
-    decoder, everything = Decoding(pool, encoder, data), np.arange(len(pool), dtype=np.int64)
+    decoder, everything = Decoding(pool, encoder.processor, data), np.arange(len(pool), dtype=np.int64)
     # As `write_cache` cuts them: no batch crosses from one shard into the next.
     batches = [
         decoder.fetch(everything[rows.start : rows.stop][start : start + arguments.batch])
@@ -140,7 +140,8 @@ def reading(encoder: DualEncoder, pool: Pool, folder: Path, arguments: argparse.
         return Embeddings(image, text, 1.0)
 
     data = Data(shards=tuple(str(shard) for shard in pool.shards), workers=arguments.workers)
-    decoder, prepared = Decoding(pool, encoder, data), prepare(pool, encoder, data, folder / "prepared")
+    decoder = Decoding(pool, encoder.processor, data)
+    prepared = prepare(pool, encoder.processor, data, folder / "prepared")
     noise = torch.Generator().manual_seed(arguments.seed)
     results = []
     for batch in arguments.batches:

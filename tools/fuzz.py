@@ -231,7 +231,7 @@ def targets(world: World) -> dict[str, Target]:
     def tokens(folder: Path, dice: random.Random) -> str:
         (folder / "0.tar").write_bytes(world.tar(dice, {}))
         pool = Pool([folder / "0.tar"], caption_lines="first" if dice.random() < 0.5 else "join")
-        decoder = Decoding(pool, world.encoder, Data(shards=("x",), max_bad_fraction=0.7))
+        decoder = Decoding(pool, world.encoder.processor, Data(shards=("x",), max_bad_fraction=0.7))
         decoder.fetch(np.arange(len(decoder.pool)))
         return "skipped" if decoder.skipped else "read"
 

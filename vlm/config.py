@@ -95,6 +95,12 @@ class TuneConfig(Config):
 
     @model_validator(mode="after")
     def _order(self) -> Self:
+        if self.engine.micro_batch is not None:
+            raise ConfigError(
+                "tuning has a micro_batch in each stage, and none of the engine's",
+                remedy="set it on the stage: Align(micro_batch=...)",
+                field="engine.micro_batch",
+            )
         if any(stage.stage == "adapt" for stage in self.stages[:-1]):
             raise ConfigError("an Adapt stage must be the last", remedy="put it last, once", field="stages")
         return self

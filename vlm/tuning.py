@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,14 +21,16 @@ from aced_sdk.engine import (
     Engine,
     Event,
     Launch,
+    Learned,
     Ranks,
+    Step,
     build_engine,
-    factor,
     load_checkpoint,
     newest_intact,
     pick_device,
     read_launch,
     save_checkpoint,
+    take_steps,
     thread_limit,
 )
 from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
@@ -39,7 +40,7 @@ from aced_sdk.reporting import JsonlWriter, Progress
 from aced_sdk.reporting.progress import say
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data.pictures import Features, check_fit
-from vlm.data.rows import Batch, Row, batch_at, collate, fingerprint, make_rows, shares
+from vlm.data.rows import Batch, Batches, Row, Rows, collate, fingerprint, make_rows, shares
 from vlm.data.samples import Sample
 from vlm.data.skips import Skips
 from vlm.model.adapters import base_of, check_adapters, check_saved, has_adapter, prepare, shown, snapshot, table
@@ -101,7 +102,7 @@ class _Run:
 
     config: TuneConfig
     directory: Path
-    rows: list[Row]
+    rows: Rows
     features: Features
     pad: int
     ranks: Ranks
@@ -114,13 +115,13 @@ class _Run:
     losses: list[tuple[float, ...]] = field(default_factory=list)
 
     def emit(self, event: Event) -> None:
-        """Tell all callbacks, in rank 0."""
+        """Pass an event to all callbacks, on rank 0."""
 
-        def tell() -> None:
+        def call() -> None:
             for callback in self.callbacks:
                 callback(event)
 
-        self.ranks.in_first(tell)
+        self.ranks.in_first(call)
 
 
 def tune(
@@ -132,7 +133,7 @@ def tune(
     directory: str | Path,
     callbacks: Sequence[Callback] = (),
 ) -> TuneResult:
-    """Train the stages one after the other; called again with the same arguments, go on where an earlier call stopped.
+    """Train the stages one after the other. Called again with the same arguments, continue where it stopped.
 
     The loss is the mean over the assistant's words of a whole batch, however it is cut into micro-batches and shared
     out between processes. In a launch of several, all call this with the same arguments; rank 0 alone writes, reports
@@ -144,7 +145,7 @@ def tune(
         data: conversations; those that are too long or teach nothing are left out, up to `config.max_bad_fraction`.
         config: stages and engine.
         directory: checkpoints, `events.jsonl` and `tune.json`.
-        callbacks: hear every event.
+        callbacks: receive every event.
 
     Raises:
         ConfigError: if the directory holds a run of another config or other data.
@@ -293,49 +294,78 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
     if run.ranks.rank == 0:
         say(f"tune: stage {number}, {stage.stage}, {stage.steps - done} steps\n{shown(run.parameters[-1])}")
     if run.log is not None and done < stage.steps:
-        run.log.truncate_after(run.step)  # what came after the checkpoint is told again
+        run.log.truncate_after(run.step)  # events after the checkpoint are logged again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))
-    losses: list[float] = []
-    bad_in_a_row = 0
-    for step in range(done, stage.steps):
-        began = time.perf_counter()
-        chosen = batch_at(run.rows, stage.batch_size, step, f"{config.seed} {number}")
-        rate = stage.learning_rate * factor(schedule, step)
-        torch.manual_seed(_dropout_seed(config.seed, number, step, run.ranks.rank))
-        loss = _accumulate(run, engine, chosen, stage.micro_batch)
-        norm = engine.step(rate)
-        run.step += 1
-        if not math.isfinite(norm):
-            bad_in_a_row += 1
-            run.emit(StepSkipped(run.step, f"the gradient norm is {norm}, the loss {loss}", bad_in_a_row))
-            if bad_in_a_row > config.engine.max_bad_steps:
-                raise EngineError(
-                    f"{bad_in_a_row} steps in a row were not finite, the last is number {step + 1} of stage {number}",
-                    remedy="lower the learning rate, or use engine.precision='fp32'",
-                    field=f"stages.{number}.learning_rate",
-                )
-        else:
-            bad_in_a_row = 0
-            run.samples += sum(row.samples for row in chosen)
-            run.tokens += sum(len(row.ids) for row in chosen)
-            losses.append(loss)
-            seconds = time.perf_counter() - began
-            run.emit(StepDone(run.step, loss, {stage.stage: loss}, rate, norm, run.samples, seconds, 0.0))
-        due = (step + 1) % config.engine.checkpoint_every == 0 and bad_in_a_row == 0
-        if due or step + 1 == stage.steps:
-            saved = save_checkpoint(
-                folder,
-                step + 1,
-                engine,
-                {"stage": number},
-                {},
-                config.engine.keep_checkpoints,
-            )
-            trained = engine.weights()
-            run.ranks.in_first(partial(check_saved, saved / "weights.safetensors", trained, start))
-            run.emit(CheckpointSaved(run.step, str(saved)))
+    tuning = _Tuning(run, number, stage, engine, folder, start, run.step - done)
+    take_steps(tuning, engine, schedule, stage.learning_rate, config.engine, done)
+    run.step = tuning.before + stage.steps
     engine.release()
-    return losses
+    return tuning.losses
+
+
+class _Tuning:
+    """The steps of one stage, for `take_steps`."""
+
+    def __init__(
+        self,
+        run: _Run,
+        number: int,
+        stage: Align | Adapt,
+        engine: Engine,
+        folder: Path,
+        start: Mapping[str, str],
+        before: int,
+    ) -> None:
+        self.run = run
+        self.number = number
+        self.stage = stage
+        self.engine = engine
+        self.folder = folder
+        self.start = start
+        self.before = before  # steps of earlier stages
+        self.losses: list[float] = []
+        self.batches = Batches(run.rows, stage.batch_size, f"{run.config.seed} {number}")
+
+    def learn(self, number: int) -> Learned:
+        self.chosen = self.batches.at(number - 1)
+        torch.manual_seed(_dropout_seed(self.run.config.seed, self.number, number - 1, self.run.ranks.rank))
+        return Learned(_accumulate(self.run, self.engine, self.chosen, self.stage.micro_batch))
+
+    def taken(self, step: Step) -> None:
+        run, name = self.run, self.stage.stage
+        run.samples += sum(row.samples for row in self.chosen)
+        run.tokens += sum(len(row.ids) for row in self.chosen)
+        self.losses.append(step.loss)
+        run.emit(
+            StepDone(
+                step=self.before + step.number,
+                loss=step.loss,
+                parts={name: step.loss},
+                learning_rate=step.learning_rate,
+                gradient_norm=step.gradient_norm,
+                trained=run.samples,
+                seconds=step.seconds,
+                data_seconds=0.0,
+            )
+        )
+
+    def skipped(self, step: Step, in_a_row: int) -> None:
+        reason = f"the gradient norm is {step.gradient_norm}, the loss {step.loss}"
+        self.run.emit(StepSkipped(self.before + step.number, reason, in_a_row))
+
+    def save(self, number: int) -> None:
+        keep = self.run.config.engine.keep_checkpoints
+        saved = save_checkpoint(self.folder, number, self.engine, {"stage": self.number}, {}, keep)
+        trained = self.engine.weights()
+        self.run.ranks.in_first(partial(check_saved, saved / "weights.safetensors", trained, self.start))
+        self.run.emit(CheckpointSaved(self.before + number, str(saved)))
+
+    def diverged(self, step: Step, in_a_row: int) -> EngineError:
+        return EngineError(
+            f"{in_a_row} steps in a row were not finite, the last is number {step.number} of stage {self.number}",
+            remedy="lower the learning rate, or use engine.precision='fp32'",
+            field=f"stages.{self.number}.learning_rate",
+        )
 
 
 def _restore(folder: Path, engine: Engine) -> int:

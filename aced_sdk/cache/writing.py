@@ -90,7 +90,7 @@ def write_cache(
         shards=bound_shards(pool),
         dtype=dtype or "fp16",
     )
-    decoder = Decoding(pool, encoder, data)
+    decoder = Decoding(pool, encoder.processor, data)
 
     def embed(batch: SuperBatch) -> Embedded:
         if not len(batch):

@@ -136,8 +136,13 @@ class Component(Config):
 
     def build(self) -> Any:
         """An instance of the class named by `target`, made from this config."""
-        module, _, name = self.target.partition(":")
-        return getattr(import_module(module), name)(self)
+        return named(self.target)(self)
+
+
+def named(target: str) -> Any:
+    """What `module:name` names; the module is imported now."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
 # Pydantic names the tags and members of unions as places.

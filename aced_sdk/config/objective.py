@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import difflib
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from aced_sdk.config.base import Config
 from aced_sdk.config.curation import LossForm
 from aced_sdk.errors import ConfigError
+from aced_sdk.files import one_line
 
 Repeated = Literal["negatives", "masked", "positives"]
 
@@ -29,10 +31,34 @@ class Contrastive(Config):
     )
 
 
+class LossKind(NamedTuple):
+    """A distillation loss by name.
+
+    Attributes:
+        target: the function, as `module:name`: `loss(student, teacher, **settings)` of two `Embeddings`, 0-dim.
+        settings: which of `teacher_scale`, `student_scale` and `chunk` it takes.
+    """
+
+    target: str
+    settings: tuple[str, ...] = ()
+
+
+_ROOM = "aced_sdk.objectives.distillation"
+_ALL = ("teacher_scale", "student_scale", "chunk")
+DISTILLATION_LOSSES: dict[str, LossKind] = {
+    "softmax": LossKind(f"{_ROOM}:softmax_kd", _ALL),
+    "sigmoid": LossKind(f"{_ROOM}:sigmoid_kd", _ALL),
+    "feature": LossKind(f"{_ROOM}:feature_matching"),
+    "interactive": LossKind(f"{_ROOM}:interactive", ("student_scale", "chunk")),
+    "relational": LossKind(f"{_ROOM}:relational", _ALL),
+}
+"""Losses that `Distillation.loss` may name; a loss of your own is added to it."""
+
+
 class Distillation(Config):
     """One distillation loss; its targets come from a teacher's cached embeddings."""
 
-    loss: Literal["softmax", "sigmoid", "feature", "interactive", "relational"] = "softmax"
+    loss: str = Field("softmax", description="softmax, sigmoid, feature, interactive or relational")
     weight: float = Field(1.0, ge=0, description="lambda")
     teacher: int = Field(0, ge=0, description="which of the teachers, where there are several")
     batch: Literal["same", "iid"] = Field(
@@ -46,6 +72,28 @@ class Distillation(Config):
         None, gt=0, description="scale on the student's similarities; None: its own learned one"
     )
     chunk: int | None = Field(None, gt=0, description="rows per slab; None: one slab. Saves memory, changes nothing")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.loss not in DISTILLATION_LOSSES:
+            near = difflib.get_close_matches(self.loss, DISTILLATION_LOSSES, n=1, cutoff=0.6)
+            known = ", ".join(DISTILLATION_LOSSES)
+            raise ConfigError(
+                f"unknown distillation loss '{one_line(self.loss, 80)}'",
+                remedy=f"did you mean '{near[0]}'?" if near else f"use one of {known}",
+                field="loss",
+            )
+        for name in _ALL:
+            if getattr(self, name) is not None and name not in DISTILLATION_LOSSES[self.loss].settings:
+                raise ConfigError(
+                    f"the distillation loss '{self.loss}' has no {name}", remedy=f"leave {name} out", field=name
+                )
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the loss by name."""
+        return {name: getattr(self, name) for name in DISTILLATION_LOSSES[self.loss].settings}
 
 
 class Objective(Config):

@@ -39,7 +39,7 @@ from aced_sdk.files.reading import MIB
 from aced_sdk.processing.plain import PictureError, open_picture, read_header, to_rgb
 from aced_sdk.processing.plain.inputs import MAX_CHARACTERS
 from aced_sdk.processing.plain.pictures import webp_size
-from aced_sdk.towers import DualEncoder
+from aced_sdk.processing.processor import Processor
 
 _IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
 _SUMS = "sums.npy"  # a CRC-32 of each picture; they are many, and each is checked when it is first read
@@ -105,9 +105,9 @@ class Decoding:
             unusable.
     """
 
-    def __init__(self, pool: Pool, encoder: DualEncoder, config: Data) -> None:
+    def __init__(self, pool: Pool, processor: Processor, config: Data) -> None:
         self.pool = pool
-        self.encoder = encoder
+        self.processor = processor
         self.config = config
         self.seen = 0
         self.skipped: Counter[str] = Counter()
@@ -124,12 +124,12 @@ class Decoding:
         images = [pair[0] for pair in pairs if pair is not None]
         texts = [pair[1] for pair in pairs if pair is not None]
         if not good:
-            height, width = self.encoder.preprocess_config.size
-            empty = torch.empty(0, self.encoder.context_length, dtype=torch.int64)
+            height, width = self.processor.preprocess_config.size
+            empty = torch.empty(0, self.processor.context_length, dtype=torch.int64)
             return SuperBatch(
                 torch.empty(0, 3, height, width, dtype=torch.uint8), empty, torch.empty(0, dtype=torch.int64)
             )
-        return SuperBatch(torch.stack(images), self.encoder.tokenize(texts), torch.from_numpy(rows[good]))
+        return SuperBatch(torch.stack(images), self.processor.tokenize(texts), torch.from_numpy(rows[good]))
 
     def decode(self, rows: Sequence[int] | Rows) -> list[tuple[Tensor, str] | None]:
         """Resized uint8 picture and caption per row; None for an unusable pair, which is counted."""
@@ -150,12 +150,12 @@ class Decoding:
             text = self.pool.text(row, self.config.max_caption_bytes)
             if len(text) > MAX_CHARACTERS:
                 raise UnusablePair("caption has too many characters")
-            return resized(self.pool, row, self.encoder, self.config.max_pixels), text
+            return resized(self.pool, row, self.processor, self.config.max_pixels), text
         except UnusablePair as reason:
             return str(reason)
 
 
-def resized(pool: Pool, row: int, encoder: DualEncoder, max_pixels: int) -> Tensor:
+def resized(pool: Pool, row: int, processor: Processor, max_pixels: int) -> Tensor:
     """A pair's picture as the tower takes it, before normalisation: uint8 [3, H, W].
 
     Raises:
@@ -167,7 +167,7 @@ def resized(pool: Pool, row: int, encoder: DualEncoder, max_pixels: int) -> Tens
         with _IN_WORK.turn(min(canvas, max_pixels)):
             header = read_header(content, max_pixels=max_pixels)
             with _IN_WORK.turn(0 if canvas else header.width * header.height):
-                return encoder.resize(to_rgb(open_picture(header, max_pixels=max_pixels)))
+                return processor.resize(to_rgb(open_picture(header, max_pixels=max_pixels)))
     except PictureError as error:
         raise UnusablePair(error.reason) from error
 
@@ -308,25 +308,25 @@ def _reserve(file: Path) -> None:
 
 
 def prepare(
-    pool: Pool, encoder: DualEncoder, config: Data, root: Path, progress: Callable[[int, int], None] | None = None
+    pool: Pool, processor: Processor, config: Data, root: Path, progress: Callable[[int, int], None] | None = None
 ) -> Prepared:
-    """The prepared folder for this pool and encoder under `root`, made if it is not there.
+    """The prepared folder for this pool and processor under `root`, made if it is not there.
 
     Raises:
         DataError: if more pairs are unusable than the config allows, or the disk is full.
     """
     import hashlib
 
-    probe = encoder.tokenize(["A probe, of the tokenizer's ways: 0123 naïve"])
-    preprocess = encoder.preprocess_config
+    probe = processor.tokenize(["A probe, of the tokenizer's ways: 0123 naïve"])
+    preprocess = processor.preprocess_config
     binding = [pool.fingerprint, preprocess.model_dump_json(), str(probe.tolist()), str(config.max_pixels)]
     if config.max_caption_bytes != Data.model_fields["max_caption_bytes"].default:  # older folders know the default
         binding.append(str(config.max_caption_bytes))
     folder = root / hashlib.sha256("|".join(binding).encode()).hexdigest()[:16]
-    count, length, (height, width) = len(pool), encoder.context_length, preprocess.size
+    count, length, (height, width) = len(pool), processor.context_length, preprocess.size
     if os.path.isfile(folder / _MANIFEST):
         return Prepared(folder, count, (height, width), length)
-    decoder = Decoding(pool, encoder, config)
+    decoder = Decoding(pool, processor, config)
     try:
         with whole_folder(folder) as temporary:
             images = np.lib.format.open_memmap(temporary / _IMAGES, "w+", np.uint8, (count, 3, height, width))

@@ -48,11 +48,8 @@ class Engine(Protocol):
     def moments(self) -> dict[str, Tensor]:
         """The optimizer's state, as `weights` gives those: per parameter's number `step`, `exp_avg`, `exp_avg_sq`."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into an existing folder, in one form for all engines and world sizes."""
-
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote.
+        """Read what `save_checkpoint` wrote, in one form for all engines and world sizes.
 
         Raises:
             EngineError: if the folder does not fit.

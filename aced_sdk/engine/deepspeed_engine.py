@@ -19,7 +19,7 @@ from aced_sdk.config import Optimizer as OptimizerConfig
 from aced_sdk.engine.base import adamw, pick_device, precision, set_learning_rate
 from aced_sdk.engine.launch import Launch
 from aced_sdk.engine.ranks import Ranks, join
-from aced_sdk.engine.state import load_weights, optimizer_state, read_state, save_state, trainable_state
+from aced_sdk.engine.state import load_weights, optimizer_state, read_state, trainable_state
 from aced_sdk.errors import ConfigError, MissingPackageError
 from aced_sdk.files import ReadError, printable, read_json
 from aced_sdk.files.reading import MIB
@@ -133,10 +133,6 @@ class DeepSpeed:
                 kept[f"{index}.{key}"] = self._mine(safe_get_full_optimizer_state(parameter, key))
             kept[f"{index}.step"] = first["step"].cpu().clone()
         return kept if self.ranks.rank == 0 else {}
-
-    def save(self, folder: Path) -> None:
-        weights, moments = self.weights(), self.moments()
-        self.ranks.in_first(lambda: save_state(folder, weights, moments))
 
     def load(self, folder: Path) -> None:
         if self.config.zero_stage == 0:

@@ -15,7 +15,7 @@ from aced_sdk.config import Optimizer as OptimizerConfig
 from aced_sdk.engine.base import adamw, pick_device, precision, set_learning_rate
 from aced_sdk.engine.launch import Launch
 from aced_sdk.engine.ranks import Ranks
-from aced_sdk.engine.state import load_weights, optimizer_state, save_state, trainable_state
+from aced_sdk.engine.state import load_weights, optimizer_state, trainable_state
 
 
 class SingleProcess:
@@ -56,9 +56,6 @@ class SingleProcess:
 
     def moments(self) -> dict[str, Tensor]:
         return optimizer_state(self.optimizer)
-
-    def save(self, folder: Path) -> None:
-        save_state(folder, self.weights(), self.moments())
 
     def load(self, folder: Path) -> None:
         load_weights(folder, self.module, self.optimizer)

@@ -151,7 +151,7 @@ def load_task(
     for row in range(len(pool)):
         try:
             label = _label(pool, row, kind, len(opened.classes))
-            images[len(own)] = resized(pool, row, encoder, max_pixels)
+            images[len(own)] = resized(pool, row, encoder.processor, max_pixels)
         except UnusablePair as reason:
             skipped[str(reason)] += 1
             continue

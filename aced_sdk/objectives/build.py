@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from aced_sdk import config
+from aced_sdk.config.base import named
+from aced_sdk.config.objective import DISTILLATION_LOSSES
 from aced_sdk.errors import ConfigError
-from aced_sdk.objectives import contrastive, distillation
+from aced_sdk.objectives import contrastive
 from aced_sdk.towers.embeddings import Embeddings
 
 Batch = Literal["same", "iid"]
@@ -88,14 +90,11 @@ def build_objective(objective: config.Objective) -> Objective:
     """The callable that a config describes.
 
     A part is named `contrastive`, or by its distillation loss (`softmax`, and `softmax_2` for a second one).
-
-    Raises:
-        ConfigError: if a distillation term sets what its loss does not have.
     """
     task = objective.contrastive
     terms = [Term("contrastive", task.weight, "same", _contrastive(task))] if task.weight > 0 else []
     for place, term in enumerate(objective.distillation):
-        loss = _with_teacher(_distillation(term, f"objective.distillation.{place}"), term.teacher)
+        loss = _with_teacher(_distillation(term), term.teacher)
         before = sum(other.loss == term.loss for other in objective.distillation[:place])
         if term.weight > 0:
             name = f"{term.loss}_{before + 1}" if before else term.loss
@@ -112,24 +111,8 @@ def _contrastive(task: config.Contrastive) -> Callable[[Embeddings, Sequence[Emb
     return loss
 
 
-def _distillation(term: config.Distillation, field: str) -> Callable[[Embeddings, Embeddings], Tensor]:
-    settings = {"teacher_scale": term.teacher_scale, "student_scale": term.student_scale, "chunk": term.chunk}
-    known = {"feature": (), "interactive": ("student_scale", "chunk")}.get(term.loss, tuple(settings))
-    for name, value in settings.items():
-        if value is not None and name not in known:
-            raise ConfigError(
-                f"the distillation loss {term.loss!r} has no {name}",
-                remedy=f"leave {name} out",
-                field=f"{field}.{name}",
-            )
-    losses: dict[str, Callable[..., Tensor]] = {
-        "softmax": distillation.softmax_kd,
-        "sigmoid": distillation.sigmoid_kd,
-        "feature": distillation.feature_matching,
-        "interactive": distillation.interactive,
-        "relational": distillation.relational,
-    }
-    return partial(losses[term.loss], **{name: settings[name] for name in known})
+def _distillation(term: config.Distillation) -> Callable[[Embeddings, Embeddings], Tensor]:
+    return partial(named(DISTILLATION_LOSSES[term.loss].target), **term.settings)
 
 
 def _with_teacher(
@@ -138,8 +121,7 @@ def _with_teacher(
     def checked(student: Embeddings, teachers: Sequence[Embeddings], captions: Tensor | None) -> Tensor:
         if number >= len(teachers):
             raise ConfigError(
-                f"a distillation term needs the teacher's embeddings, and of teachers 0 to {number} "
-                f"{len(teachers)} were given",
+                f"a distillation term needs teacher {number} (counted from 0), got {len(teachers)} teachers",
                 remedy="set teacher=Frozen(model=...), one for each number, or a reference that teaches too",
                 field="teacher",
             )

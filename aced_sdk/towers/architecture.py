@@ -17,8 +17,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from aced_sdk.config import Config
 from aced_sdk.errors import ConfigError, ModelError, UnsupportedError
 from aced_sdk.files import memory_limit, printable
+from aced_sdk.processing.transforms import MAX_SIDE
 from aced_sdk.towers import text_files
-from aced_sdk.towers.transforms import MAX_SIDE
 
 MAX_PARAMETERS = 10_000_000_000  # open_clip's largest model has 5 billion
 _MAX_SCORES = (

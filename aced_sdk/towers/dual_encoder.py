@@ -16,21 +16,19 @@ from aced_sdk.errors import InputError, ModelError
 from aced_sdk.files import tensor_digest
 from aced_sdk.processing.plain import PictureError
 from aced_sdk.processing.plain.inputs import (
-    MAX_CHARACTERS,
     Picture,
     at_least_one,
-    check_lengths,
     open_input,
     picture_batches,
-    text_batches,
 )
+from aced_sdk.processing.processor import Processor
+from aced_sdk.processing.transforms import Preprocess
 from aced_sdk.towers.embeddings import Embeddings
 from aced_sdk.towers.profile import Profile, profile_model
 from aced_sdk.towers.replica import evaluating, replaced
 from aced_sdk.towers.resolution import any_size, positions_for
 from aced_sdk.towers.text import cut, lengths
 from aced_sdk.towers.text_files import tokenizing
-from aced_sdk.towers.transforms import Preprocess
 
 
 class DualEncoder(nn.Module):
@@ -42,6 +40,7 @@ class DualEncoder(nn.Module):
         model: the open_clip model; its state dict is what folders hold.
         model_cfg: the `model_cfg` of open_clip_config.json.
         preprocess_config: geometry and normalisation.
+        processor: pictures and texts to tensors, without the model.
         folder: where it was loaded from; None for a new one.
         trained_with: loss that its scale and bias were trained with: as its manifest says, else sigmoid if it has a
             bias and softmax if it has none.
@@ -65,7 +64,7 @@ class DualEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.folder = folder
         self.trained_with: LossForm = "softmax" if model.logit_bias is None else "sigmoid"
-        self._resize = preprocess.resizer()
+        self.processor = Processor(preprocess, self._tokens, int(model_cfg["text_cfg"].get("context_length", 77)))
         if "timm_model_name" in model_cfg["vision_cfg"]:
             _channels_last(model.visual)  # type: ignore[arg-type]
             any_size(model.visual, preprocess.size)  # type: ignore[arg-type]
@@ -75,8 +74,8 @@ class DualEncoder(nn.Module):
     # -- inputs -------------------------------------------------------------------------------------------------
 
     def resize(self, image: Image.Image) -> Tensor:
-        """The picture as the tower sees it, before normalisation: uint8 [3, H, W]."""
-        return self._resize(image)
+        """A picture at the tower's size, before normalisation: uint8 [3, H, W]."""
+        return self.processor.resize(image)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Exactly what open_clip's validation transform gives: normalised float32 [3, H, W]."""
@@ -89,12 +88,11 @@ class DualEncoder(nn.Module):
             InputError: if something is no text, or has more than 10,000 characters.
             ModelError: if the tokenizer fails.
         """
-        read = [text for _, batch in text_batches(texts, 1024) for text in batch]
-        if not read:
-            return torch.empty(0, self.context_length, dtype=torch.int64)
-        check_lengths(read, MAX_CHARACTERS)
+        return self.processor.tokenize(texts)
+
+    def _tokens(self, texts: list[str]) -> Tensor:
         with tokenizing("the tokenizer fails on these texts"):
-            tokens: Tensor = self.tokenizer(read)
+            tokens: Tensor = self.tokenizer(texts)
         return tokens
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -261,7 +259,7 @@ class DualEncoder(nn.Module):
     @property
     def context_length(self) -> int:
         """L, the number of tokens of a text."""
-        return int(self.model_cfg["text_cfg"].get("context_length", 77))
+        return self.processor.context_length
 
     def profile(self, size: int | None = None) -> Profile:
         """Multiply-accumulates of one picture (size x size; None: the tower's own) and one text, and parameters."""

@@ -33,11 +33,11 @@ from aced_sdk.files import (
     whole_folder,
     write_json,
 )
+from aced_sdk.processing.transforms import Preprocess
 from aced_sdk.towers.architecture import check, construct, instantiate, outline, resolve
 from aced_sdk.towers.card import card
 from aced_sdk.towers.dual_encoder import DualEncoder
 from aced_sdk.towers.text_files import PLACES, copy_text_files, fetch, tokenizer_of
-from aced_sdk.towers.transforms import Preprocess
 from aced_sdk.towers.trial import check_embeds
 from aced_sdk.towers.weights import check_fit, read_weights
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ class Profile:
     image_macs: int
     text_macs: int
     parameters: int
-    image_parameters: int
 
     @property
     def macs(self) -> int:
@@ -30,12 +28,10 @@ class Profile:
 def profile_model(model: nn.Module, image: Callable[[], object], text: Callable[[], object]) -> Profile:
     """Count one call of each tower, `image` and `text`, both on a single example and in evaluation mode."""
     image_macs, text_macs = _macs(image), _macs(text)
-    visual: Any = model.visual
     return Profile(
         image_macs=image_macs,
         text_macs=text_macs,
         parameters=sum(p.numel() for p in model.parameters()),
-        image_parameters=sum(p.numel() for p in visual.parameters()),
     )
 
 

@@ -144,9 +144,9 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
     reference = None if inputs.reference is None else caches[inputs.reference.fingerprint]
     source: Source
     if data.prepared is not None:
-        source = prepare(pool, student, data, data.prepared, partial(watch, "resize pictures"))
+        source = prepare(pool, student.processor, data, data.prepared, partial(watch, "resize pictures"))
     else:
-        source = Decoding(pool, student, data)
+        source = Decoding(pool, student.processor, data)
     usable = _usable(config, pool, source, list(caches.values()))
     selector: Selector = config.curation.build()
     kept = selector.keep(lambda: _rows_of(reference, usable), len(usable))

@@ -223,7 +223,7 @@ def make_world(config: WorldConfig, material: Material) -> World:
         student = towers.build(aced.Student(architecture=STUDENT), 0)
         for part in ("pool", "trusted"):
             data = aced.Data(shards=(str(folder / part),))
-            prepare(Pool(data.shards), student, data, home() / "prepared")
+            prepare(Pool(data.shards), student.processor, data, home() / "prepared")
     facts = json.loads((folder / "world.json").read_text(encoding="utf-8"))
     return World(folder, material.directory / "evaluation", material.directory / "validation", facts["auc"])
 

@@ -144,7 +144,7 @@ def _load_by_order(trunk: nn.Module, path: Path) -> None:
 @torch.no_grad()
 def features(encoder: DualEncoder, pool: Pool, progress: Callable[[int], None]) -> tuple[Tensor, Tensor]:
     """Features of the frozen trunks: [N, 1280] and [N, 384]."""
-    decoder = Decoding(pool, encoder, Data(shards=tuple(str(shard) for shard in pool.shards)))
+    decoder = Decoding(pool, encoder.processor, Data(shards=tuple(str(shard) for shard in pool.shards)))
     model: Any = encoder.model
     model.visual.head, image_head = nn.Identity(), model.visual.head
     model.text.proj, text_head = nn.Identity(), model.text.proj

@@ -63,7 +63,7 @@ def get_reference(settings: Settings, box: Box, models: dict[str, Path], watch: 
         def resized(done: int, total: int, what: str = f"resize the {shards.name}") -> None:
             watch(what, done, total)
 
-        prepare(Pool(data.shards), student, data, home() / "prepared", resized)
+        prepare(Pool(data.shards), student.processor, data, home() / "prepared", resized)
     return folder
 
 

@@ -229,7 +229,8 @@ def test_tuning_leaves_out_and_counts_bad_conversations(
     assert [name in text for name, text in zip(("empty", "long", "odd"), result.skipped, strict=True)] == [True] * 3
     words = "3 of 123 conversations are left out: 1 empty answer, 1 too long, 1 unpaired surrogate"
     assert words in capsys.readouterr().err
-    assert make_rows(data, processor, 9, 4, 128, Skips())[0] == make_rows(samples(20), processor, 9, 4, 128)[0]
+    left = make_rows(data, processor, 9, 4, 128, Skips())[0]
+    assert list(left) == list(make_rows(samples(20), processor, 9, 4, 128)[0])
     with pytest.raises(DataError, match=r"3 of 123 conversations cannot be used .*the first: .*'empty'"):
         vlm.tune(llava, processor, data, plan.model_copy(update={"max_bad_fraction": 0.02}), directory=tmp_path / "b")
     assert not (tmp_path / "b").exists()

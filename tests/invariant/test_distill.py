@@ -181,7 +181,7 @@ def test_iid_is_what_a_plain_torch_loop_does(world: Path, tmp_path: Path) -> Non
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     pool = Pool([world / "pool"])
-    order = Order(Decoding(pool, start, made.data).usable(), seed=0).take(0, 200)
+    order = Order(Decoding(pool, start.processor, made.data).usable(), seed=0).take(0, 200)
     usable = [int(row) for row in order if row not in (11, 50)]
     rates = [1.0] + [0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 5)).item()) for step in range(5)]
     for step in range(6):

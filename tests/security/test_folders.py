@@ -34,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     pool = Pool([tiny.write_pool(root / "pool", pairs=16)])
     write_cache(tiny.encoder(), pool, root / "cache", DATA)
-    prepare(pool, tiny.encoder(), DATA, root / "prepared")
+    prepare(pool, tiny.encoder().processor, DATA, root / "prepared")
     return root
 
 
@@ -167,7 +167,7 @@ def test_the_lock_of_a_cache_is_never_followed(copy: Path) -> None:
 
 def _prepare(root: Path) -> tuple[int, int]:
     pool = Pool([root / "pool"])
-    prepared = prepare(pool, tiny.encoder(), DATA, root / "prepared")
+    prepared = prepare(pool, tiny.encoder().processor, DATA, root / "prepared")
     rows = prepared.usable()
     return len(rows), len(prepared.fetch(rows))
 

@@ -103,7 +103,7 @@ def test_large_pictures_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.
     for name, picture in (("png", png(3000)), ("webp", stream.getvalue())):
         files = [file for k in range(6) for file in ((f"{k}.{name}", picture), (f"{k}.txt", b"a"))]
         (tmp_path / f"{name}.tar").write_bytes(tar(*files))
-        decoding = Decoding(Pool([tmp_path / f"{name}.tar"]), tiny.encoder(), Data(shards=("x",), workers=8))
+        decoding = Decoding(Pool([tmp_path / f"{name}.tar"]), tiny.encoder().processor, Data(shards=("x",), workers=8))
         assert None not in decoding.decode(range(6))
         assert most == [2]
 

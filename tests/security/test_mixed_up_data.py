@@ -188,7 +188,7 @@ def test_a_path_that_no_file_can_have_is_named(world: Path, tmp_path: Path, name
 
 def prepared(world: Path, root: Path) -> Prepared:
     data = aced.Data(shards=(str(world / "pool"),))
-    return prepare(Pool(data.shards), tiny.encoder(), data, root)
+    return prepare(Pool(data.shards), tiny.encoder().processor, data, root)
 
 
 def test_pictures_that_changed_places_are_named_when_they_are_read(world: Path, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
 def _fetch(folder: Path, **changes: Any) -> tuple[int, Counter[str]]:
     """How many pairs of a pool were usable, and why the others were not."""
     pool = Pool([folder])
-    decoder = Decoding(pool, tiny.encoder(), Data(shards=("unused",), max_bad_fraction=0.5, **changes))
+    decoder = Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_bad_fraction=0.5, **changes))
     batch = decoder.fetch(np.arange(len(pool)))
     known_noisy(pool)
     return len(batch), decoder.skipped
@@ -259,7 +259,7 @@ def test_the_bound_on_captions_is_the_configs(tmp_path: Path) -> None:
     tiny.write_pool(tmp_path, pairs=8, broken={3: tiny.pair(3) | {"txt": b"a cat " * 1000}})
     assert run(_fetch, tmp_path).returned()[0] == 7
     pool = Pool([tmp_path])
-    roomy = Decoding(pool, tiny.encoder(), Data(shards=("unused",), max_caption_bytes=6000))
+    roomy = Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_caption_bytes=6000))
     assert len(roomy.fetch(np.arange(8))) == 8
 
 
@@ -278,7 +278,9 @@ def test_a_member_of_gigabytes_is_not_read(tmp_path: Path, extension: str) -> No
 
 def _batch(folder: Path) -> int:
     pool = Pool([folder])
-    batches = SuperBatches(Decoding(pool, tiny.encoder(), Data(shards=("unused",), max_bad_fraction=1)), 4, seed=0)
+    batches = SuperBatches(
+        Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_bad_fraction=1)), 4, seed=0
+    )
     try:
         return len(next(batches)[0])
     finally:

@@ -119,8 +119,8 @@ def test_a_broken_array_of_labels_is_one_bad_sample(tmp_path: Path, array: bytes
 def reopened(folder: str, name: str, content: bytes) -> None:
     pool, encoder = Pool([Path(folder) / "pool"]), tiny.encoder()
     data = Data(shards=(str(Path(folder) / "pool"),))
-    (prepare(pool, encoder, data, Path(folder) / "prepared").folder / name).write_bytes(content)
-    prepare(pool, encoder, data, Path(folder) / "prepared")
+    (prepare(pool, encoder.processor, data, Path(folder) / "prepared").folder / name).write_bytes(content)
+    prepare(pool, encoder.processor, data, Path(folder) / "prepared")
 
 
 def test_a_broken_header_of_prepared_pictures_is_named(tmp_path: Path) -> None:

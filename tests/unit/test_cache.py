@@ -59,7 +59,7 @@ def test_rows_are_what_the_model_says_of_the_pairs(written: Path, tower: DualEnc
     cache = open_cache(written, tower.fingerprint(), pool)
     rows = torch.tensor([65, 0, 22, 21, 44])
     found = cache.rows(rows, torch.device("cpu"))
-    batch = Decoding(pool, tower, settings(pool)).fetch(rows.numpy())
+    batch = Decoding(pool, tower.processor, settings(pool)).fetch(rows.numpy())
     torch.testing.assert_close(found.image, tower.encode_image(batch.images), atol=2e-3, rtol=0)
     torch.testing.assert_close(found.text, tower.encode_text(batch.tokens), atol=2e-3, rtol=0)
     torch.testing.assert_close(found.image.norm(dim=1), torch.ones(5))

@@ -151,7 +151,7 @@ def test_epochs_and_seeds_order_the_pool_differently() -> None:
 
 
 def test_super_batches_replace_what_is_unusable_and_count_it(broken_pool: Pool, tower: DualEncoder) -> None:
-    decoder = Decoding(broken_pool, tower, settings(broken_pool, max_bad_fraction=0.5))
+    decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_bad_fraction=0.5))
     batches = SuperBatches(decoder, 16, seed=0)
     seen: list[int] = []
     position = 0
@@ -172,7 +172,9 @@ def test_super_batches_replace_what_is_unusable_and_count_it(broken_pool: Pool, 
 def test_a_small_pool_with_too_many_unusable_pairs_ends_the_run(broken_pool: Pool, tower: DualEncoder) -> None:
     assert len(broken_pool) < 1000
     bound = (len(BROKEN) - 1) / 64
-    batches = SuperBatches(Decoding(broken_pool, tower, settings(broken_pool, max_bad_fraction=bound)), 16, seed=0)
+    batches = SuperBatches(
+        Decoding(broken_pool, tower.processor, settings(broken_pool, max_bad_fraction=bound)), 16, seed=0
+    )
     with pytest.raises(DataError, match=rf"{len(BROKEN)} of 64 pairs are unusable .*the first is") as caught:
         list(islice(batches, 8))  # the pool is read twice; each pair counts once
     batches.close()
@@ -184,7 +186,7 @@ def test_super_batches_go_on_from_a_position_as_if_never_stopped(
     broken_pool: Pool, tower: DualEncoder, stop: int
 ) -> None:
     def take(position: int, count: int) -> tuple[list[torch.Tensor], int]:
-        decoder = Decoding(broken_pool, tower, settings(broken_pool, max_bad_fraction=0.5))
+        decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_bad_fraction=0.5))
         batches = SuperBatches(decoder, 16, seed=1, position=position)
         taken = []
         for _ in range(count):
@@ -203,18 +205,18 @@ def test_super_batches_go_on_from_a_position_as_if_never_stopped(
 def test_prepared_pictures_and_tokens_equal_decoded_ones(broken_pool: Pool, tower: DualEncoder, tmp_path: Path) -> None:
     data = settings(broken_pool, max_bad_fraction=0.5)
     heard: list[tuple[int, int]] = []
-    prepared = prepare(broken_pool, tower, data, tmp_path, lambda done, of: heard.append((done, of)))
+    prepared = prepare(broken_pool, tower.processor, data, tmp_path, lambda done, of: heard.append((done, of)))
     assert heard[-1] == (64, 64)
     rows = prepared.usable()
     assert set(range(64)) - set(rows.tolist()) == set(BROKEN)
     picked = np.random.default_rng(0).permutation(rows)[:20]
-    decoded = Decoding(broken_pool, tower, data).fetch(picked)
+    decoded = Decoding(broken_pool, tower.processor, data).fetch(picked)
     stored = prepared.fetch(picked)
     assert torch.equal(stored.images, decoded.images)
     assert torch.equal(stored.tokens, decoded.tokens)
     assert torch.equal(stored.rows, decoded.rows)
     times = {p: p.stat().st_mtime_ns for p in prepared.folder.iterdir()}
-    again = prepare(broken_pool, tower, data, tmp_path)
+    again = prepare(broken_pool, tower.processor, data, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in again.folder.iterdir()} == times
 
 
@@ -222,9 +224,9 @@ def test_another_binding_is_prepared_in_another_folder(tmp_path: Path, tower: Du
     one = Pool([write_pool(tmp_path / "one", pairs=8)])
     two = Pool([write_pool(tmp_path / "two", pairs=8, broken={1: pair(77)})])
     folders = {
-        prepare(one, tower, settings(one), tmp_path / "p").folder,
-        prepare(two, tower, settings(two), tmp_path / "p").folder,
-        prepare(one, tower, settings(one, max_pixels=1000), tmp_path / "p").folder,
+        prepare(one, tower.processor, settings(one), tmp_path / "p").folder,
+        prepare(two, tower.processor, settings(two), tmp_path / "p").folder,
+        prepare(one, tower.processor, settings(one, max_pixels=1000), tmp_path / "p").folder,
     }
     assert len(folders) == 3
 
@@ -233,7 +235,7 @@ def test_a_small_pool_with_too_many_bad_pairs_is_not_prepared(
     broken_pool: Pool, tower: DualEncoder, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="5 of 64 pairs are unusable") as caught:
-        prepare(broken_pool, tower, settings(broken_pool), tmp_path)
+        prepare(broken_pool, tower.processor, settings(broken_pool), tmp_path)
     assert caught.value.field == "data.max_bad_fraction"
     assert list(tmp_path.iterdir()) == []
 
@@ -241,7 +243,7 @@ def test_a_small_pool_with_too_many_bad_pairs_is_not_prepared(
 def test_nothing_usable_stops_at_once(tmp_path: Path, tower: DualEncoder) -> None:
     bad = {row: {"png": b"?", "txt": b"x"} for row in range(8)}
     pool = Pool([write_pool(tmp_path, pairs=8, broken=bad)])
-    batches = SuperBatches(Decoding(pool, tower, settings(pool)), 4, seed=0)
+    batches = SuperBatches(Decoding(pool, tower.processor, settings(pool)), 4, seed=0)
     with pytest.raises(DataError, match="4 unreadable picture"):
         next(batches)
     batches.close()
@@ -258,16 +260,16 @@ def test_a_full_disk_leaves_no_half_prepared_pool(
     with monkeypatch.context() as patch:
         patch.setattr(place, full)
         with pytest.raises(DataError, match="No space left on device") as caught:
-            prepare(pool, tower, settings(pool), tmp_path / "prepared")
+            prepare(pool, tower.processor, settings(pool), tmp_path / "prepared")
     assert "free disk space" in caught.value.remedy
     assert caught.value.field == "data.prepared"
     assert not list((tmp_path / "prepared").iterdir())
-    assert len(prepare(pool, tower, settings(pool), tmp_path / "prepared").usable()) == 8
+    assert len(prepare(pool, tower.processor, settings(pool), tmp_path / "prepared").usable()) == 8
 
 
 def test_prepared_pictures_that_are_stored_by_columns_are_refused(tmp_path: Path, tower: DualEncoder) -> None:
     pool = Pool([write_pool(tmp_path / "pool", pairs=8)])
-    folder = prepare(pool, tower, settings(pool), tmp_path / "prepared").folder
+    folder = prepare(pool, tower.processor, settings(pool), tmp_path / "prepared").folder
     np.save(folder / "images.npy", np.asfortranarray(np.load(folder / "images.npy")))
     with pytest.raises(DataError, match=r"images\.npy is stored by columns"):
-        prepare(pool, tower, settings(pool), tmp_path / "prepared")
+        prepare(pool, tower.processor, settings(pool), tmp_path / "prepared")

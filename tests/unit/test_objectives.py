@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aced_sdk import config
+from aced_sdk.config.objective import DISTILLATION_LOSSES, LossKind
 from aced_sdk.curation import Embeddings
 from aced_sdk.errors import ConfigError, ModelError
 from aced_sdk.objectives import (
@@ -267,7 +268,7 @@ def test_every_distillation_loss_can_be_built_and_trains_alone(loss: str) -> Non
     terms.total.backward()
     assert list(terms.parts) == [loss]
     assert leaves[0].grad is not None
-    with pytest.raises(ConfigError, match="needs the teacher"):
+    with pytest.raises(ConfigError, match="needs teacher 0"):
         objective(student)
 
 
@@ -292,7 +293,7 @@ def test_terms_find_their_teacher_and_their_batch() -> None:
     second = objective(STUDENT, [SAME_DIM, TEACHER], batch="iid")
     assert list(second.parts) == ["feature", "sigmoid"]
     torch.testing.assert_close(second.total, 3 * feature_matching(STUDENT, SAME_DIM) + sigmoid_kd(STUDENT, TEACHER))
-    with pytest.raises(ConfigError, match="of teachers 0 to 1 1 were given"):
+    with pytest.raises(ConfigError, match=r"needs teacher 1 \(counted from 0\), got 1 teachers"):
         objective(STUDENT, SAME_DIM)
 
 
@@ -343,13 +344,26 @@ def test_captions_that_are_missing_or_do_not_fit_are_refused() -> None:
 
 def test_settings_without_meaning_are_refused() -> None:
     for term, name in (
-        (config.Distillation(loss="feature", student_scale=2.0), "student_scale"),
-        (config.Distillation(loss="interactive", teacher_scale=2.0), "teacher_scale"),
-        (config.Distillation(loss="feature", chunk=2), "chunk"),
+        ({"loss": "feature", "student_scale": 2.0}, "student_scale"),
+        ({"loss": "interactive", "teacher_scale": 2.0}, "teacher_scale"),
+        ({"loss": "feature", "chunk": 2}, "chunk"),
     ):
         with pytest.raises(ConfigError, match=f"has no {name}") as caught:
-            build_objective(config.Objective(distillation=(config.Distillation(), term)))
-        assert caught.value.field == f"objective.distillation.1.{name}"
+            config.Objective(**{"distillation": ({}, term)})
+        assert caught.value.field == f"distillation.1.{name}"
+
+
+def cosine_loss(student: Embeddings, teacher: Embeddings) -> torch.Tensor:
+    """A loss of a user's own."""
+    return 1 - (student.image * teacher.image).sum(dim=1).mean()
+
+
+def test_a_loss_of_a_users_own_is_named_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="unknown distillation loss 'cosine'"):
+        config.Distillation(loss="cosine")
+    monkeypatch.setitem(DISTILLATION_LOSSES, "cosine", LossKind(f"{__name__}:cosine_loss"))
+    terms = build_objective(config.Objective(distillation=(config.Distillation(loss="cosine"),)))(STUDENT, SAME_DIM)
+    torch.testing.assert_close(terms.parts["cosine"], cosine_loss(STUDENT, SAME_DIM))
 
 
 def test_embeddings_that_do_not_fit_are_refused() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 import vlm
 from aced_sdk.errors import ConfigError, DataError, EvaluationError
 from vlm.data.pictures import open_picture
-from vlm.data.rows import IGNORED, Row, batch_at, collate
+from vlm.data.rows import IGNORED, Batches, Row, collate
 from vlm.data.samples import Samples
 from vlm.model.loss import attention_mask
 from vlm.scoring.evaluate import deal, normalised, right
@@ -132,9 +132,9 @@ def test_packing_keeps_every_token_and_hides_the_other_rows(rows: list[Row]) -> 
 def test_an_epoch_takes_no_row_twice(rows: int, batch_size: int, seed: int) -> None:
     data = [Row([number], [1], [0], [1], [], 1) for number in range(rows)]
     steps = rows // min(rows, batch_size)
-    taken = [row.ids[0] for step in range(steps) for row in batch_at(data, batch_size, step, str(seed))]
+    taken = [row.ids[0] for step in range(steps) for row in Batches(data, batch_size, str(seed)).at(step)]
     assert len(taken) == len(set(taken)) == steps * min(rows, batch_size)
-    assert batch_at(data, batch_size, 0, str(seed)) == batch_at(data, batch_size, 0, str(seed))
+    assert Batches(data, batch_size, str(seed)).at(0) == Batches(data, batch_size, str(seed)).at(0)
 
 
 @settings(max_examples=50, deadline=None)

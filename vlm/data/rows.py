@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ _TEMPLATE = (
     "put vlm.data.chat.chat_template(processor.tokenizer)[0] into processor.chat_template, or a template of your own "
     "that writes pictures and has {% generation %} marks around the assistant's words"
 )
-_Encoded = tuple[list[int], list[int]]  # ids and targets of a conversation
+_Ids = tuple[list[int], list[int]]  # ids and targets of a conversation
 _ATTENTION = 500  # tokens at which attention costs about as much as everything else
 
 
@@ -94,13 +96,43 @@ def messages(sample: Sample) -> list[dict[str, Any]]:
     return conversation.messages(sample.turns, len(sample.images), sample.system)
 
 
-def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and per place the token to predict there or -100.
+class Encoded(NamedTuple):
+    """A conversation's tokens, one token for each picture.
+
+    Attributes:
+        ids: int32 [T].
+        learned: per token 1 if it is to be learned, else 0.
+    """
+
+    ids: array[int]
+    learned: bytes
+
+    def expand(self, image_token: int, image_tokens: int) -> _Ids:
+        """Token ids with all tokens of each picture, and per place the token to predict there or -100.
+
+        Both end before the last learned token.
+        """
+        ids: list[int] = []
+        learned: list[int] = []
+        for token, mark in zip(self.ids, self.learned, strict=True):
+            count = image_tokens if token == image_token else 1
+            ids += [token] * count
+            learned += [mark] * count
+        end = max(place for place, mark in enumerate(learned) if mark)
+        return ids[:end], [ids[place + 1] if learned[place + 1] else IGNORED for place in range(end)]
+
+
+def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> _Ids:
+    """Token ids of a conversation, and per place the token to predict there or -100; as `tokens_of` otherwise."""
+    return tokens_of(sample, processor).expand(processor.image_token_id, image_tokens)
+
+
+def tokens_of(sample: Sample, processor: LlavaProcessor) -> Encoded:
+    """The tokens of a conversation.
 
     Args:
         sample: the conversation.
         processor: its tokenizer, chat template and image token are used.
-        image_tokens: tokens that one picture takes.
 
     Raises:
         Unusable: if nothing can be learned from it.
@@ -121,12 +153,8 @@ def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tupl
             remedy=_TEMPLATE,
             field="processor",
         )
-    ids = _lead(processor, out["input_ids"])
-    learned = [0] * len(ids)
-    for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True):
-        count = image_tokens if token == processor.image_token_id else 1
-        ids += [token] * count
-        learned += [mark] * count
+    lead = _lead(processor, out["input_ids"])
+    learned = bytes(len(lead)) + bytes(map(bool, out["assistant_masks"]))
     if not any(learned):
         raise DataError(
             f"nothing can be learned from conversation '{sample.key}': the processor's chat template marks none of the "
@@ -134,9 +162,7 @@ def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> tupl
             remedy=_TEMPLATE,
             field="processor",
         )
-    end = max(place for place, mark in enumerate(learned) if mark)
-    targets = [ids[place + 1] if learned[place + 1] else IGNORED for place in range(end)]
-    return ids[:end], targets
+    return Encoded(array("i", [*lead, *out["input_ids"]]), learned)
 
 
 def _lead(processor: LlavaProcessor, ids: list[int]) -> list[int]:
@@ -156,6 +182,47 @@ def _check_words(sample: Sample) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Conversations of one row: what they share, and their numbers."""
+
+    pictures: tuple[int, ...]
+    prefix: int
+    numbers: tuple[int, ...]
+
+
+class Rows(Sequence[Row]):
+    """Rows made on demand; held are one token for each picture and two small numbers for each other token.
+
+    Args:
+        conversations: all that are trained on.
+        groups: which of them make up each row.
+        image_token: id of the picture's token.
+        image_tokens: tokens of one picture.
+    """
+
+    def __init__(
+        self, conversations: Sequence[Encoded], groups: Sequence[_Group], image_token: int, image_tokens: int
+    ) -> None:
+        self._conversations = conversations
+        self._groups = groups
+        self._image = (image_token, image_tokens)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        group = self._groups[place]
+        held = [self._conversations[number].expand(*self._image) for number in group.numbers]
+        return _row(held, group.pictures, group.prefix)
+
+
 def make_rows(
     samples: Sequence[Sample],
     processor: LlavaProcessor,
@@ -163,30 +230,32 @@ def make_rows(
     share: int,
     limit: int,
     skips: Skips | None = None,
-) -> tuple[list[Row], list[Picture]]:
+) -> tuple[Rows, list[Picture]]:
     """Rows, and the list of pictures that they number.
 
     Args:
         samples: conversations.
-        processor: as in `encode`.
-        image_tokens: as in `encode`.
+        processor: as in `tokens_of`.
+        image_tokens: tokens that one picture takes.
         share: conversations about the same pictures that may come into one row.
         limit: tokens that the language model can read.
         skips: counts the conversations that are left out because nothing can be learned from them or they are too long;
             None: they are refused.
 
     Raises:
-        DataError: if there is no conversation, one is no `Sample`, or as in `encode`.
+        DataError: if there is no conversation, one is no `Sample`, or as in `tokens_of`.
     """
     if not samples:
         raise DataError("there are no conversations", remedy="check the data", field="data")
     check_samples(samples)
     numbers: dict[str | int, int] = {}
     pictures: list[Picture] = []
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Encoded]] = defaultdict(list)
+    conversations: list[Encoded] = []
+    together: dict[tuple[tuple[int, ...], int, bytes], list[int]] = defaultdict(list)
     for sample in samples:
         with skips.counting() if skips else nullcontext():
-            ids, targets = encode(sample, processor, image_tokens)
+            held = tokens_of(sample, processor)
+            ids, targets = held.expand(processor.image_token_id, image_tokens)
             if len(ids) > limit:
                 raise Unusable(
                     f"conversation '{sample.key}' has {len(ids)} tokens, the language model reads {limit}",
@@ -199,12 +268,17 @@ def make_rows(
                     pictures.append(image)
             shown = tuple(numbers[same_picture(image)] for image in sample.images)
             prefix = _prefix(ids, targets, processor.image_token_id)
-            groups[shown, tuple(ids[:prefix])].append((ids, targets))
-    rows = []
-    for (shown, lead), group in groups.items():
-        size = share if lead else 1
-        rows += [_row(group[start : start + size], shown, len(lead)) for start in range(0, len(group), size)]
-    return rows, pictures
+            lead = hashlib.sha256(array("i", ids[:prefix]).tobytes()).digest()
+            together[shown, prefix, lead].append(len(conversations))
+            conversations.append(held)
+    groups = []
+    for (shown, prefix, _), held_numbers in together.items():
+        size = share if prefix else 1
+        groups += [
+            _Group(shown, prefix, tuple(held_numbers[start : start + size]))
+            for start in range(0, len(held_numbers), size)
+        ]
+    return Rows(conversations, groups, processor.image_token_id, image_tokens), pictures
 
 
 def _prefix(ids: list[int], targets: list[int], image_token: int) -> int:
@@ -216,7 +290,7 @@ def _prefix(ids: list[int], targets: list[int], image_token: int) -> int:
     return prefix if prefix <= learned else 0
 
 
-def _row(group: list[_Encoded], pictures: Sequence[int], prefix: int) -> Row:
+def _row(group: list[_Ids], pictures: Sequence[int], prefix: int) -> Row:
     ids, targets = group[0][0][:prefix], [IGNORED] * prefix
     positions, segments = list(range(prefix)), [0] * prefix
     for number, (more_ids, more_targets) in enumerate(group, start=1):
@@ -264,15 +338,32 @@ def _pack(rows: Sequence[Row], count: int) -> tuple[int, list[list[int]]]:
     return max(filled)[0], bins
 
 
-def batch_at(rows: Sequence[Row], batch_size: int, step: int, seed: str) -> list[Row]:
-    """The rows of step `step`; every epoch is a new order.
+class Batches:
+    """The batches of a stage: a function of position alone, so that a resumed run continues with the next one.
 
-    A function of its arguments alone, so that a resumed run goes on with the very next batch.
+    Every epoch has an order of its own, which is drawn once.
+
+    Args:
+        rows: what is trained on.
+        batch_size: rows of a batch, at most all.
+        seed: of the orders.
     """
-    batch_size = min(batch_size, len(rows))
-    epoch, place = divmod(step, len(rows) // batch_size)
-    order = random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
-    return [rows[number] for number in order[place * batch_size : (place + 1) * batch_size]]
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, seed: str) -> None:
+        self._rows = rows
+        self._size = min(batch_size, len(rows))
+        self._seed = seed
+        self._order = lru_cache(1)(self._draw)
+
+    def _draw(self, epoch: int) -> array[int]:
+        count = len(self._rows)
+        return array("q", random.Random(f"{self._seed} {epoch}").sample(range(count), count))
+
+    def at(self, step: int) -> list[Row]:
+        """The rows of step `step`; 0 is the first."""
+        epoch, place = divmod(step, len(self._rows) // self._size)
+        chosen = self._order(epoch)[place * self._size : (place + 1) * self._size]
+        return [self._rows[number] for number in chosen]
 
 
 def shares(rows: Sequence[Row], micro_batch: int | None, rank: int, world_size: int) -> list[list[Row]]:

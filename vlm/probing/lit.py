@@ -9,7 +9,6 @@ Shapes: P pictures, T tokens of a tower, W their width; R rows of a batch, L the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from aced_sdk.config import Config, Schedule
-from aced_sdk.engine import factor
+from aced_sdk.config import Config, Optimizer, Schedule
+from aced_sdk.config import Engine as EngineConfig
+from aced_sdk.engine import Engine, Learned, Step, build_engine, take_steps
 from aced_sdk.errors import ConfigError, DataError, EngineError
 from aced_sdk.reporting import Progress
 from aced_sdk.towers import DualEncoder
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _SPECIAL = ("<pad>", "<start>", "<end>", "<answer>")
 _PAD, _START, _END, _ANSWER = range(len(_SPECIAL))
 _AT_ONCE = 64  # pictures in a forward pass of the tower
-_CLIP_NORM = 1.0
+_ENGINE = EngineConfig(kind="single", device="cpu", max_bad_steps=0)
 
 
 class LitDecoder(Config):
@@ -52,7 +52,7 @@ class LitDecoder(Config):
     steps: int = Field(1000, gt=0, description="optimiser steps")
     batch_size: int = Field(64, gt=0, description="questions with their answers per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW; cosine to zero")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled; matrices only")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
 
     @property
@@ -302,31 +302,62 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = _Decoder(config, features_PTW.shape[-1], tokenizer.get_vocab_size())
-    optimizer = torch.optim.AdamW(decoder.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = Optimizer(
+        learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.999), clip_norm=1.0
+    )
+    engine = build_engine(decoder, _ENGINE, optimizer)
     schedule = Schedule(steps=config.steps, warmup=config.warmup, cooldown=0)
-    order, size = torch.Generator().manual_seed(seed), min(config.batch_size, len(rows))
-    left = torch.empty(0, dtype=torch.int64)
     with Progress("train a decoder", config.steps, "steps") as bar:
-        for step in range(config.steps):
-            if len(left) < size:
-                left = torch.cat([left, torch.randperm(len(rows), generator=order)])
-            chosen, left = left[:size], left[size:]
-            ids, targets = _collate([rows[number] for number in chosen.tolist()])
-            loss = decoder(features_PTW[held.places[chosen]], ids, targets)
-            if not math.isfinite(value := float(loss.detach())):
-                raise EngineError(
-                    f"the decoder's loss is {value} at step {step + 1}",
-                    remedy="lower the learning rate, and check the tower's features",
-                    field="config.learning_rate",
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(decoder.parameters(), _CLIP_NORM)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * factor(schedule, step)
-            optimizer.step()
-            bar.advance(1, loss=value)
+        learning = _Learning(features_PTW, held.places, rows, config.batch_size, seed, engine, bar)
+        take_steps(learning, engine, schedule, config.learning_rate, _ENGINE)
     return LitModel(tower, tokenizer, decoder.eval())
+
+
+class _Learning:
+    """The steps of the decoder, for `take_steps`; nothing is saved on the way."""
+
+    def __init__(
+        self,
+        features_PTW: Tensor,
+        places: Tensor,
+        rows: list[tuple[list[int], int]],
+        batch_size: int,
+        seed: int,
+        engine: Engine,
+        bar: Progress,
+    ) -> None:
+        self.features, self.places, self.rows = features_PTW, places, rows
+        self.engine, self.bar = engine, bar
+        self.size = min(batch_size, len(rows))
+        self.order = torch.Generator().manual_seed(seed)
+        self.left = torch.empty(0, dtype=torch.int64)
+
+    def learn(self, number: int) -> Learned:
+        if len(self.left) < self.size:
+            self.left = torch.cat([self.left, torch.randperm(len(self.rows), generator=self.order)])
+        chosen, self.left = self.left[: self.size], self.left[self.size :]
+        ids, targets = _collate([self.rows[row] for row in chosen.tolist()])
+        loss = self.engine.forward(self.features[self.places[chosen]], ids, targets)
+        finite = bool(loss.detach().isfinite())
+        if finite:
+            self.engine.backward(loss)
+        return Learned(float(loss.detach()), has_gradient=finite)
+
+    def taken(self, step: Step) -> None:
+        self.bar.advance(1, loss=step.loss)
+
+    def skipped(self, step: Step, in_a_row: int) -> None:
+        """The first one ends the training."""
+
+    def save(self, number: int) -> None:
+        """Nothing to resume: it takes minutes."""
+
+    def diverged(self, step: Step, in_a_row: int) -> EngineError:
+        return EngineError(
+            f"the decoder's loss is {step.loss} at step {step.number}",
+            remedy="lower the learning rate, and check the tower's features",
+            field="config.learning_rate",
+        )
 
 
 def _rows(held: Turns, tokenizer: Tokenizer, config: LitDecoder) -> list[tuple[list[int], int]]:
