@@ -12,7 +12,7 @@ from typing import Any
 
 from aced_sdk.engine.events import Callback, Event
 from aced_sdk.errors import EvaluationError
-from aced_sdk.evaluation.metrics import run_task
+from aced_sdk.evaluation.kinds import run_task
 from aced_sdk.evaluation.stable_eval import expand_names, group_of
 from aced_sdk.evaluation.tasks import Task, load_task
 from aced_sdk.towers import DualEncoder, load

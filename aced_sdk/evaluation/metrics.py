@@ -6,9 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aced_sdk.errors import EvaluationError
-from aced_sdk.evaluation.tasks import Task
-from aced_sdk.files import one_line
 from aced_sdk.towers import DualEncoder
 
 # What is in memory at once. Smaller tasks, the whole of StableEval among them, are computed in one piece.
@@ -115,27 +112,3 @@ def _recall(images: Tensor, texts: Tensor, owner: Tensor, text: Tensor, prefix: 
                 best = scores.topk(min(k, scores.shape[1]), dim=1).indices
                 hits.setdefault((name, k), []).append(match.gather(1, best).any(dim=1))
     return {f"{prefix}{name}_r{k}": float(torch.cat(hits[name, k]).double().mean()) for k in (1, 5) for name in names}
-
-
-def run_task(encoder: DualEncoder, task: Task) -> dict[str, float]:
-    """A task's metrics for an encoder whose preprocessing the task was loaded with.
-
-    Raises:
-        EvaluationError: if the encoder's embeddings are not finite: figures of such a model mean nothing.
-    """
-    images = _finite(encoder.encode_image(task.images), task)
-    if task.kind == "retrieval":
-        texts = _finite(encoder.encode_text(task.texts), task)[task.captions.to(images.device)]
-        owner = task.labels
-        return retrieval(images, texts, owner) | merged_retrieval(images, texts, owner, task.captions)
-    classes = _finite(class_embeddings(encoder, task.texts, task.templates), task)
-    return (zero_shot if task.kind == "zero_shot" else multilabel)(images, classes, task.labels)
-
-
-def _finite(embeddings: Tensor, task: Task) -> Tensor:
-    if not bool(embeddings.isfinite().all()):
-        raise EvaluationError(
-            f"the model's embeddings of the task '{one_line(task.name)}' are not finite",
-            remedy="check the model's weights: its training has diverged, or the folder is damaged",
-        )
-    return embeddings

@@ -3,42 +3,35 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from aced_sdk.data.arrays import BROKEN_ARRAY, read_array_header
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.data.source import resized
 from aced_sdk.errors import DataError, EvaluationError
+from aced_sdk.evaluation.kinds import KINDS, Kind
 from aced_sdk.evaluation.stable_eval import folder_names
 from aced_sdk.files import ReadError, inside, memory_limit, one_line, printable, read_text
 from aced_sdk.files.reading import MIB
 from aced_sdk.towers import DualEncoder
 
 _LINE_ENDS = re.compile("[\v\f\r\x1c-\x1e\x85\u2028\u2029]")  # by which `str.splitlines` breaks, beside \n
-Kind = Literal["zero_shot", "multilabel", "retrieval"]
 _FIELD = "evaluation.tasks"
 _RESTORE = "restore the task's folder"
 _MAX_FILE = 4 * MIB
 _MAX_LINE = 500  # letters of a class name or template
-_MAX_LABEL = 64  # bytes
-_MAX_CAPTION, _MAX_CAPTIONS = 4096, 100  # bytes of one, number of a picture
 _MAX_PROMPT = 2 * _MAX_LINE
 _MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
 _MAX_LETTERS = 2**28  # of all prompts
 _MAX_SHARE = 0.75  # of the memory, for the pictures of a task
-_MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
-_MAX_SCORES = 2**29  # pictures times classes of a multilabel task, 4 bytes and more for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +40,7 @@ class Task:
 
     Attributes:
         name: as it was asked for.
-        kind: classification with one class or several classes per picture, or retrieval.
+        kind: name of its kind: zero_shot, multilabel or retrieval.
         images: uint8 [N, 3, H, W].
         labels: zero_shot: int64 [N], the class of each picture. multilabel: bool [N, C]. retrieval: int64 [T], the
             picture that each caption belongs to.
@@ -58,7 +51,7 @@ class Task:
     """
 
     name: str
-    kind: Kind
+    kind: str
     images: Tensor
     labels: Tensor
     texts: list[str]
@@ -73,7 +66,7 @@ class TaskFolder:
 
     Attributes:
         name: as it was asked for.
-        kind: as of `Task`.
+        kind: reads labels and computes metrics.
         classes: class names; empty for retrieval.
         templates: prompts with `{c}`; empty for retrieval.
         pool: the samples of its test split.
@@ -103,7 +96,7 @@ def open_task(name: str, data_root: Path) -> TaskFolder:
     except DataError as error:
         cause = f"the task '{one_line(name)}' cannot be read: {error.cause}"
         raise EvaluationError(cause, remedy=_RESTORE, field=_FIELD) from error
-    if kind == "retrieval":
+    if not kind.has_classes:
         return TaskFolder(name, kind, [], [], pool)
     classes, templates = _classes(folder), _templates(folder)
     longest = max(map(len, classes))
@@ -142,15 +135,13 @@ def load_task(
     """
     opened = open_task(name, data_root)
     pool, kind = opened.pool, opened.kind
-    if kind == "multilabel" and len(pool) * len(opened.classes) > _MAX_SCORES:
-        cause = f"the task '{one_line(name)}' has {len(pool):,} pictures and {len(opened.classes):,} classes"
-        raise EvaluationError(f"{cause}, too many to rank", remedy="split it", field=_FIELD)
+    kind.check_size(name, len(pool), len(opened.classes))
     images = _room(name, len(pool), encoder.preprocess_config.size)
-    own: list[list[str] | int | Tensor] = []  # of each picture: its captions, its class, or its classes
+    own: list[Any] = []  # the label of each picture
     skipped = Counter[str]()
     for row in range(len(pool)):
         try:
-            label = _label(pool, row, kind, len(opened.classes))
+            label = kind.label(pool, row, len(opened.classes))
             images[len(own)] = resized(pool, row, encoder.processor, max_pixels)
         except UnusablePair as reason:
             skipped[str(reason)] += 1
@@ -163,18 +154,8 @@ def load_task(
             remedy=f"{_RESTORE}, or raise max_bad_fraction if that is expected",
             field="evaluation.max_bad_fraction",
         )
-    texts, captions = opened.classes, torch.empty(0, dtype=torch.int64)
-    if kind == "retrieval":
-        lines = [(picture, line) for picture, mine in enumerate(own) for line in mine]  # type: ignore[union-attr]
-        if len(own) * len(lines) > _MAX_MATCHES:
-            cause = f"the task '{one_line(name)}' has {len(own):,} pictures and {len(lines):,} captions"
-            raise EvaluationError(f"{cause}, too many to rank", remedy="split it", field=_FIELD)
-        numbers = {line: number for number, line in enumerate(dict.fromkeys(line for _, line in lines))}
-        texts, captions = list(numbers), torch.tensor([numbers[line] for _, line in lines])
-        labels = torch.tensor([picture for picture, _ in lines])
-    else:
-        labels = torch.stack([torch.as_tensor(label) for label in own])
-    return Task(name, kind, images[: len(own)], labels, texts, captions, opened.templates, dict(skipped))
+    labels, texts, captions = kind.collect(name, own, opened.classes)
+    return Task(name, kind.name, images[: len(own)], labels, texts, captions, opened.templates, dict(skipped))
 
 
 def _room(name: str, count: int, size: tuple[int, int]) -> Tensor:
@@ -211,56 +192,15 @@ def _folder(name: str, data_root: Path) -> Path:
 
 def _kind(folder: Path) -> Kind:
     if not os.path.lexists(folder / "dataset_type.txt"):
-        return "zero_shot"
-    kinds: dict[str, Kind] = {"classification": "zero_shot", "multilabel": "multilabel", "retrieval": "retrieval"}
+        return KINDS["classification"]
     text = _read(folder, "dataset_type.txt").strip().lower()
-    if text not in kinds:
+    if text not in KINDS:
         raise EvaluationError(
             f"{printable(folder)} is an unknown kind of task: '{one_line(text[:40])}'",
-            remedy=f"write one of: {', '.join(kinds)}",
+            remedy=f"write one of: {', '.join(KINDS)}",
             field=_FIELD,
         )
-    return kinds[text]
-
-
-def _label(pool: Pool, row: int, kind: Kind, classes: int) -> list[str] | int | Tensor:
-    if kind == "retrieval":
-        return _captions(pool.text(row))
-    if kind == "multilabel":
-        return _labels(pool.read(row, "npy", 16 * classes + 4096), classes)
-    text = (pool.read(row, "cls", _MAX_LABEL) or b"").strip()
-    if not re.fullmatch(rb"-?[0-9]+", text):  # `int` also reads 1_0 as 10, and digits of other scripts
-        raise UnusablePair("class is not a number" if text else "no class")
-    label = int(text)
-    if not 0 <= label < classes:
-        raise UnusablePair("class out of range")
-    return label
-
-
-def _captions(text: str) -> list[str]:
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if len(lines) > _MAX_CAPTIONS:
-        raise UnusablePair("too many captions")
-    if any(len(line.encode()) > _MAX_CAPTION for line in lines):
-        raise UnusablePair("caption has too many bytes")
-    return lines
-
-
-def _labels(raw: bytes | None, classes: int) -> Tensor:
-    """KEY.npy, one number per class: which classes a picture shows."""
-    try:
-        if raw is None:
-            raise ValueError
-        stream = io.BytesIO(raw)
-        shape, _, dtype = read_array_header(stream)
-        if shape != (classes,) or dtype.kind not in "biuf":
-            raise ValueError
-        values = np.frombuffer(stream.read(classes * dtype.itemsize), dtype).astype(np.float64)
-        if values.shape != shape or not np.isfinite(values).all():  # cut off, or a class of which nothing is known
-            raise ValueError
-        return torch.from_numpy(values > 0)
-    except BROKEN_ARRAY as error:
-        raise UnusablePair("no classes") from error
+    return KINDS[text]
 
 
 def _classes(folder: Path) -> list[str]:

@@ -44,7 +44,7 @@ _SCORES = (
 )
 _SHARES = (
     (
-        {"bad_share_selected": "selected", "bad_share_candidates": "candidates"},
+        {"noisy_selected": "selected", "noisy_candidates": "candidates"},
         "Known wrong captions over steps",
         "Share of pairs marked as noisy, among the selected and among all candidates.",
     ),

@@ -173,8 +173,8 @@ class _Distillation:
             "effective_pool_size": summary.effective_pool_size,
         }
         if parts.noisy is not None:
-            statistics["bad_share_selected"] = float(parts.noisy[rows].float().mean())
-            statistics["bad_share_candidates"] = float(parts.noisy[drawn.super_batch.rows].float().mean())
+            statistics["noisy_selected"] = float(parts.noisy[rows].float().mean())
+            statistics["noisy_candidates"] = float(parts.noisy[drawn.super_batch.rows].float().mean())
         scores = parts.selector.quantiles(drawn.student, drawn.reference, drawn.picked)
         return Selected(number, tuple(rows.tolist()), tuple(drawn.super_batch.rows.tolist()), statistics, scores)
 

@@ -111,7 +111,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "|---|" + "---|" * (len(metrics) + 2),
     ]
     for row, values in rows.items():
-        bad = values["bad_share_selected"]
+        bad = values["noisy_selected"]
         shown = [f"{values['cost']:.0f}F", "" if bad is None else f"{100 * bad:.0f} %"]
         lines.append("| " + " | ".join([NAMES[row], *(_cell(values[metric]) for metric in metrics), *shown]) + " |")
     return "\n".join(lines)

@@ -187,7 +187,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         told[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0, "values": values}
     for name in ("trained", "scored"):
         told[name] = results[0][name]
-    for name in ("seconds", "bad_share_selected", "unique_coverage"):
+    for name in ("seconds", "noisy_selected", "unique_coverage"):
         values = [result[name] for result in results if result[name] is not None]
         told[name] = mean(values) if values else None
     return told

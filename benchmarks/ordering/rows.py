@@ -222,7 +222,7 @@ def run_job(job: Job, material: Material) -> dict[str, Any]:
         "trained": ended[0].trained,
         "scored": ended[0].scored,
         "seconds": ended[0].seconds,
-        "bad_share_selected": mean(p["bad_share_selected"] for p in picked) if picked else None,
+        "noisy_selected": mean(p["noisy_selected"] for p in picked) if picked else None,
         "unique_coverage": picked[-1].get("unique_coverage") if picked else None,
         "auc": world.auc,
     }

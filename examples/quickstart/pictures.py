@@ -109,8 +109,8 @@ def _noise(events: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
     result = []
     for start in range(0, len(rows) - block + 1, block):
         part = rows[start : start + block]
-        chosen = sum(s["bad_share_selected"] for _, s in part) / len(part)
-        drawn = sum(s["bad_share_candidates"] for _, s in part) / len(part)
+        chosen = sum(s["noisy_selected"] for _, s in part) / len(part)
+        drawn = sum(s["noisy_candidates"] for _, s in part) / len(part)
         result.append((part[-1][0], chosen, drawn))
     return result
 

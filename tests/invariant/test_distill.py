@@ -213,7 +213,7 @@ def test_scored_and_trained_examples_are_counted_apart(world: Path, tmp_path: Pa
             assert set(event.picked) < set(event.candidates)
             assert not {11, 50} & set(event.candidates)
             noisy = [row % 4 == 0 for row in event.picked]
-            assert event.statistics["bad_share_selected"] == pytest.approx(sum(noisy) / 8)
+            assert event.statistics["noisy_selected"] == pytest.approx(sum(noisy) / 8)
     assert isinstance(heard[-1], RunEnded)
     kept = [event.step for event in heard if isinstance(event, CheckpointSaved)]
     assert kept == [2, 4, 6]

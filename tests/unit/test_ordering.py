@@ -61,15 +61,15 @@ def test_every_world_gets_every_row_and_sweeps_share_runs_with_the_table() -> No
 
 
 def result(score: float, **more: Any) -> dict[str, Any]:
-    values = {"trained": 10, "scored": 50, "seconds": 1.0, "bad_share_selected": None, "unique_coverage": None}
+    values = {"trained": 10, "scored": 50, "seconds": 1.0, "noisy_selected": None, "unique_coverage": None}
     return {"figures": {"score": score}} | values | more
 
 
 def test_a_summary_is_mean_and_sample_deviation_in_per_cent() -> None:
-    told = summary([result(0.1, bad_share_selected=0.2), result(0.3, bad_share_selected=0.4)])
+    told = summary([result(0.1, noisy_selected=0.2), result(0.3, noisy_selected=0.4)])
     assert told["score"]["mean"] == pytest.approx(20)
     assert told["score"]["std"] == pytest.approx(200**0.5)
-    assert told["bad_share_selected"] == pytest.approx(0.3)
+    assert told["noisy_selected"] == pytest.approx(0.3)
     assert told["unique_coverage"] is None
 
 

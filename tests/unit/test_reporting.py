@@ -281,7 +281,7 @@ def test_a_run_is_reported_from_its_events(tmp_path: Path) -> None:
         for number in range(1, 701):
             writer(step(number, loss=math.nan if number == 5 else 1.0 / number))
             if number % 100 == 0:
-                shares = {"unique_coverage": number / 1000, "bad_share_selected": 0.3, "bad_share_candidates": 0.5}
+                shares = {"unique_coverage": number / 1000, "noisy_selected": 0.3, "noisy_candidates": 0.5}
                 writer(Selected(number, picked=(1,), candidates=(1, 2), statistics=shares))
                 metrics = {"unseen_style": {"top1": number / 7000}}
                 writer(Evaluated(number, metrics=metrics, trained=256 * number, scored=0))
