@@ -6,8 +6,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -117,10 +119,12 @@ def blocks(page: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_the_code_of_a_page_runs(page: str, world: Path) -> None:
-    names: dict[str, Any] = {"__name__": "page"}
+def test_the_code_of_a_page_runs(page: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # classes of a page are found by name
+    names = vars(module)
     for line, block in blocks(page):
-        exec(compile("\n" * line + block, str(ROOT / page), "exec"), names)
+        exec(compile("\n" * line + block, str(ROOT / page), "exec", dont_inherit=True), names)
     assert len(names) > 2  # the blocks did define something
 
 
