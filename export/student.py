@@ -12,7 +12,8 @@ from PIL import Image
 from aced_sdk import towers
 from aced_sdk.config import Config
 from aced_sdk.errors import ConfigError, UnsupportedError
-from aced_sdk.files import expand, sha256
+from aced_sdk.files import expand, printable, sha256
+from aced_sdk.processing.plain import PictureError, to_rgb
 from aced_sdk.processing.plain.inputs import open_input
 from aced_sdk.towers.dual_encoder import DualEncoder
 from aced_sdk.towers.folder import CONFIG, weights_of
@@ -60,12 +61,18 @@ def load_student(student_folder: str | PathLike[str]) -> tuple[DualEncoder, Sour
 
 
 def opened(field: str, paths: Sequence[str | Path]) -> list[Image.Image]:
-    """The pictures of an argument.
+    """The pictures of an argument, as RGB.
 
     Raises:
         ExportError: if one cannot be read.
     """
-    try:
-        return [open_input(path, f"{field}[{n}]", encoder.MAX_PIXELS) for n, path in enumerate(paths)]
-    except InputError as error:
-        raise ExportError(error.cause, remedy=error.remedy, field=field) from error
+    images = []
+    for n, path in enumerate(paths):
+        try:
+            images.append(to_rgb(open_input(path, f"{field}[{n}]", encoder.MAX_PIXELS)))
+        except InputError as error:
+            raise ExportError(error.cause, remedy=error.remedy, field=field) from error
+        except PictureError as error:
+            why = f"{field}[{n}] ({printable(path)}) cannot be used: {printable(error)}"
+            raise ExportError(why, remedy="give pictures of 8 or 16 bits", field=field) from error
+    return images

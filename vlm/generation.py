@@ -19,7 +19,7 @@ from aced_sdk.errors import ConfigError, DataError, ModelError
 from aced_sdk.files import one_line
 from vlm.data.chat import CAPTION_PROMPT, IMAGE
 from vlm.data.conversation import check_words, messages
-from vlm.data.pictures import Picture, check_fit, check_shapes, fitting, open_picture
+from vlm.data.pictures import Picture, check_fit, check_shapes, check_tokens, fitting, open_picture
 from vlm.data.templates import prompt_text
 from vlm.model.adapters import base_of
 from vlm.model.decoding import decoding
@@ -317,6 +317,7 @@ def _inputs(processor: LlavaProcessor, prompts: list[str], pictures: list[tuple[
     tokenizer = processor.tokenizer
     check_shapes(processor.image_processor, images)
     with fitting():
+        check_tokens(processor, images)
         # some chat templates write the beginning-of-text token themselves, and a second one would be new to the model
         begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         written = begins and prompts[0].startswith(tokenizer.bos_token)

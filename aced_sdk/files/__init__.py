@@ -19,6 +19,7 @@ from aced_sdk.files.reading import (
     read_lines,
     read_text,
     read_yaml,
+    stored_bytes,
 )
 from aced_sdk.files.writing import (
     alone,
@@ -61,6 +62,7 @@ __all__ = [
     "read_yaml",
     "save_tensors",
     "sha256",
+    "stored_bytes",
     "sync",
     "tensor_digest",
     "whole_file",

@@ -7,6 +7,7 @@ Every reader of JSON, YAML, text or logs in this project goes through this modul
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -160,6 +161,21 @@ class _Regular(FileIO):
         if found is None:
             raise ReadError(f"cannot read {self._shown}: it would have to be waited for", remedy="name a regular file")
         return found
+
+
+def stored_bytes(stream: BufferedReader) -> int:
+    """Bytes of an open file that are on the disk, without holes; its size where the file system does not say."""
+    facts = os.fstat(stream.fileno())
+    if stored := 512 * getattr(facts, "st_blocks", 0):
+        return min(stored, facts.st_size)
+    if facts.st_size and hasattr(os, "SEEK_DATA"):
+        try:
+            os.lseek(stream.fileno(), 0, os.SEEK_DATA)
+        except OSError as error:
+            return 0 if error.errno == errno.ENXIO else facts.st_size  # ENXIO: nothing but a hole
+        finally:
+            stream.seek(0)
+    return facts.st_size
 
 
 def check_tensors(path: str | Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from aced_sdk.errors import ConfigError
-from aced_sdk.files.reading import ReadError, expand, one_line, open_regular, printable
+from aced_sdk.files.reading import ReadError, expand, one_line, open_regular, printable, stored_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -319,9 +319,8 @@ def sha256(path: Path) -> str:
         ReadError: if it cannot be read, or is large and nearly all of it is a hole, which takes hours to read.
     """
     with open_regular(path) as stream:
-        facts = os.fstat(stream.fileno())
-        stored = 512 * getattr(facts, "st_blocks", 0)  # 0: the file system does not say
-        if 0 < stored < facts.st_size / _MOST_HOLE and facts.st_size > _MAX_SPARSE:
-            cause = f"{printable(path)} is a sparse file of {facts.st_size:,} bytes, and {stored:,} are on the disk"
+        size, stored = os.fstat(stream.fileno()).st_size, stored_bytes(stream)
+        if stored < size / _MOST_HOLE and size > _MAX_SPARSE:
+            cause = f"{printable(path)} is a sparse file of {size:,} bytes, and {stored:,} are on the disk"
             raise ReadError(cause, remedy="write it again without holes")
         return hashlib.file_digest(stream, "sha256").hexdigest()

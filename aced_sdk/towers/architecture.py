@@ -180,14 +180,19 @@ def _check_scores(cfg: ModelCfg) -> None:
         rows, columns = (patch, patch) if isinstance(patch, int) else patch
         tokens = (height // rows) * (width // columns) if rows and columns else 0
         heads = vision.width * (32 if resnet else 1) // vision.head_width
-        activations = (height // 2) * (width // 2) * vision.width if resnet else 0
+        activations = (height // 2) * (width // 2) * vision.width if resnet else _hidden(vision, tokens)
         _check_product("vision_cfg", heads * tokens**2, activations)
         _check_attention(
             "vision_cfg", 1 if isinstance(vision.layers, tuple) else vision.layers, vision.width, heads, tokens
         )
     if not text.hf_model_name:
-        _check_product("text_cfg", text.heads * text.context_length**2)
+        _check_product("text_cfg", text.heads * text.context_length**2, _hidden(text, text.context_length))
         _check_attention("text_cfg", text.layers, text.width, text.heads, text.context_length)
+
+
+def _hidden(tower: _Tower, tokens: int) -> int:
+    """Values inside of an MLP, before and after its activation."""
+    return int(2 * tokens * tower.width * tower.mlp_ratio)
 
 
 def _check_attention(field: str, layers: int, width: int, heads: int, tokens: int) -> None:

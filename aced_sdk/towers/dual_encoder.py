@@ -281,7 +281,9 @@ def _channels_last(visual: nn.Module) -> None:
     There, the backward pass of FastViT's 1 x 1 convolution with stride 2 over 3 channels overruns its memory on a CPU
     (torch 2.15 with oneDNN: "corrupted size vs. prev_size", or worse, nothing).
     """
-    visual.to(memory_format=torch.channels_last)
+    for parameter in visual.parameters():
+        if parameter.dim() == 4:  # 3-D convolutions, which some timm towers have, know no such layout
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     for module in visual.modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
             module.to(memory_format=torch.contiguous_format)

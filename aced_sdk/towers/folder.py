@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, TypeGuard
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
 
 from aced_sdk.config import Config, LossForm, Student
 from aced_sdk.errors import ConfigError, ModelError
@@ -65,9 +66,16 @@ class Manifest(Config):
     kind: Literal["dual_encoder"] = "dual_encoder"
     weights_sha256: str
     files: dict[str, str] = Field(default_factory=dict)
-    license: str = "unknown"
+    license: str = Field(default="unknown", max_length=200)
     trained_with: LossForm | None = None
     facts: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("license")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ConfigError("the licence has characters that cannot be printed", remedy="give its SPDX name")
+        return value
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -150,11 +158,16 @@ def save(
 
     Raises:
         ModelError: if the folder cannot be written, or a file of the text tower or tokenizer cannot be copied.
+        ConfigError: if the licence is too long or not printable, or JSON cannot hold the facts.
     """
     with _model_errors():
         folder = expand(folder)
         try:
             _write(encoder, folder, license, facts or {})
+        except PydanticSerializationError as error:
+            raise ConfigError(
+                f"JSON cannot hold the facts: {printable(error)}", remedy="give texts, numbers and lists", field="facts"
+            ) from None
         except OSError as error:
             raise ModelError(
                 f"the encoder cannot be saved to {folder}: {error}", remedy="free disk space or check permissions"

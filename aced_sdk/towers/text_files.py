@@ -12,7 +12,7 @@ from typing import Any
 
 from aced_sdk.errors import ModelError
 from aced_sdk.files import ReadError, check_links, expand, inside, printable, read_bytes, read_json
-from aced_sdk.processing.plain.tokenizers import read_tokenizer
+from aced_sdk.processing.plain.tokenizers import MAX_TOKEN, read_tokenizer
 from aced_sdk.towers.entities import bound_entities
 from aced_sdk.towers.numbers import check_real
 from aced_sdk.towers.words import Words
@@ -20,6 +20,7 @@ from aced_sdk.towers.words import Words
 MIB = 2**20
 _MAX_FILE = 64 * MIB
 _MAX_ADDED = 100_000  # tokens
+_MAX_SPECIAL = 10_000  # tokens of a list; Gemma 3 has 6,415, and the time grows with the square
 # The files of text towers and tokenizers that are copied into a saved student.
 _FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -140,8 +141,8 @@ def check_tokenizer(folder: Path) -> None:
             _check_settings(settings, path)
             if name == "special_tokens_map.json" and (odd := [key for key in settings if key.endswith("_file")]):
                 raise _refuse(path, f"names a file: {printable(odd[0])}")  # transformers reads it from anywhere
-    if (path := folder / "added_tokens.json").exists() and len(_mapping(path)) > _MAX_ADDED:
-        raise _refuse(path, f"has more than {_MAX_ADDED:,} tokens")
+    if (path := folder / "added_tokens.json").exists():
+        _check_tokens(path, "added tokens", list(_mapping(path)), _MAX_ADDED)
     for path in sorted(folder.glob("tokenizer*.json")):
         if path.name != "tokenizer_config.json":
             read_tokenizer(path)
@@ -303,6 +304,19 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
             elsewhere = os.path.exists(str(value)) or os.path.exists(path.parent / str(value))
         if elsewhere and isinstance(value, str):
             raise _refuse(path, f"names a file elsewhere in {printable(key, 50)}")
+    for key, value in settings.items():
+        if key.endswith(("_token", "_tokens", "added_tokens_decoder")):
+            _check_tokens(path, key, value)
     for key in ("init_inputs", "fast_tokenizer_files"):
         if settings.get(key):
             raise _refuse(path, f"sets {key}")
+
+
+def _check_tokens(path: Path, key: str, tokens: Any, most: int = _MAX_SPECIAL) -> None:
+    """A token, or a list or mapping of tokens: not too many, and none too long."""
+    held = tokens if isinstance(tokens, list | dict) else [tokens]
+    if len(held) > most:
+        raise _refuse(path, f"has more than {most:,} tokens in {printable(key, 50)}")
+    texts = [text for _, text in _pairs({key: held if isinstance(held, list) else [held, *held.values()]})]
+    if any(isinstance(text, str) and len(text) > MAX_TOKEN for text in texts):
+        raise _refuse(path, f"has a token of more than {MAX_TOKEN:,} characters in {printable(key, 50)}")

@@ -15,7 +15,17 @@ from threading import get_ident
 from typing import Any
 
 from aced_sdk.errors import AcedError, ModelError
-from aced_sdk.files import ReadError, check_links, inside, printable, read_json, read_text
+from aced_sdk.files import (
+    ReadError,
+    check_links,
+    check_tensors,
+    inside,
+    open_regular,
+    printable,
+    read_json,
+    read_text,
+    stored_bytes,
+)
 from aced_sdk.towers.numbers import check_length, check_number, check_real, check_together
 from aced_sdk.towers.text_files import ATTENTIONS, REWORKED, check_tokenizer
 
@@ -45,7 +55,7 @@ _IMAGE_PROCESSORS = re.compile(
     r"(?:CLIP|Siglip|ViT|DeiT|Bit|DINOv3ViT|ConvNext|Pixtral|GotOcr2|Llava|TimmWrapper)(?:ImageProcessor(?:Fast|Pil)?|"
     r"FeatureExtractor)"
 )
-_ELEMENTS, _PER_BYTE = 2**26, 8  # of a model's tensors: so many, and so many more for each byte of its weights' files
+_ELEMENTS, _PER_BYTE = 2**26, 2  # of a model's tensors: so many, and so many more for each byte of its weights' files
 _MODULES = 50_000
 # What no embedding and no answer depends on: buffers that are computed today, and pooling heads.
 _UNREAD = re.compile(
@@ -124,6 +134,8 @@ def check_folder(folder: Path, *, pictures: bool = False, tokens: bool = False) 
             _check(_object(folder / name), name.removesuffix(".json"), folder)
     for path in folder.glob("*.safetensors.index.json"):
         _check_index(_object(path), path)
+    for path in folder.glob("*.safetensors"):
+        check_tensors(path)
     if tokens:
         check_tokenizer(folder)
     for path in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
@@ -165,8 +177,12 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a folder's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of a folder's weights, without holes of sparse files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with open_regular(path) as stream:
+            total += stored_bytes(stream)
+    return total
 
 
 def check_weights(model: Any, unused: Collection[str] = ()) -> None:
@@ -199,7 +215,7 @@ def check_weights(model: Any, unused: Collection[str] = ()) -> None:
 
 
 @contextmanager
-def bounded(size: int) -> Iterator[None]:
+def bounded(size: int, per_byte: int = _PER_BYTE) -> Iterator[None]:
     """Stop the building of a model whose config describes far more than its weights' files of `size` bytes hold.
 
     transformers builds models on the meta device first, where nothing takes memory yet.
@@ -210,7 +226,7 @@ def bounded(size: int) -> Iterator[None]:
     from torch import Tensor
     from torch.nn.modules import module as hooks
 
-    mine, limit = get_ident(), _ELEMENTS + _PER_BYTE * size
+    mine, limit = get_ident(), _ELEMENTS + per_byte * size
     modules = elements = 0
 
     def count_module(*_: object) -> None:

@@ -6,11 +6,30 @@ from __future__ import annotations
 from asyncio import TimerHandle, Transport
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_MAX_CHUNKS, _LEAST_CHUNK = 256, 64  # more chunks than that must have so many bytes on average
+
+
+class _Connection(h11.Connection):
+    """Refuses bodies of many tiny chunks: reading them takes the time of all other requests."""
+
+    _chunks = _bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_end
+            self._bytes += len(event.data)
+            if self._chunks > _MAX_CHUNKS and self._bytes < self._chunks * _LEAST_CHUNK:
+                raise h11.RemoteProtocolError("the body comes in tiny chunks")
+        return event
 
 
 class _Protocol(H11Protocol):
@@ -20,6 +39,16 @@ class _Protocol(H11Protocol):
     max_seconds: float
     _limit: TimerHandle | None = None
     _since = 0.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn = _Connection(h11.SERVER, self.config.h11_max_incomplete_event_size or 2**14)
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state is h11.DONE:  # it was answered before its body came whole
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
 
     @property
     def _waits_for_head(self) -> bool:

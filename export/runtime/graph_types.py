@@ -19,6 +19,8 @@ _ATTRIBUTE_VALUES = {*range(2, 12), 14, 15, 22, 23}  # the fields that a value c
 _DATA_TYPE, _TENSOR_NAME = 2, 8  # of TensorProto
 _REALS = {1, 10, 11, 16}  # data types: float, float16, double, bfloat16
 _DIVISIONS = (b"Div", b"Mod")
+# Operators that end the process in onnxruntime 1.32 if an input has no name. All but the norm take any number of inputs.
+NAMED_INPUTS = frozenset(b"Concat Einsum LayerNormalization Max Mean Min SequenceConstruct Sum".split())
 # Operators whose first output may have another type than their first input.
 _OTHER_TYPE = frozenset(
     b"And ArgMax ArgMin BitCast Cast CastLike Constant ConstantOfShape ConvInteger DequantizeLinear "
@@ -34,14 +36,14 @@ _SAME_TYPE = frozenset(b"Add Concat Div Einsum Gemm MatMul Max Mean Min Mod Mul 
 
 
 def check_divisions(model: memoryview, fields: Fields) -> None:
-    """Refuse a division of what may be integers.
+    """Refuse a division of what may be integers, and inputs without a name that end the process.
 
     Args:
         model: a ModelProto.
         fields: number and content of each field of a message.
 
     Raises:
-        ValueError: naming its first output.
+        ValueError: naming the first output.
     """
     real: set[bytes] = set()
     graphs = [content for number, content in fields(model) if number == _GRAPH and isinstance(content, memoryview)]
@@ -50,11 +52,13 @@ def check_divisions(model: memoryview, fields: Fields) -> None:
         for number, content in fields(graph):
             if number == _INITIALIZER and isinstance(content, memoryview):
                 name, kind = _tensor(content, fields)
-                real |= {name} if kind in _REALS else set()
+                real |= {name} if name and kind in _REALS else set()
             elif number == _NODE and isinstance(content, memoryview):
                 nodes.append(content)
     for node in nodes:  # in an order in which each comes after what it reads
         operator, inputs, outputs, kind = _node(node, fields)
+        if operator in NAMED_INPUTS and b"" in inputs:
+            raise ValueError(f"it has {operator.decode()} of an input without a name: {b''.join(outputs[:1])[:50]!r}")
         if operator in (b"Cast", b"Constant", b"ConstantOfShape", b"EyeLike"):
             known = kind in _REALS
         elif operator == b"Where":
@@ -65,7 +69,7 @@ def check_divisions(model: memoryview, fields: Fields) -> None:
         if operator in _DIVISIONS and not known:
             raise ValueError(f"it divides what may be integers: {b''.join(outputs[:1])[:50]!r}")
         if known:
-            real.update(outputs if operator == b"Split" else outputs[:1])
+            real.update(name for name in (outputs if operator == b"Split" else outputs[:1]) if name)
 
 
 def _tensor(message: memoryview, fields: Fields) -> tuple[bytes, int]:

@@ -67,7 +67,8 @@ def load_coco_captions(
         groups = [[text] for text in texts] if each_caption else [texts]
         for number, group in enumerate(groups):
             key = f"{identity}-{number}" if each_caption else str(identity)
-            samples.append(Sample(key, ((prompt, group[0]),), (images[identity],), "caption", tuple(group)))
+            with skips.counting():
+                samples.append(Sample(key, ((prompt, group[0]),), (images[identity],), "caption", tuple(group)))
     read = readable(samples, skips, len(samples) + skips.reasons.total(), max_bad_fraction, Path(image_root))
     bare = tuple(f"picture {identity} has no caption" for identity in images if identity not in captions)
     return Samples(read.samples, read.skipped + bare, read.reasons)

@@ -27,12 +27,7 @@ def check_words(name: str, turns: Sequence[tuple[str, str | None]], images: int,
     """
     questions = [question for question, _ in turns]
     others = [system, *(answer for _, answer in turns if answer is not None)]
-    if any("\ud800" <= letter <= "\udfff" for text in (*questions, *others) for letter in text):
-        raise Unusable(
-            f"{name} has half a character (an unpaired surrogate) in its words",
-            remedy="write the text as UTF-8 again",
-            reason="unpaired surrogate",
-        )
+    check_letters(name, [*questions, *others])
     if any(IMAGE in text for text in others):
         raise Unusable(
             f"{name} has an {IMAGE} marker in its words, outside of its questions",
@@ -45,10 +40,26 @@ def check_words(name: str, turns: Sequence[tuple[str, str | None]], images: int,
             remedy="write one marker for each picture at its place, or none: then all are before the first question",
             reason="markers and pictures differ in number",
         )
-    if sum(map(len, (*questions, *others))) > _MAX_TEXT:
+
+
+def check_letters(name: str, texts: Sequence[str]) -> None:
+    """Refuse texts that cannot be written as UTF-8, or are too long together.
+
+    Raises:
+        Unusable: for an unpaired surrogate, or more than 1 M characters.
+    """
+    if sum(map(len, texts)) > _MAX_TEXT:
         raise Unusable(
             f"{name} has more than {_MAX_TEXT:,} characters", remedy="shorten or remove it", reason="too long"
         )
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise Unusable(
+            f"{name} has half a character (an unpaired surrogate) in its words",
+            remedy="write the text as UTF-8 again",
+            reason="unpaired surrogate",
+        ) from None
 
 
 def messages(turns: Sequence[tuple[str, str | None]], images: int, system: str = "") -> list[dict[str, Any]]:

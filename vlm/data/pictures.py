@@ -25,6 +25,8 @@ Picture = str | Path | Image.Image
 _MAX_ASPECT = 10_000  # long side over short side
 _MAX_RESIZED = 100_000_000  # pixels
 _MAX_UNSCALED = 2**24  # pixels that become numbers as they are
+_MAX_TOKENS = 2**14  # of a picture
+_MAX_NAME = 64  # characters of a token that is written once for each patch
 
 
 def open_picture(source: Picture) -> Image.Image:
@@ -87,11 +89,33 @@ def check_shapes(image_processor: Any, images: Sequence[Image.Image]) -> None:
             )
 
 
-def check_fit(model: PreTrainedModel, processor: Any) -> None:
-    """Refuse the processor of another model: it writes pictures as a token that this one does not know.
+def check_tokens(processor: Any, images: Sequence[Image.Image]) -> None:
+    """Refuse pictures of too many tokens: a processor writes all of them before anything counts them.
 
     Raises:
-        ModelError: if it is one, or no processor at all.
+        DataError: naming the shape.
+    """
+    options, patch = processor.image_processor, processor.patch_size
+    cropped, resized = getattr(options, "do_center_crop", False), getattr(options, "do_resize", True)
+    size = dict(options.size or {})
+    given = [size, *(dict(getattr(options, name, None) or {}) for name in ("crop_size", "pad_size"))]
+    side = max([getattr(processor, "img_size", 0), *(side for sides in given for side in sides.values() if side)])
+    tiles = 1 + options.max_patches if getattr(options, "crop_to_patches", False) else 1
+    for image in images:
+        long, short = max(image.size), min(image.size)
+        free = 0 if cropped else (size.get("shortest_edge") or 0) ** 2 * long // short if resized else long**2
+        if (tokens := max(side**2 * tiles, free) // patch**2) > _MAX_TOKENS:
+            raise DataError(
+                f"a picture of {image.width} x {image.height} may become {tokens:,} tokens, more than {_MAX_TOKENS:,}",
+                remedy="make it smaller, or correct patch_size and size in the model's processor files",
+            )
+
+
+def check_fit(model: PreTrainedModel, processor: Any) -> None:
+    """Refuse the processor of another model, which writes pictures as a token that this one does not know.
+
+    Raises:
+        ModelError: if it is one, no processor at all, or writes pictures as tokens of very long names.
     """
     if (found := getattr(processor, "image_token_id", None)) != model.config.image_token_id:
         raise ModelError(
@@ -99,6 +123,13 @@ def check_fit(model: PreTrainedModel, processor: Any) -> None:
             remedy="pass the processor that vlm.build or vlm.load gave with this model",
             field="processor",
         )
+    for name, token in vars(processor).items():
+        if name.endswith("_token") and isinstance(token, str) and len(token) > _MAX_NAME:
+            raise ModelError(
+                f"the processor's {name} has {len(token):,} characters, more than {_MAX_NAME}",
+                remedy="give the token a short name in processor_config.json and the tokenizer's files",
+                field="processor",
+            )
 
 
 @contextmanager

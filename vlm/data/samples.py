@@ -12,7 +12,7 @@ from aced_sdk import files
 from aced_sdk.errors import DataError
 from aced_sdk.files import ReadError, inside, parse_json, printable
 from vlm.data.chat import IMAGE
-from vlm.data.conversation import check_words
+from vlm.data.conversation import check_letters, check_words
 from vlm.data.pictures import Picture, open_picture
 from vlm.data.skips import Skips, Unusable
 
@@ -44,10 +44,10 @@ class Sample:
     system: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse fields that are not in this form.
+        """Refuse fields that are not in this form, and right answers that cannot be scored.
 
         Raises:
-            Unusable: naming the field.
+            Unusable: naming the field or the conversation.
         """
         given: Any = self  # by people, whatever the types say
         wrong = [
@@ -70,6 +70,7 @@ class Sample:
                 field=wrong[0],
                 reason="not in the form of a conversation",
             )
+        check_letters(f"conversation '{self.key}'", [*self.answers, self.kind])
 
 
 def check_samples(data: Iterable[Any]) -> None:
@@ -170,7 +171,7 @@ def from_messages(row: Mapping[str, Any], index: int | str) -> Sample:
         shown = row.get("images", row.get("image"))
         images = (shown,) if isinstance(shown, Picture) else tuple(shown or ())
         return _sample(key, messages, images, row)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Unusable(
             f"conversation '{key}' is not in the form of messages ({type(error).__name__}: {error})",
             remedy='write {"messages": [{"role", "content"}], "images": [...]}',
@@ -194,7 +195,7 @@ def from_llava(entry: Any, index: int | str, root: Path) -> Sample:
         messages = [(str(turn["from"]), words(turn["value"])) for turn in entry["conversations"]]
         images = tuple(root / name for name in ([named] if isinstance(named, str) else named))
         return _sample(key, messages, images, entry)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Unusable(
             f"conversation '{key}' is not in LLaVA's form ({type(error).__name__}: {error})",
             remedy='write {"id", "image", "conversations": [{"from", "value"}]}',

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aced_sdk.errors import EngineError, MissingPackageError, UnsupportedError
-from aced_sdk.files import ReadError, printable, read_json, tensor_digest
+from aced_sdk.files import ReadError, check_tensors, printable, read_json, tensor_digest
 from vlm.config import Adapt, Align, Lora
 from vlm.model.projectors import model_kinds
 
@@ -90,6 +90,7 @@ def _check_adapter(folder: Path) -> set[str]:
     config = read_json(folder / "adapter_config.json")
     if not isinstance(config, dict):
         raise ReadError(f"{printable(folder / 'adapter_config.json')} holds no JSON object", remedy="save it again")
+    check_tensors(folder / _WEIGHTS)
     with safe_open(folder / _WEIGHTS, framework="pt") as file:
         held = set(file.keys())
         ranks = {file.get_slice(name).get_shape()[0] for name in held if ".lora_A." in name}

@@ -17,6 +17,7 @@ from aced_sdk.towers.numbers import check_number, check_real
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _MAX_ENTRIES = 65_536  # of metadata, and tensors
+_MAX_TENSORS, _OF_BLOCK = 8192, 64  # a reader takes a millisecond for each; of a block, and beside the blocks
 _MAX_ITEMS = (
     2**21
 )  # of all arrays; a reader takes some hundred bytes for each, and vocabularies have up to 2**18 tokens
@@ -100,6 +101,8 @@ def _walk(header: _Header) -> None:
     for _ in range(entries):
         name = header.text(_MAX_NAME)
         header.value(int(header.scalar("<I")), name)
+    if tensors > (most := min(_MAX_TENSORS, _OF_BLOCK * (1 + (header.blocks or 0)))):
+        raise ReadError(f"it has {tensors} tensors, more than {most} for {header.blocks or 0} blocks", remedy="")
     elements = 0
     for _ in range(tensors):
         block = _BLOCK.match(header.text(_MAX_NAME))

@@ -128,7 +128,7 @@ def converted(gguf: Path) -> Path:
         f"transformers cannot read {gguf.name}", remedy="take a GGUF of an architecture it knows", field="language"
     ):
         try:
-            with bounded(gguf.stat().st_size):
+            with bounded(gguf.stat().st_size, per_byte=8):
                 quantised, found = AutoModelForCausalLM.from_pretrained(
                     **where, trust_remote_code=False, output_loading_info=True
                 )

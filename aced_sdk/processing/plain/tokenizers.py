@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import base64
 import json
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from aced_sdk.files.reading import ReadError, printable, read_json
 
-MAX_GROWTH = 256  # times the length of a text
+MAX_GROWTH = 768  # times the bytes of a text; ALBERT's steps may reach 726
+_MAX_WORK = 2**14  # growth times the longest word or token that is looked up at each place: ten seconds for a long text
 _MAX_STEPS = 64
 _MAX_METASPACES = 2  # each can put a mark before every single character
 _MAX_ADDED = 100_000  # added tokens
 _MAX_ADDED_CHARACTERS = 1_000_000
-_MAX_TOKEN = 1024  # characters
+MAX_TOKEN = 1024  # characters
 _MAX_AFFIX = 64  # characters, or tokens, that a step puts before or behind a text or a word
-_MAX_WORD = 1000  # characters of a word that WordPiece takes to pieces; its time grows with the square
+_MAX_WORD = 200  # characters of a word that WordPiece takes to pieces; its time grows with the square
+# Bytes that a byte can become. U+FDFA has 3 bytes, and 33 when it is decomposed.
+_GROWTH = {"NFD": 3, "NFC": 3, "NFKD": 11, "NFKC": 11, "Lowercase": 2, "ByteLevel": 4, "BertNormalizer": 4}
 
 
 def read_tokenizer(path: str | Path, length: int | None = None) -> str:
@@ -55,11 +57,14 @@ def _check(values: dict[str, Any], length: int | None) -> None:
         fixed = padding["strategy"]["Fixed"] if isinstance(padding["strategy"], dict) else 0
         _require(0 <= fixed < 2**16 and (padding.get("pad_to_multiple_of") or 0) < 2**16, "padding")
     if truncation is not None:
-        _require(0 <= truncation.get("stride", 0) < truncation["max_length"], "truncation")
+        stride, most = truncation.get("stride", 0), truncation["max_length"]
+        # a text becomes a piece for each (most - stride) tokens, each as long as the context
+        _require(0 <= stride <= (0 if length is not None else most // 2), "truncation: stride")
     added = values.get("added_tokens") or []
     _require(len(added) <= _MAX_ADDED, "added tokens")
-    _require(sum(len(token["content"]) for token in added) <= _MAX_ADDED_CHARACTERS, "added tokens")
-    _check_model(values["model"])
+    lengths = [len(token["content"]) for token in added]
+    _require(sum(lengths) <= _MAX_ADDED_CHARACTERS and max(lengths, default=0) <= MAX_TOKEN, "added tokens")
+    longest = _check_model(values["model"])
     for names in (("normalizer", "pre_tokenizer", "post_processor"), ("decoder",)):
         steps = [step for name in names for step in _steps(values.get(name))]
         growth = 1
@@ -68,6 +73,7 @@ def _check(values: dict[str, Any], length: int | None) -> None:
             _require(growth <= MAX_GROWTH, f"growth in {step['type']}")
         _require(len(steps) <= _MAX_STEPS, "number of steps")
         _require(sum(step["type"] == "Metaspace" for step in steps) <= _MAX_METASPACES, "number of Metaspace steps")
+        _require("decoder" in names or growth * longest <= _MAX_WORK, "growth for words or tokens of this length")
 
 
 def _require(holds: bool, what: str) -> None:
@@ -88,17 +94,15 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """By how much a step can multiply the length of a text, but for what it adds once."""
+    """By how much a step can multiply the bytes of a text, but for what it adds once."""
     kind = step["type"]
     if kind == "Replace":
         pattern = step["pattern"]
-        length = len(unicodedata.normalize("NFKD", step["content"]))  # as later steps can make it
+        length = len(step["content"].encode())
         if "Regex" in pattern:  # may match between any two characters
             return 1 + length
         _require(len(pattern["String"]) > 0, "empty pattern")
         return max(1, length)
-    if kind in ("ByteLevel", "BertNormalizer"):  # a character becomes up to four, or gets spaces around it
-        return 4
     if kind == "Precompiled":
         blob = base64.b64decode(step["precompiled_charsmap"])
         end = 4 + int.from_bytes(blob[:4], "little")
@@ -111,14 +115,18 @@ def _growth(step: dict[str, Any]) -> int:
         pieces = [next(iter(piece.items())) for piece in step["single"]]
         own = [special[piece["id"]] for name, piece in pieces if name == "SpecialToken"]
         _require(len(pieces) - len(own) == 1 and sum(own) + len(own) <= _MAX_AFFIX, "template")
-    return 1
+    return _GROWTH.get(kind, 1)
 
 
-def _check_model(model: dict[str, Any]) -> None:
+def _check_model(model: dict[str, Any]) -> int:
+    """The longest word or token that the model looks up letter by letter; 1 for models that do not."""
     vocabulary = model["vocab"]
     words = vocabulary if isinstance(vocabulary, dict) else [word for word, _ in vocabulary]
-    _require(max(map(len, words), default=0) <= _MAX_TOKEN, "length of a token")
+    longest = max(map(len, words), default=0)
+    _require(longest <= MAX_TOKEN, "length of a token")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         _require(len(model.get(name) or "") <= _MAX_AFFIX, name)
-    _require((model.get("max_input_chars_per_word") or 0) <= _MAX_WORD, "max_input_chars_per_word")
+    word = model.get("max_input_chars_per_word") or 1
+    _require(word <= _MAX_WORD, "max_input_chars_per_word")
     _require(not model.get("dropout"), "dropout: the same text would become other tokens each time")
+    return word if isinstance(vocabulary, dict) else longest
