@@ -20,7 +20,6 @@ shipped here; MACs do not depend on it. Where one is at hand, name it in the stu
 
 from __future__ import annotations
 
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -159,7 +158,7 @@ def _preset(
 
 def _number(field: str, value: Any) -> Any:
     """The value, if it is a size; its config checks the rest."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**63:
         raise ConfigError(f"{field} is not a number above 0", remedy="write one, or leave it out", field=field)
     return value
 
