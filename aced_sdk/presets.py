@@ -44,6 +44,7 @@ from aced_sdk.config import (
     Stored,
     Student,
 )
+from aced_sdk.errors import ConfigError
 from aced_sdk.towers import ProfiledStudent
 
 __all__ = [
@@ -131,10 +132,10 @@ def _preset(
 ) -> Preset:
     """Join a method (curation, terms), a model, sizes (B = ratio * b) and the user's options."""
     given: dict[str, Any] = {**options}
-    sizes: dict[str, Any] = {"sub_batch": given.pop("sub_batch", sub_batch)}
+    sizes: dict[str, Any] = {"sub_batch": _number("sub_batch", given.pop("sub_batch", sub_batch))}
     sizes["super_batch"] = given.pop("super_batch", ratio * sizes["sub_batch"])
     sizes |= {size: given.pop(size) for size in ("num_chunks", "gain") if size in given}
-    examples = given.pop("examples", examples)
+    examples = _number("examples", given.pop("examples", examples))
     config = Preset(
         student=student or _vit(384, patch=32, pixels=256),
         data=Data(shards=("path/to/pool",)),
@@ -153,6 +154,13 @@ def _preset(
         "engine": Engine(precision="bf16", micro_batch=micro_batch),
     }
     return config.replace(**{field: value for field, value in of_size.items() if field not in given})
+
+
+def _number(field: str, value: Any) -> Any:
+    """The value, if it is a size; its config checks the rest."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**63:
+        raise ConfigError(f"{field} is not a number above 0", remedy="write one, or leave it out", field=field)
+    return value
 
 
 def _kd(weight: float, **settings: Any) -> tuple[Distillation, ...]:

@@ -17,6 +17,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from aced_sdk.files import ReadError
+from aced_sdk.files.reading import read_text
+
 LONGEST = 30  # words of a sentence
 
 # What readers stumble over, and what to write instead.
@@ -57,7 +60,7 @@ _MESSAGES = {"cause", "remedy", "description", "help"}
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
     """Line number and text of each docstring, comment and message of a Python file, or of a Markdown file."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if path.suffix == ".md":
         blank = _FENCE.sub(lambda found: "\n" * found[0].count("\n"), text)
         at = 1
@@ -131,7 +134,11 @@ def main() -> int:
     for given in asked.paths:
         files = [given] if given.is_file() else sorted([*given.rglob("*.py"), *given.rglob("*.md")])
         for path in files:
-            for line, fault in findings(path):
+            try:
+                found = list(findings(path))
+            except (ReadError, SyntaxError, tokenize.TokenError) as error:
+                parser.error(f"{path}: {error}")
+            for line, fault in found:
                 counts[path.parts[0]] += 1
                 if not asked.count:
                     print(f"{path}:{line}: {fault}")

@@ -25,10 +25,12 @@ from aced_sdk.files import (
     tensor_digest,
     whole_file,
 )
+from aced_sdk.files.reading import MIB
 
 Dtype = Literal["fp16", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_SCALE = 1e6
+_MAX_MANIFEST = 32 * MIB  # of 300,000 shards
 _SHORT = 19  # "stored:" and twelve digits, or enough of a model's
 _AGAIN = "delete that file and start again, or run aced.cache_embeddings again; complete parts are kept"
 
@@ -44,7 +46,7 @@ class CacheManifest(Config):
     dim: int = Field(gt=0)
     scale: float = Field(gt=0, le=MAX_SCALE)
     bias: float = Field(ge=-MAX_SCALE, le=MAX_SCALE)
-    shards: tuple[tuple[str, str], ...]
+    shards: tuple[tuple[str, str], ...] = Field(fail_fast=True)
     dtype: Dtype = "fp16"
     trained_with: LossForm | None = None
 
@@ -144,7 +146,7 @@ def read_manifest(directory: Path) -> CacheManifest:
         CacheError: if it is missing or not a manifest.
     """
     try:
-        return CacheManifest(**read_json(inside(directory, "cache.json")))
+        return CacheManifest(**read_json(inside(directory, "cache.json"), _MAX_MANIFEST))
     except (ReadError, TypeError, ConfigError) as error:
         cause = error.cause if isinstance(error, ReadError | ConfigError) else error
         raise CacheError(

@@ -32,6 +32,7 @@ from aced_sdk.files.reading import MIB
 
 Vectors = NDArray[np.float32]
 _MAX_NPZ = _MAX_ARRAY = 16 * MIB  # DataCompDR's have about 0.2 MB
+_MAX_ENTRIES = 256  # of a KEY.npz, which may hold arrays for other programs
 _MAX_WIDTH = 8192  # a batch of 1,024 pairs, four of which are in memory, then has 64 MB
 
 
@@ -138,6 +139,8 @@ def _arrays(stored: Stored, pool: Pool, row: int) -> tuple[Vectors, Vectors]:
     content = pool.read(row, "npz", _MAX_NPZ)
     if content is None:
         raise UnusablePair("no stored embeddings")
+    if content.count(b"PK\1\2") > _MAX_ENTRIES:  # zipfile reads its whole directory for every pair
+        raise UnusablePair("unreadable npz")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return _rows(archive, stored.image), _rows(archive, stored.text)

@@ -18,19 +18,31 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, fi
 
 from aced_sdk.errors import ConfigError
 from aced_sdk.files import ReadError, expand, one_line, parse_yaml, printable, read_yaml, whole_file
-from aced_sdk.files.reading import MIB
+from aced_sdk.files.reading import MAX_DEPTH, MIB
 
 _MAX_YAML = 4 * MIB  # a run over many shards that are named one by one
 _MAX_INT = 2**63 - 1
+_MAX_NODES = 500_000  # of a mapping
+_NESTS = (dict, list, tuple)
 _MISTAKES, _MOST = 20, 1000  # listed in an error; above the second number only some are counted
 
 
 def _named(value: Any) -> Any:
-    """Refuse keys of nested mappings that are no texts: JSON and keyword arguments know no others."""
-    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-        raise ConfigError("a key of the mapping is not a text", remedy="put the key in quotes")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _named(inner)
+    """Refuse what JSON and YAML cannot hold: keys that are no texts, integers of any length, a mapping in itself."""
+    level, count = [value], 0
+    for _ in range(MAX_DEPTH + 1):
+        if any(isinstance(node, dict) and not all(isinstance(key, str) for key in node) for node in level):
+            raise ConfigError("a key of the mapping is not a text", remedy="put the key in quotes")
+        if any(isinstance(node, int) and abs(node) > _MAX_INT for node in level):
+            raise ConfigError("a number of the mapping is too large", remedy="use one of at most 64 bits")
+        nodes = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, _NESTS)]
+        count += sum(map(len, nodes))
+        if not nodes or count > _MAX_NODES:
+            break
+        level = [inner for node in nodes for inner in node]
+    if nodes:
+        cause = f"the mapping is nested more than {MAX_DEPTH} levels deep, or has more than {_MAX_NODES:,} values"
+        raise ConfigError(cause, remedy="write a smaller one")
     return value
 
 
@@ -52,6 +64,8 @@ class Config(BaseModel):
     @classmethod
     def _plain(cls, values: Any) -> Any:
         """No `yes` in the place of a number, which would be 1, and no empty path, which would be the working folder."""
+        if isinstance(values, dict) and len(values) > _MOST:
+            raise ConfigError(f"{len(values):,} fields", remedy="correct the file")
         for name, value in values.items() if isinstance(values, dict) else ():
             if not (isinstance(value, bool) or value == "") or name not in cls.model_fields:
                 continue

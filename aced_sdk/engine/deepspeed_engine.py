@@ -215,8 +215,14 @@ class DeepSpeed:
 def _import(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it once, when it is first imported
+    if device.type == "cpu" and (given := os.environ["DS_ACCELERATOR"]) != "cpu":
+        cause = f"DS_ACCELERATOR is {printable(given, 80)}, and the engine's device is the CPU"
+        raise ConfigError(cause, remedy="unset DS_ACCELERATOR", field="engine.device")
     try:
         import deepspeed
+    except ValueError as error:  # another DS_ACCELERATOR that it does not know
+        cause = f"deepspeed cannot be imported: {printable(error)}"
+        raise ConfigError(cause, remedy="unset DS_ACCELERATOR", field="engine.kind") from error
     except ImportError as error:
         raise MissingPackageError(
             f"deepspeed cannot be imported: {error}",
@@ -296,6 +302,20 @@ def deepspeed_json(config: EngineConfig, optimizer: OptimizerConfig, trained: in
             raise ConfigError(
                 f"the DeepSpeed JSON sets '{key}', which the config decides",
                 remedy='remove it or write "auto"; use optimizer, schedule and engine.precision',
+                field="engine.deepspeed",
+            )
+        if key in base and (type(value) is not type(base[key]) or (key == "steps_per_print" and value < 1)):
+            kind = {int: "a number above 0", bool: "true or false", float: "a number"}.get(type(base[key]), "an object")
+            raise ConfigError(
+                f"'{key}' in the DeepSpeed JSON is {printable(repr(value), 80)}",
+                remedy=f"write {kind}, or remove it",
+                field="engine.deepspeed",
+            )
+        if key == "zero_optimization" and value.get("stage", "auto") not in ("auto", config.zero_stage):
+            raise ConfigError(
+                f"the DeepSpeed JSON sets stage {printable(repr(value['stage']), 80)} of ZeRO, "
+                f"and engine.zero_stage is {config.zero_stage}",
+                remedy="remove it, and set engine.zero_stage",
                 field="engine.deepspeed",
             )
         if key in _IN_ITS_FORWARD and isinstance(value, dict) and value.get("enabled") not in (None, False, "auto"):

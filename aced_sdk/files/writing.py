@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _REPLACED = 20  # times that a folder is replaced which other processes put in the same place
 _MAX_SPARSE = 2**30  # bytes of a file with holes
 _MOST_HOLE = 1000  # times what is on the disk
+_HOST = 0xEFFFFFFC  # Linux' number of the namespace of processes outside of all containers
 _KEPT = 30  # letters of a target's name in a temporary one: with four bytes each, the whole still has less than 255
 
 
@@ -79,7 +80,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     permissions of the umask.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{target.name[:_KEPT]}.{platform.node()}-"
+    mark = f".{target.name[:_KEPT]}.{platform.node()}-{_processes()}"
     _sweep(target, mark)
     temporary, old = (target.with_name(f"{mark}{os.getpid()}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
     temporary.mkdir()
@@ -148,6 +149,15 @@ def _sweep(target: Path, mark: str) -> None:
         if path.suffix == ".old" and (path / "folder").is_dir() and not target.exists():
             os.replace(path / "folder", target)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _processes() -> str:
+    """Marks where process numbers count: containers may share a host's name, and each has its own numbers."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not on Linux
+        return ""
+    return "" if space == _HOST else f"{space}-"
 
 
 def _alive(process: int) -> bool:

@@ -144,7 +144,11 @@ def _own_style() -> Iterator[None]:
     if "matplotlib" not in sys.modules and os.path.lexists("matplotlibrc") and spec and spec.origin:
         with chdir(Path(spec.origin).parent / "mpl-data"):  # where its defaults are
             import matplotlib  # noqa: F401
-    from matplotlib import rc_context, rcParamsDefault
+    try:
+        from matplotlib import rc_context, rcParamsDefault
+    except ValueError as error:  # MPLBACKEND names none
+        cause = f"matplotlib cannot be imported: {printable(error)}"
+        raise ConfigError(cause, remedy="unset MPLBACKEND") from error
 
     with rc_context(rcParamsDefault):
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from aced_sdk.files import printable
 
@@ -14,7 +14,21 @@ Number = Annotated[float, Field(ge=-1e39, le=1e39)] | None  # null: it was not f
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Name = Annotated[str, Field(max_length=1000)]
 Words = Annotated[str, Field(max_length=100_000)]
-Numbers = Annotated[dict[Name, Number], Field(max_length=100)]
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """A bound on a mapping, checked before its values: pydantic collects the mistakes of all of them."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"more than {most} names")
+        return value
+
+    return BeforeValidator(check)
+
+
+Numbers = Annotated[dict[Name, Number], _at_most(100)]
+Rows = Annotated[list[Count], Field(fail_fast=True)]
 _SHOWN = 2000  # letters of a warning
 _KEYS = 8  # names of pairs of a skipped step
 Quantiles = Annotated[list[Number], Field(min_length=5, max_length=5)]
@@ -61,13 +75,13 @@ class _Scores(BaseModel):
 
 class _Selected(_Row):
     statistics: Numbers
-    picked: list[Count] | None = None
-    candidates: Annotated[list[Count], Field(min_length=1)] | None = None
-    scores: _Scores | Annotated[dict[Name, Any], Field(max_length=0)] = {}
+    picked: Rows | None = None
+    candidates: Annotated[Rows, Field(min_length=1)] | None = None
+    scores: _Scores | Annotated[dict[Name, Any], _at_most(0)] = {}
 
 
 class _Evaluated(_Row):
-    metrics: Annotated[dict[Name, Numbers], Field(max_length=1000)]
+    metrics: Annotated[dict[Name, Numbers], _at_most(1000)]
     trained: Count
     scored: Count
 

@@ -183,7 +183,7 @@ def _tiles(kinds: dict[str, list[Row]], totals: Mapping[str, float]) -> list[tup
     seconds, waited = totals["seconds"], totals["data_seconds"]
     tiles = [
         ("Examples trained", count(last["trained"]), f"{last['trained'] / max(seconds, 1e-9):,.0f} a second"),
-        ("Examples scored", count(last["scored"]), "by the student, for selection"),
+        ("Examples scored", count(last.get("scored", 0)), "by the student, for selection"),
         ("Loss", _number(last["loss"]), f"at first {_number(steps[0]['loss'])}"),
         ("Time in steps", duration(seconds), f"{percent(waited / max(seconds, 1e-9))} of it waiting for data"),
     ]

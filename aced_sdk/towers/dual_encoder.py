@@ -157,8 +157,8 @@ class DualEncoder(nn.Module):
 
         Args:
             images: PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]; one of them counts
-                as a list of one. Or a batch of pixels as for `forward`. EXIF orientation is not applied, as in
-                training.
+                as a list of one. Or a batch of pixels as for `forward`. EXIF orientation is applied to TIFF
+                alone, as in training.
             batch_size: pictures of a forward pass; None: what suits the device.
 
         Raises:

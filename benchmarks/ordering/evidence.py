@@ -10,6 +10,7 @@ of several values. Every figure is read from the JSON.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,8 +123,9 @@ def _claims(claims: Mapping[str, Any]) -> str:
     others = {name: value for name, value in claims.items() if isinstance(value, dict) and "points" in value}
     leads = {**claims["order"], **others}
     for name, lead in leads.items():
-        said = name.replace("_", " ")
-        lines.append(f"| {said} | {lead['points']:+.1f} | {lead['seeds_won']} | {_yes(lead['over_two_deviations'])} |")
+        lines.append(
+            f"| {_plain(name)} | {lead['points']:+.1f} | {lead['seeds_won']} | {_yes(lead['over_two_deviations'])} |"
+        )
     quarter = claims["aced_at_a_quarter_of_the_steps"]
     lines += [
         "",
@@ -131,6 +133,11 @@ def _claims(claims: Mapping[str, Any]) -> str:
         f"still high) ACED stands at {quarter['score']:.1f}, IID at the end at {quarter['iid_at_the_end']:.1f}.",
     ]
     return "\n".join(lines)
+
+
+def _plain(name: str) -> str:
+    """A name as words, without what Markdown or HTML reads as more."""
+    return re.sub(r"[^\w.,:%()/=+-]+", " ", name.replace("_", " ")).strip()
 
 
 def _yes(value: bool) -> str:
@@ -143,7 +150,7 @@ def _seeds(sweep: Mapping[str, Mapping[str, Any]]) -> int:
 
 def _sweep_table(sweep: Mapping[str, Mapping[str, Any]], metric: str) -> str:
     rows = list(dict.fromkeys(row for values in sweep.values() for row in values))
-    lines = [f"| {METRICS[metric]} | " + " | ".join(sweep) + " |", "|---|" + "---|" * len(sweep)]
+    lines = [f"| {METRICS[metric]} | " + " | ".join(map(_plain, sweep)) + " |", "|---|" + "---|" * len(sweep)]
     for row in rows:
         cells = [_cell(values[row].get(metric)) if row in values else "" for values in sweep.values()]
         lines.append(f"| {NAMES[row]} | " + " | ".join(cells) + " |")
@@ -159,7 +166,7 @@ def _tuning(tuning: Mapping[str, Any]) -> str:
 
 
 def _choice(choice: Mapping[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in choice.items() if name != "score")
+    return ", ".join(f"{_plain(name)} {value:g}" for name, value in choice.items() if name != "score")
 
 
 def _rows(result: Mapping[str, Any], path: Path) -> None:

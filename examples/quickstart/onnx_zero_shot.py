@@ -6,7 +6,6 @@ Usage: python -m examples.quickstart.onnx_zero_shot FOLDER PRECISION EVALUATION 
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import tarfile
@@ -15,6 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from aced_sdk.errors import DataError
+from aced_sdk.files import printable
+from aced_sdk.files.reading import MAX_TEXT
+from aced_sdk.processing.plain import open_picture
 from export.runtime.encoder import OnnxEncoder
 
 
@@ -48,11 +51,15 @@ def _pictures(folder: Path) -> tuple[list[Image.Image], list[int]]:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 stream = tar.extractfile(member)
-                data = stream.read() if stream else b""
-                if extension == "cls":
-                    labels[key] = int(data)
-                else:
-                    images[key] = Image.open(io.BytesIO(data))
+                data = stream.read(MAX_TEXT) if stream else b""  # a sparse member can name gigabytes
+                try:
+                    if extension == "cls":
+                        labels[key] = int(data)
+                    else:
+                        images[key] = open_picture(data)
+                except ValueError as error:
+                    cause = f"{printable(member.name)} in {path.name}: {printable(error)}"
+                    raise DataError(cause, remedy="remove the data box and start again") from None
     return [images[key] for key in labels], list(labels.values())
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ import aced_sdk as aced
 from aced_sdk.data import Pool
 from aced_sdk.errors import DataError
 from aced_sdk.evaluation import class_embeddings, load_task
-from aced_sdk.files import printable
-from aced_sdk.processing.plain import PictureError, open_picture, to_rgb
+from aced_sdk.files import inside, printable
+from aced_sdk.processing.plain import open_picture, to_rgb
 from aced_sdk.reporting import read_events
 from examples.quickstart.box import Box
 from examples.quickstart.page import (
@@ -72,7 +73,7 @@ def collect(settings: Settings, box: Box, vlm: dict[str, Any], onnx: dict[str, A
         noise_curve={name: _noise(runs[name]) for name in ("i_acid", "h_acid", "aced")},
         zero_shot_examples=_zero_shot(settings, box),
         vlm_kinds=[KindAccuracy(kind, k["questions"], k["accuracy"], k["blind"]) for kind, k in vlm["kinds"].items()],
-        vlm_samples=_answers(vlm["samples"]),
+        vlm_samples=_answers(vlm["samples"], box.vqa),
         onnx_files=_files(onnx),
         licences=[
             LicenceRow(source["package"], source["version"], source["licence"], rows_of[_short(source["package"])])
@@ -160,17 +161,17 @@ def _zero_shot(settings: Settings, box: Box, count: int = 12) -> list[ZeroShotEx
     return examples
 
 
-def _answers(samples: list[dict[str, Any]], count: int = 16) -> list[VlmSample]:
+def _answers(samples: list[dict[str, Any]], folder: Path, count: int = 16) -> list[VlmSample]:
     captions = [s for s in samples if s["kind"] == "caption"]
     answers = [s for s in samples if s["kind"] != "caption"]
     drawn = random.Random(0).sample(answers, min(count, len(answers))) + captions
-    return [VlmSample(_open(s["image"]), s["question"], s["said"], s["truth"], s["right"]) for s in drawn]
+    return [VlmSample(_open(s["image"], folder), s["question"], s["said"], s["truth"], s["right"]) for s in drawn]
 
 
-def _open(path: str) -> Image.Image:
+def _open(path: str, folder: Path) -> Image.Image:
     try:
-        return to_rgb(open_picture(path))
-    except PictureError as error:
+        return to_rgb(open_picture(inside(folder, Path(path).relative_to(folder.resolve()))))
+    except (TypeError, ValueError) as error:  # a PictureError, a ReadError, or a path that is not in the folder
         raise DataError(f"{printable(path)}: {error}", remedy="remove the demo's folder and start again") from None
 
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 import aced_sdk as aced
 from aced_sdk.config import Config, Curation
 from aced_sdk.errors import ConfigError
 
+Size = Annotated[int, Field(gt=0)]
 SHARE = 0.2  # 1 - f: what is trained of what is drawn
 
 # A plain CLIP ViT, so that transformers' LLaVA can hold its picture tower.
@@ -44,18 +47,18 @@ class Settings(Config):
     """
 
     directory: Path = Path("runs/demo")
-    seeds: tuple[int, ...] = (0,)
-    steps: int = 200
-    sub_batch: int = 256
-    num_chunks: int = 16
-    evaluate_every: int = 40
-    box: str = "small"
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    steps: Size = 200
+    sub_batch: Size = 256
+    num_chunks: Size = 16
+    evaluate_every: Size = 40
+    box: Literal["slice", "small", "full"] = "small"
     apt: bool = False
-    reference_steps: int = 400
-    align_steps: int = 20
-    adapt_steps: int = 130
-    questions: int = 210
-    processes: int = 2
+    reference_steps: Size = 400
+    align_steps: Size = 20
+    adapt_steps: Size = 130
+    questions: Size = 210
+    processes: Size = 2
 
     @property
     def tuning(self) -> Any:

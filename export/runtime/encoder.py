@@ -172,7 +172,7 @@ class OnnxEncoder:
 
         Args:
             images: PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]; one of them counts
-                as a list of one. Transparency is laid on white; EXIF orientation is not applied, as in training.
+                as a list of one. Transparency is laid on white; EXIF orientation is applied to TIFF alone.
             batch_size: at most so many pictures, and at most `max_batch`, are decoded and in memory at once.
 
         Raises:

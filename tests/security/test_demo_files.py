@@ -95,4 +95,4 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seconds"):
         _value(tmp_path / "a.json", "seconds", float)
     with pytest.raises(DataError, match="unreadable picture"):
-        pictures._open(str(tmp_path / "a.json"))
+        pictures._open(str(tmp_path / "a.json"), tmp_path)

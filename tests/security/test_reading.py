@@ -34,6 +34,7 @@ from aced_sdk.files import (
     whole_file,
     whole_folder,
 )
+from aced_sdk.files.writing import _processes
 from aced_sdk.processing.plain import PictureError, open_picture
 from tests.security.sandbox import run
 
@@ -233,7 +234,7 @@ def test_odd_numbers_in_the_names_of_temporaries_break_nothing(tmp_path: Path) -
     import platform
 
     for number in ("9" * 30, "²", "-1", "0x1", ""):
-        (tmp_path / f".made.{platform.node()}-{number}.abc.tmp").mkdir()
+        (tmp_path / f".made.{platform.node()}-{_processes()}{number}.abc.tmp").mkdir()
     with whole_folder(tmp_path / "made") as temporary:
         (temporary / "file").write_text("x")
     assert (tmp_path / "made" / "file").is_file()
@@ -245,7 +246,7 @@ def test_an_older_folder_that_was_moved_away_by_a_killed_writer_comes_back(tmp_p
 
     dead = subprocess.Popen(["true"])
     dead.wait()
-    old = tmp_path / f".made.{platform.node()}-{dead.pid}.abc.old" / "folder"
+    old = tmp_path / f".made.{platform.node()}-{_processes()}{dead.pid}.abc.old" / "folder"
     old.mkdir(parents=True)
     (old / "file").write_text("old")
 

@@ -14,6 +14,7 @@ import pytest
 
 from aced_sdk.errors import ConfigError
 from aced_sdk.files import alone, home, memory_limit, whole_file, whole_folder
+from aced_sdk.files.writing import _processes
 
 
 def test_a_folder_takes_the_place_of_an_older_one_whole(tmp_path: Path) -> None:
@@ -44,9 +45,9 @@ def test_a_broken_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_what_a_killed_writer_left_is_swept_and_a_living_one_is_spared(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = platform.node()
-    left = tmp_path / f".made.{host}-{dead.pid}.abc.tmp"
-    living = tmp_path / f".made.{host}-{os.getpid()}.abc.tmp"
+    host = f"{platform.node()}-{_processes()}"
+    left = tmp_path / f".made.{host}{dead.pid}.abc.tmp"
+    living = tmp_path / f".made.{host}{os.getpid()}.abc.tmp"
     elsewhere = tmp_path / f".made.another-{dead.pid}.abc.tmp"
     for folder in (left, living, elsewhere):
         folder.mkdir()

@@ -32,8 +32,8 @@ _MAX_NAME = 64  # characters of a token that is written once for each patch
 def open_picture(source: Picture) -> Image.Image:
     """The whole picture as RGB; transparent parts become white, as they are for the student.
 
-    Of an animation it is the first frame. EXIF orientation is not applied, as in distillation. 16-bit grey keeps its
-    upper 8 bits.
+    Of an animation it is the first frame. EXIF orientation is applied to TIFF alone, as in distillation. 16-bit grey
+    keeps its upper 8 bits.
 
     Raises:
         Unusable: if the file is missing, torn, no picture or in a format that is not read, has too many pixels, or its

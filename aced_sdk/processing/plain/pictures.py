@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from aced_sdk.files.reading import MIB, ReadError, read_bytes
@@ -17,6 +18,7 @@ from aced_sdk.files.reading import MIB, ReadError, read_bytes
 # Pillow opens 40 formats. Some start other programs (EPS), some decode before their size can be checked (ICO, ICNS).
 # JPEG includes MPO, the format of some phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+Order = Literal["little", "big"]
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * MIB
 _STRIP = 2**20  # pixels
@@ -25,14 +27,18 @@ _MAX_TILES = 2**16  # of a TIFF
 _MAX_SCANS = 64  # of a JPEG; the decoder goes over the whole picture for each
 _MAX_EXIF = 2**20  # bytes of a JPEG's EXIF segments; Pillow copies what it has for each
 _MAX_CHUNKS = 2**17  # of a PNG; blocks before the first picture of a GIF
+_MAX_PROFILES = 8  # iCCP chunks of a PNG, each of which becomes 1 MB; one is allowed
 _MAX_TAGS = 2**16  # of a TIFF
-_MAX_VALUES = 2**18  # of a tag, which become Python numbers; a palette has 196,608
-_PLACES = (273, 279, 324, 325)  # tags of strips and tiles
+_MAX_VALUES = 2**19  # of all tags, which become Python numbers; a palette has 196,608
+_PLACES, _LENGTHS = (273, 279, 324, 325), (279, 325)  # tags of strips and tiles
+_DIRECTORIES = (34665, 34853, 40965)  # tags that name further directories, which Pillow reads
 _PLAIN = (1, 2, 7)  # types of tags that stay bytes
+_UNITS = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4, 16: 8, 17: 8, 18: 8}  # bytes of the types that are integers
+_SHARED = 4  # times the file's size, which the strips of a TIFF may have together
 _MAX_RLE = 2**22  # pixels of a run-length coded BMP, which Pillow decodes in Python
 _MAX_RUNS = 2**24  # bytes of one
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # of a JPEG, but for restarts
-_END, _SCAN, _APP1, _ALONE = 0xD9, 0xDA, 0xE1, (0x01, 0xD8)
+_SOF0, _SOI, _END, _SCAN, _APP1 = 0xC0, 0xD8, 0xD9, 0xDA, 0xE1
 MAX_ASPECT = 200  # long side over short side: resizing the short side of a longer strip would blow it up
 
 
@@ -51,7 +57,8 @@ class PictureError(ValueError):
 def open_picture(
     source: bytes | str | Path | Image.Image, *, max_pixels: int = MAX_PIXELS, max_aspect: int = MAX_ASPECT
 ) -> Image.Image:
-    """The decoded picture, in its own mode. Of an animation it is the first frame. EXIF orientation is not applied.
+    """The decoded picture, in its own mode. Of an animation it is the first frame. EXIF orientation is
+    applied to TIFF alone, where Pillow does so itself, as in open_clip.
 
     Args:
         source: encoded bytes, a file, or a PIL picture.
@@ -168,7 +175,8 @@ def _check_jpeg(content: bytes) -> None:
         at, kind = found.end(), found[1][0]
         if kind == _END:
             break
-        length = 0 if kind in _ALONE else int.from_bytes(content[at : at + 2], "big")
+        # libjpeg goes on right after a marker below SOF0, whatever length follows
+        length = 0 if kind < _SOF0 or kind == _SOI else int.from_bytes(content[at : at + 2], "big")
         scans += kind == _SCAN
         exif += length if kind == _APP1 and content[at + 2 : at + 6] == b"Exif" else 0
         if scans > _MAX_SCANS or exif > _MAX_EXIF:
@@ -177,11 +185,14 @@ def _check_jpeg(content: bytes) -> None:
 
 
 def _check_png(content: bytes) -> None:
-    """Count chunks."""
-    at = 8
+    """Count chunks, and colour profiles among them."""
+    at, profiles = 8, 0
     for _ in range(_MAX_CHUNKS):
         if at >= len(content):
             return
+        profiles += content[at + 4 : at + 8] == b"iCCP"
+        if profiles > _MAX_PROFILES:
+            raise PictureError("too many chunks", "colour profiles of a PNG")
         at += 12 + int.from_bytes(content[at : at + 4], "big")
     raise PictureError("too many chunks", f"a PNG has at most {_MAX_CHUNKS:,}")
 
@@ -209,19 +220,43 @@ def _after_blocks(content: bytes, at: int) -> int:
 
 
 def _check_tiff(content: bytes) -> None:
-    """Bound the values of the first directory's tags, as its header has them."""
-    order: Literal["little", "big"] = "little" if content[:2] == b"II" else "big"
+    """Bound the values of the tags that Pillow reads, and the bytes that libtiff reads for strips or tiles."""
+    order: Order = "little" if content[:2] == b"II" else "big"
     wide = content[2:3] == b"+"  # as Pillow tells a BigTIFF
-    start, size, entry = (8, 8, 20) if wide else (4, 2, 12)
-    at = int.from_bytes(content[start : start + (8 if wide else 4)], order)
-    count = int.from_bytes(content[at : at + size], order)
-    if count > _MAX_TAGS:
-        raise PictureError("unreadable picture", f"{count:,} tags")
-    for place in range(at + size, min(at + size + count * entry, len(content)), entry):
-        tag, kind = (int.from_bytes(content[place + k : place + k + 2], order) for k in (0, 2))
-        values = int.from_bytes(content[place + 4 : place + (12 if wide else 8)], order)
-        if values > _MAX_VALUES and (kind not in _PLAIN or tag in _PLACES):
-            raise PictureError("unreadable picture", f"{values:,} values in a tag")
+    start, size, entry, slot = (8, 8, 20, 8) if wide else (4, 2, 12, 4)
+    pending, seen = [int.from_bytes(content[start : start + slot], order)], set[int]()
+    tags = values = strips = 0
+    while pending:
+        at = pending.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        count = int.from_bytes(content[at : at + size], order)
+        tags += count
+        if tags > _MAX_TAGS:
+            raise PictureError("unreadable picture", f"{tags:,} tags")
+        for place in range(at + size, min(at + size + count * entry, len(content)), entry):
+            tag, kind = (int.from_bytes(content[place + k : place + k + 2], order) for k in (0, 2))
+            number = int.from_bytes(content[place + 4 : place + 4 + slot], order)
+            values += number if kind not in _PLAIN or tag in (*_PLACES, *_DIRECTORIES) else 0
+            if values > _MAX_VALUES:
+                raise PictureError("unreadable picture", f"{values:,} values in its tags")
+            if tag in _DIRECTORIES or tag in _LENGTHS:
+                found = _integers(content, place + 4 + slot, number, kind, slot, order)
+                pending += found.tolist() if tag in _DIRECTORIES else ()
+                strips += int(np.minimum(found, len(content)).sum()) if tag in _LENGTHS else 0
+    if strips > _SHARED * len(content) + MIB:
+        raise PictureError("unreadable picture", f"strips of {strips:,} bytes in a file of {len(content):,}")
+
+
+def _integers(content: bytes, at: int, number: int, kind: int, slot: int, order: Order) -> NDArray[np.uint64]:
+    """The values of a TIFF's tag, if they are integers, as far as the file has them; `at` has them or their place."""
+    unit = _UNITS.get(kind, 0)
+    if number * unit > slot:
+        at = int.from_bytes(content[at : at + slot], order)
+    found = content[at : at + number * unit]
+    mark = "<" if order == "little" else ">"
+    return np.frombuffer(found[: len(found) // unit * unit] if unit else b"", f"{mark}u{unit or 1}").astype(np.uint64)
 
 
 def webp_size(content: bytes) -> tuple[int, int] | None:
