@@ -53,9 +53,7 @@ class Engine(Config):
         None, description="more DeepSpeed settings, or their JSON file; they override the fields above"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(
-        None, gt=0, le=1024, description="CPU threads of this process; None: torch's default"
-    )
+    threads: int | None = Field(None, gt=0, le=1024, description="CPU threads of this process; None: torch's default")
     micro_batch: int | None = Field(
         None,
         gt=0,

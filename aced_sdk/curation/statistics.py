@@ -125,8 +125,8 @@ class DrawStatistics:
         """Return a warning if the draws have collapsed onto a narrow part of the pool, else None.
 
         Returns None until there are as many draws as pairs, because few pairs are drawn twice before. The order offers
-        each pair once per pass over the pool. So a sampler that keeps a fraction s of its candidates reaches at least
-        s of the pool, and the effective pool size cannot fall below s of that of uniform draws.
+        each pair once per pass over the pool. A sampler that keeps a fraction s of its candidates thus reaches at
+        least s of the pool. The effective pool size cannot fall below s of that of uniform draws.
 
         Args:
             below: threshold of the effective pool size, as a fraction of `even_pool_size`.

@@ -37,7 +37,7 @@ def sigmoid_loss(
 ) -> Tensor:
     """SigLIP (arXiv 2303.15343, eq. 1): sum over all b x b pairs of softplus(-z (scale * cosine + bias)), divided by b.
 
-    With x_ij = scale * <image_i, text_j> + bias and E_i the pairs with the caption of pair i, it is the sum over i of
+    Let x_ij = scale * <image_i, text_j> + bias, and E_i the pairs with the caption of pair i. It is the sum over i of
 
     - "negatives": softplus(-x_ii) + sum over j != i of softplus(x_ij);
     - "masked": softplus(-x_ii) + sum over j not in E_i of softplus(x_ij);
@@ -78,8 +78,8 @@ def softmax_loss(
 ) -> Tensor:
     """CLIP (arXiv 2103.00020, figure 3): mean of the image-to-text and text-to-image cross-entropies.
 
-    The bias cancels and gets no gradient. With x_ij = scale * <image_i, text_j>, E_i the pairs with the caption of
-    pair i, and l_ij = -log(exp x_ij / (exp x_ij + sum over k not in E_i of exp x_ik)), the loss of image i is
+    The bias cancels and gets no gradient. Let x_ij = scale * <image_i, text_j>, E_i the pairs with the caption of
+    pair i, and l_ij = -log(exp x_ij / (exp x_ij + sum over k not in E_i of exp x_ik)). The loss of image i is
 
     - "negatives": -log(exp x_ii / sum over k of exp x_ik);
     - "masked": l_ii;
@@ -176,7 +176,7 @@ def _captions(captions: Tensor | None, repeated: Repeated, like: Tensor) -> tupl
         return None, nothing
     if captions is None:
         raise ConfigError(
-            f"repeated captions as '{repeated}' need captions, and the loss got none",
+            f"repeated='{repeated}' needs captions, and none are given",
             remedy="pass captions=, int64 [b] with equal ids for equal captions",
             field="objective.contrastive.repeated",
         )

@@ -52,7 +52,7 @@ def sigmoid_kd(
     """Sigmoid-KD: binary cross-entropy of all b x b pairs against sigmoid(teacher's logit), summed over texts.
 
     The logits are scale * cosine + bias, with the bias of each model. The teacher should be sigmoid-trained: without a
-    bias, about half of all pairs have a positive logit. Arguments as in `softmax_kd`.
+    learned bias, sigmoid(logit) is not a match probability. Arguments as in `softmax_kd`.
     """
     (image, text, scale, bias), (t_image, t_text, t_scale, t_bias) = _both(
         student, teacher, teacher_scale, student_scale
