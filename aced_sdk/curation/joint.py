@@ -89,7 +89,7 @@ def select_independent(
     Arguments, result and errors are those of `select_joint`; `gumbel` is [N] or [1, N].
     """
     if size < 1:
-        raise CurationError(f"a sub-batch of {size}", remedy="make size positive", field="size")
+        raise CurationError(f"size is {size}", remedy="make size positive", field="size")
     if gumbel is not None and gumbel.ndim == 1:
         gumbel = gumbel[None]
     with _full_precision(), torch.no_grad():
@@ -101,8 +101,8 @@ def select_independent(
 def gumbel_noise(num_chunks: int, num_items: int, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise, float64 [num_chunks, num_items], on the generator's device (CPU by default).
 
-    In float32 the largest values, which decide a draw, would lie on a coarse grid and tie. The noise is computed from
-    uniform numbers, so that a seed gives the same noise on every CPU.
+    In float32 the largest values, which decide a draw, would be coarse and tie. The noise is computed from uniform
+    numbers, so that a seed gives the same noise on every CPU.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     uniform = torch.rand(num_chunks, num_items, dtype=torch.float64, generator=generator, device=device)
@@ -118,12 +118,12 @@ def _weights(
     gain: float,
 ) -> Weights:
     if not (math.isfinite(gain) and gain > 0):
-        raise CurationError(f"a gain of {gain}", remedy="make gain positive and finite", field="gain")
+        raise CurationError(f"gain is {gain}", remedy="make gain positive and finite", field="gain")
     weights = weights_of(student, reference, score, loss)
     candidates = len(weights.current())
     if size > candidates:
         raise CurationError(
-            f"a sub-batch of {size} was asked of {candidates} candidates",
+            f"cannot draw a sub-batch of {size} from {candidates} candidates",
             remedy="score a larger super-batch or draw fewer",
             field="size",
         )
@@ -138,7 +138,7 @@ def _noise(like: Tensor, num_chunks: int, generator: torch.Generator | None, gum
     elif gumbel.shape != (num_chunks, len(like)):
         raise CurationError(
             f"the gumbel noise has shape {list(gumbel.shape)}",
-            remedy=f"give [{num_chunks}, {len(like)}]: a row for each chunk, a column for each candidate",
+            remedy=f"pass [{num_chunks}, {len(like)}]: a row per chunk, a column per candidate",
             field="gumbel",
         )
     return gumbel.to(like.device, like.dtype)

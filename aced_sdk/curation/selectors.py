@@ -173,7 +173,7 @@ def select_random(size: int, of: int, generator: torch.Generator | None = None) 
         CurationError: if size is not in 1..of.
     """
     if not 0 < size <= of:
-        raise CurationError(f"{size} items were asked of {of}", remedy="ask for 1 to all of them", field="size")
+        raise CurationError(f"cannot draw {size} of {of} items", remedy=f"make size 1 to {of}", field="size")
     device = generator.device if generator is not None else torch.device("cpu")
     return torch.randperm(of, generator=generator, device=device)[:size]
 
@@ -219,7 +219,7 @@ def static_filter(reference: Embeddings, share: float, loss: SelectionLoss = "au
         CurationError: if the fraction is out of range, or as `pair_scores`.
     """
     if not 0 < share <= 1:
-        raise CurationError(f"a share of {share}", remedy="give a share above 0 and at most 1", field="share")
+        raise CurationError(f"share is {share}", remedy="use a fraction above 0 and at most 1", field="share")
     scores = pair_scores(reference, loss)
     kept = max(1, round(share * len(scores)))
     return torch.sort(scores, descending=True, stable=True).indices[:kept]

@@ -66,7 +66,7 @@ class DrawStatistics:
 
     def __init__(self, num_pairs: int) -> None:
         if num_pairs < 1:
-            raise CurationError(f"a pool of {num_pairs} pairs", remedy="give a pool with pairs", field="num_pairs")
+            raise CurationError(f"the pool has {num_pairs} pairs", remedy="use a pool with pairs", field="num_pairs")
         self._count(np.zeros(num_pairs, dtype=np.int32))
 
     def _count(self, counts: npt.NDArray[np.int32]) -> None:
@@ -157,7 +157,7 @@ class DrawStatistics:
             found = "no counts" if counts is None else f"counts of {counts.numel()} pairs"
             raise CurationError(
                 f"the checkpoint holds {found}, the pool has {len(self._counts)} pairs",
-                remedy="resume with the data the run began with",
+                remedy="resume with the data that the run was started with",
                 field="counts",
             )
         self._count(counts.cpu().numpy().astype(np.int32, copy=True))
