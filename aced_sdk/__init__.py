@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distil efficient vision encoders with active data curation (ACED, arXiv 2411.18674).
 
-Names are loaded on first use, so that `import aced_sdk` is quick and needs no torch.
+Names are loaded on first use, so `import aced_sdk` is fast and does not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `aced` command: the verbs of the Python API, one each. `deepspeed`, `torchrun` and `srun` launch it alike."""
+"""The `aced` command: one subcommand per verb of the Python API. It can be launched by deepspeed, torchrun or srun."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _options(
 
 @app.command()
 def distill(config: ConfigFile) -> None:
-    """Distil a student, and save it under the run's directory."""
+    """Distil a student and save it in the run's directory."""
     import aced_sdk
 
     run = aced_sdk.distill(aced_sdk.DistillConfig.from_yaml(config))
@@ -65,7 +65,7 @@ def resume(directory: RunFolder) -> None:
 def cache(
     model: Annotated[str, typer.Argument(help="folder or hub name of a dual encoder")],
     shards: Annotated[list[str], typer.Argument(help="tars, folders of tars, or brace patterns")],
-    directory: Annotated[Path | None, typer.Option(help="where to; default: the cache home")] = None,
+    directory: Annotated[Path | None, typer.Option(help="output folder; default: in the cache home")] = None,
 ) -> None:
     """Embed a pool with a frozen model."""
     import aced_sdk
@@ -82,7 +82,7 @@ def evaluate(
     data_root: Annotated[Path, typer.Option(help="folder with one folder per task")],
     tasks: Annotated[str, typer.Option(help="comma-separated task names")] = "stable_eval",
 ) -> None:
-    """Zero-shot and retrieval on held-out tasks."""
+    """Evaluate zero-shot classification and retrieval on held-out tasks."""
     import aced_sdk
 
     typer.echo(json.dumps(aced_sdk.evaluate(student, tasks.split(","), data_root).to_dict()))
@@ -90,7 +90,7 @@ def evaluate(
 
 @app.command()
 def plan(config: ConfigFile) -> None:
-    """What a run will cost, before it starts."""
+    """Estimate the cost of a run without starting it."""
     import aced_sdk
 
     typer.echo(str(aced_sdk.plan(aced_sdk.DistillConfig.from_yaml(config))))
@@ -98,17 +98,17 @@ def plan(config: ConfigFile) -> None:
 
 @app.command()
 def report(directory: RunFolder) -> None:
-    """Write a run's report.html from its events."""
+    """Write report.html from a run's event log."""
     import aced_sdk
 
     typer.echo(one_line(aced_sdk.report(directory), 4096))
 
 
 def main() -> None:
-    """Entry point; vlm and export add their commands when they are installed."""
+    """Run the command line. vlm and export add their commands if they are installed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal in ASCII; names and answers may be in any script
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal cannot print all names
     for entry in entry_points(group="aced.commands"):
         entry.load()(app)
     try:
@@ -118,9 +118,9 @@ def main() -> None:
             typer.echo("interrupted; `aced resume DIRECTORY` continues a run from its last checkpoint", err=True)
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of standard output, or of a temporary folder
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # standard output or a temporary folder
             error = ConfigError("no space is left on the disk that is written to", remedy="free some space")
-        # The ONNX runtime's errors are no AcedErrors, for it must not import this package; they read alike.
+        # The ONNX runtime must not import this package. Its errors are not AcedErrors but have the same attributes.
         if not hasattr(error, "remedy"):
             raise
         typer.echo(f"{type(error).__name__}: {one_line(error, 4000)}", err=True)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user can act on: each says the cause, the remedy and, where there is one, the config field."""
+"""Errors that a user can act on. Each has a cause, a remedy and, if one is at fault, the config field."""
 
 from __future__ import annotations
 
 
 class AcedError(Exception):
-    """Base of every error that this package raises for something that a user can fix.
+    """Base of all errors that a user can fix.
 
     Args:
-        cause: what is wrong, as one sentence without a full stop at its end.
-        remedy: what the reader can do about it.
-        field: the dotted config field or argument that is at fault, if one is.
+        cause: what is wrong, one sentence without a final full stop.
+        remedy: how to fix it.
+        field: dotted name of the config field or argument at fault, if any.
     """
 
     def __init__(self, cause: str, *, remedy: str, field: str | None = None) -> None:
@@ -22,12 +22,12 @@ class AcedError(Exception):
     def __str__(self) -> str:
         where = f" [field: {self.field}]" if self.field else ""
         text = f"{self.cause}. Remedy: {self.remedy}{where}"
-        # Names and words from files are in it. A terminal obeys control characters, and after a line break they would
-        # read like a message of their own.
+        # The text may contain names from files. Control characters would act on the terminal, and a line break could
+        # fake a second message.
         return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Worker processes pickle errors; keyword-only arguments need a hand.
+        # Errors of worker processes are pickled, which does not support keyword-only arguments.
         return _rebuild, (type(self), self.cause, self.remedy, self.field)
 
 
@@ -36,53 +36,53 @@ def _rebuild(kind: type[AcedError], cause: str, remedy: str, field: str | None) 
 
 
 class ConfigError(AcedError, ValueError):
-    """A config value that cannot work. Also a ValueError, so that pydantic can gather it from nested models.
+    """Invalid config value. Also a ValueError, so that pydantic collects it from nested models.
 
     Attributes:
-        mistakes: one error for each mistake, if the config has several.
+        mistakes: one error per mistake, if the config has several.
     """
 
     mistakes: tuple[ConfigError, ...] = ()
 
 
 class DataError(AcedError):
-    """Data that is missing, broken beyond the bound, or not what the config says."""
+    """Data is missing, has too many unusable pairs, or does not match the config."""
 
 
 class ModelError(AcedError):
-    """A model folder or architecture that cannot be used as asked."""
+    """A model folder or architecture cannot be used as requested."""
 
 
 class EncoderError(AcedError):
-    """Base of what calls of an encoder raise."""
+    """Base of the errors raised by calls of an encoder."""
 
 
 class InputError(EncoderError, ValueError):
-    """A picture, a text or an option that cannot be used; `field` names it."""
+    """A picture, text or option cannot be used; `field` names it."""
 
 
 class CacheError(AcedError):
-    """An embedding cache that does not fit the model, the preprocessing or the data."""
+    """An embedding cache does not match the model, the preprocessing or the data."""
 
 
 class CurationError(AcedError):
-    """A selection that cannot be made from what was given."""
+    """A sub-batch cannot be selected from the given inputs."""
 
 
 class CurationWarning(UserWarning):
-    """A selection that is made, and is close to random."""
+    """The selection is close to random."""
 
 
 class EngineError(AcedError):
-    """Training that cannot continue: wrong launch environment, non-finite losses, unreadable checkpoint."""
+    """Training cannot continue: wrong launch environment, non-finite losses or an unreadable checkpoint."""
 
 
 class EvaluationError(AcedError):
-    """An evaluation task that is unknown, missing or broken."""
+    """An evaluation task is unknown, missing or broken."""
 
 
 class UnsupportedError(AcedError):
-    """A known limit of this version: what was asked is sensible and not there yet."""
+    """The request is valid but not supported in this version."""
 
 
 class MissingPackageError(AcedError):

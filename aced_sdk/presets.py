@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods and models of the papers, each a function that returns a whole config.
+"""Published methods and models. A preset is a function that returns a complete config.
 
     config = presets.aced(student=..., reference=..., teacher=..., data=..., sub_batch=1024, directory="runs/aced")
 
-Without arguments a preset has the paper's sizes: b = 32,768 of B = 163,840 (f = 0.8) in n = 16 chunks, sigmoid loss,
-3 billion trained examples (its ablations), an S/32 student at 256 px, and rsqrt at a peak of 1e-3 with 10 % of warm-up
-and of cool-down. The sizes are known from the paper (ACED, arXiv 2411.18674); rate, schedule and student are believed.
-Shards, reference, teacher and the folder of the run are placeholders (`path/to/...`) to be replaced; a preset that
-does not read one has none. Weight decay is this package's default, not the paper's.
+Without arguments a preset has the sizes of the paper (ACED, arXiv 2411.18674):
 
-The docstring of a preset contains what is known of it, with its cost in *IID steps*: one trained example costs three
-forward passes, one scored example one; the reference and the teacher are read from caches and cost nothing. `aced.plan`
-says the same of a config. `engine.micro_batch`, which b = 32,768 needs on one GPU, adds a third of an IID step, but to
-`h_acid`, `aced` and their kin nothing: there the scores serve as its first pass.
+- b = 32,768 of B = 163,840 (f = 0.8) in n = 16 chunks;
+- sigmoid loss, 3 billion trained examples (as in the ablations), an S/32 student at 256 px;
+- an rsqrt schedule with peak 1e-3, 10 % warm-up and 10 % cool-down.
 
-Text towers have open_clip's BPE vocabulary of 49,408. The paper's SentencePiece of 32,000 has no file that could be
-shipped here; MACs do not depend on it. Where one is at hand, name it in the student's `text_cfg.hf_tokenizer_name`.
+The sizes are known; learning rate, schedule and student are believed. Weight decay is the default of this package.
+Shards, reference, teacher and directory are placeholders (`path/to/...`). A preset sets only those that it reads.
+
+Docstrings list what is known of a preset and its cost in *IID steps*. A trained example costs three forward passes,
+a scored one costs one. Cached embeddings of the reference and the teacher cost nothing. `aced.plan` computes the same.
+`engine.micro_batch`, which b = 32,768 needs on one GPU, adds a third of an IID step. It adds nothing if the student
+scores at full size (`h_acid`, `aced`), because the scores serve as its first pass.
+
+Text towers use open_clip's BPE vocabulary of 49,408. The paper's SentencePiece vocabulary of 32,000 cannot be
+shipped here; MACs do not depend on it. To use another one, set `text_cfg.hf_tokenizer_name` of the student.
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ _MICRO_BATCH, _SLAB = 1024, 2048
 
 
 class Preset(DistillConfig):
-    """A `DistillConfig` whose student has a `profile`; it is written, read and hashed as the plain one."""
+    """A `DistillConfig` whose student has a `profile`. YAML and hash are those of the plain config."""
 
     student: ProfiledStudent
 
@@ -92,17 +95,17 @@ class Preset(DistillConfig):
 
 
 class Options(TypedDict, total=False):
-    """What every preset takes: four sizes and the length of training, and any field of `DistillConfig`.
+    """Options of all presets: four sizes, the length of training, and any field of `DistillConfig`.
 
-    Fields replace those of the preset whole. A size that a preset's curation does not have is ignored, so that one set
-    of options serves for a comparison of many presets.
+    A field replaces the preset's whole field. Sizes that a preset's curation does not have are ignored, so that many
+    presets can be compared with the same options.
     """
 
-    sub_batch: int  # b, trained on in a step
-    super_batch: int  # B, scored in a step; by default the preset's multiple of b
+    sub_batch: int  # b: examples trained per step
+    super_batch: int  # B: examples scored per step; default: the preset's multiple of b
     num_chunks: int  # n
-    gain: float  # on the log-weights before a draw
-    examples: int  # trained in the whole run; steps = examples // b
+    gain: float  # factor on the log-weights
+    examples: int  # trained examples of the run; steps = examples // b
     student: Student
     data: Data
     reference: Frozen | Stored | None
@@ -130,7 +133,7 @@ def _preset(
     optimizer: Optimizer = Optimizer(learning_rate=1e-3),  # noqa: B008
     shape: Literal["rsqrt", "constant"] = "rsqrt",
 ) -> Preset:
-    """Join a method (curation, terms), a model, sizes (B = ratio * b) and the user's options."""
+    """Combine a method (curation, terms), a student, sizes (B = ratio * b) and the user's options."""
     given: dict[str, Any] = {**options}
     sizes: dict[str, Any] = {"sub_batch": _number("sub_batch", given.pop("sub_batch", sub_batch))}
     sizes["super_batch"] = given.pop("super_batch", ratio * sizes["sub_batch"])
@@ -168,9 +171,9 @@ def _kd(weight: float, **settings: Any) -> tuple[Distillation, ...]:
 
 
 def _vit(width: int, patch: int, pixels: int) -> Student:
-    """A ViT of 12 layers beside the paper's text tower S.
+    """A student with a 12-layer ViT and the paper's text tower S.
 
-    Both are open_clip's plain CLIP towers: class token, causal text, linear projections to the image tower's width.
+    Both are plain open_clip CLIP towers: class token, causal text, linear projections to the image tower's width.
     """
     return Student(
         architecture={
@@ -185,9 +188,9 @@ def _vit(width: int, patch: int, pixels: int) -> Student:
 
 
 def iid(**options: Unpack[Options]) -> Preset:
-    """Ordinary training: sigmoid loss on even draws, no teacher.
+    """Standard training: sigmoid loss on uniform draws, no teacher.
 
-    Known: the last of the paper's order, IID < Softmax-KD < I-ACID < H-ACID < ACED. Cost: 1 IID step, by definition.
+    Known: ranked last in the paper: IID < Softmax-KD < I-ACID < H-ACID < ACED. Cost: 1 IID step, by definition.
     """
     return _preset("iid", options, Iid())
 
@@ -195,14 +198,14 @@ def iid(**options: Unpack[Options]) -> Preset:
 def softmax_kd(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
     """IID with Softmax-KD (eq. 3), lambda = `weight`.
 
-    Known: better than IID with large teachers only; the best method on about 4 of 27 tasks (Cars and DTD among them).
+    Known: better than IID only with large teachers; best method on about 4 of 27 tasks (including Cars and DTD).
     Believed: lambda was swept over 0.5, 1, 2. Open: the temperatures; here each model's learned scale. Cost: 1.
     """
     return _preset("softmax_kd", options, Iid(), _kd(weight))
 
 
 def sigmoid_kd(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """IID with the sigmoid form of distillation, for a sigmoid-trained teacher.
+    """IID with Sigmoid-KD, for a sigmoid-trained teacher.
 
     Known: a baseline of the paper. Open: its weight. Cost: 1.
     """
@@ -210,17 +213,17 @@ def sigmoid_kd(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
 
 
 def feature_kd(weight: float = 2000.0, **options: Unpack[Options]) -> Preset:
-    """IID with feature matching; student and teacher need one embedding dimension.
+    """IID with feature matching. Student and teacher need the same embedding dimension.
 
-    Known: a baseline of the paper; the weight is CLIP-KD's (arXiv 2307.12732). Open: the paper's own. Cost: 1.
+    Known: a baseline of the paper; the weight is CLIP-KD's (arXiv 2307.12732). Open: the paper's weight. Cost: 1.
     """
     return _preset("feature_kd", options, Iid(), _kd(weight, loss="feature", chunk=None))
 
 
 def interactive_kd(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """IID with CLIP-KD's interactive contrastive loss; student and teacher need one embedding dimension.
+    """IID with CLIP-KD's interactive contrastive loss. Student and teacher need the same embedding dimension.
 
-    Not in the paper. Known: CLIP-KD names it (ICL). Cost: 1.
+    Not in the paper. Known: ICL in CLIP-KD. Cost: 1.
     """
     return _preset("interactive_kd", options, Iid(), _kd(weight, loss="interactive"))
 
@@ -228,21 +231,21 @@ def interactive_kd(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
 def relational_kd(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
     """IID with CLIP-KD's contrastive relational distillation.
 
-    Not in the paper. Known: CLIP-KD names it (CRD); its gradient is that of `softmax_kd`. Cost: 1.
+    Not in the paper. Known: CRD in CLIP-KD; its gradient is that of `softmax_kd`. Cost: 1.
     """
     return _preset("relational_kd", options, Iid(), _kd(weight, loss="relational"))
 
 
 def static(share: float = 0.2, **options: Unpack[Options]) -> Preset:
-    """Even draws from the top `share` of the pool by the reference's own score, chosen once.
+    """Uniform draws from the top fraction `share` of the pool by the reference's pair score, filtered once.
 
-    Not in the paper: the honest baseline of online curation. Cost: 1.
+    Not in the paper: the baseline for online curation. Cost: 1.
     """
     return _preset("static", options, StaticFilter(share=share))
 
 
 def static_kd(share: float = 0.2, weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """The static filter with Softmax-KD: the strongest simple rival of `aced`.
+    """The static filter with Softmax-KD: the strongest simple baseline for `aced`.
 
     Not in the paper. Cost: 1.
     """
@@ -253,76 +256,76 @@ def static_kd(share: float = 0.2, weight: float = 1.0, **options: Unpack[Options
 
 
 def i_acid(**options: Unpack[Options]) -> Preset:
-    """Curation alone, for what the reference finds easy.
+    """Curation without distillation; selects pairs that are easy for the reference.
 
-    Known: better than IID with every reference and than Softmax-KD, behind H-ACID. Cost: 1, as the student scores
+    Known: better than IID (with every reference) and Softmax-KD, worse than H-ACID. Cost: 1; the student scores
     nothing.
     """
     return _preset("i_acid", options, Joint(score="easy_reference"))
 
 
 def i_acid_kd(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """Curation for what the reference finds easy, with Softmax-KD on the chosen: `aced` at the price of an IID step.
+    """I-ACID with Softmax-KD on the same batch: like `aced` at the cost of an IID step.
 
-    Not in the paper. Cost: 1, as the student scores nothing.
+    Not in the paper. Cost: 1; the student scores nothing.
     """
     return _preset("i_acid_kd", options, Joint(score="easy_reference"), _kd(weight))
 
 
 def h_acid(**options: Unpack[Options]) -> Preset:
-    """Curation alone, for what is learnable: hard for the student, easy for the reference.
+    """Curation without distillation; selects learnable pairs: hard for the student, easy for the reference.
 
-    Known: the better of the two ACIDs; best references are larger than the student (Ti from B, S from L, B from g).
-    JEST's count: IID's result at 3B examples needs 2B, 1B, 0.67B at f = 0.5, 0.8, 0.9. Cost: (r + 3) / 3 with r = B/b,
+    Known: better than I-ACID; the best references are larger than the student (B for Ti, L for S, g for B). JEST
+    reaches IID's result of 3B examples with 2B, 1B, 0.67B at f = 0.5, 0.8, 0.9. Cost: (r + 3) / 3 with r = B/b,
     2.67 at f = 0.8.
     """
     return _preset("h_acid", options, Joint())
 
 
 def h_acid_independent(**options: Unpack[Options]) -> Preset:
-    """H-ACID with each pair scored alone.
+    """H-ACID with each pair scored independently.
 
-    Known: joint selection beats it, the more so as f grows (JEST, arXiv 2406.17711). Cost: 2.67, as `h_acid`.
+    Known: worse than joint selection, by more at larger f (JEST, arXiv 2406.17711). Cost: 2.67, as `h_acid`.
     """
     return _preset("h_acid_independent", options, Independent())
 
 
 def aced(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """ACED-ACIDistill, the paper's choice: H-ACID, and Softmax-KD on the same batch, lambda = `weight`.
+    """ACED-ACIDistill, the paper's method: H-ACID and Softmax-KD on the same batch, lambda = `weight`.
 
-    Known: the best of the paper's variants. Its reference was trained on curated data, its teacher on more diverse
-    data; `teacher=None` lets the reference teach. Believed: lambda was swept over 0.5, 1, 2. Open: temperatures and
+    Known: the best variant of the paper. Its reference was trained on curated data, its teacher on more diverse data.
+    With `teacher=None` the reference is the teacher. Believed: lambda was swept over 0.5, 1, 2. Open: temperatures and
     gain. Cost: 2.67.
     """
     return _preset("aced", options, Joint(), _kd(weight))
 
 
 def aced_iid_distill(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """ACED-IIDistill: H-ACID for the task, Softmax-KD on a second, even batch of b.
+    """ACED-IIDistill: H-ACID for the task loss, Softmax-KD on a second, uniform batch of b pairs.
 
-    Known: behind `aced`. Cost: (r + 6) / 3, 3.67 at f = 0.8, as 2 b pairs are trained on.
+    Known: worse than `aced`. Cost: (r + 6) / 3, 3.67 at f = 0.8; 2 b pairs are trained on.
     """
     return _preset("aced_iid_distill", options, Joint(), _kd(weight, batch="iid"))
 
 
 def flexi_aced(scoring_size: int = 128, weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """ACED with cheap scoring: at half the side in pixels, at which half of each batch is then trained too.
+    """ACED with cheap scoring: pairs are scored at half the image size, and half of each batch is trained at it.
 
-    Believed: Flexi-JEST scores with patches of 32 instead of 16 at 0.28 of the cost, 1.11 IID steps in all. Here the
-    student is B/16 at 256 px beside text tower S, and a pair at 128 px costs 0.286 of one at 256. Cost: 1.12 at
-    f = 0.8. A student with few patches gains less, for its text costs the same: S/32 comes to 1.83.
+    Believed: Flexi-JEST scores with patches of 32 instead of 16 at 0.28 of the cost, 1.11 IID steps in total. Here the
+    student is B/16 at 256 px with text tower S, and a pair at 128 px costs 0.286 of one at 256. Cost: 1.12 at f = 0.8.
+    A student with few patches saves less, because its text tower costs the same: 1.83 for S/32.
     """
     student = _vit(768, patch=16, pixels=256)
     return _preset("flexi_aced", options, Joint(scoring_size=scoring_size), _kd(weight), student=student)
 
 
 def siglip2_finish(**options: Unpack[Options]) -> Preset:
-    """SigLIP 2's recipe for small models (arXiv 2502.14786): after ordinary pretraining, a short stage of ACID alone.
+    """SigLIP 2's last stage for small models (arXiv 2502.14786): H-ACID without distillation, after pretraining.
 
-    The student is a folder (`local-dir:path/to/student`); the reference is the one teacher. Known: rate 1e-5, no weight
-    decay, sigmoid loss only, b = 32k of 64k (f = 0.5), and f = 0.75 for B/32 (`super_batch=131_072`); the teacher was
-    fine-tuned on 1B curated examples; ImageNet 74.0 for B/32 and 79.1 for B/16. Believed: 4B examples. Open: schedule
-    and score; here constant with the usual ends, learnability. Cost: 1.67.
+    The student is a folder (`local-dir:path/to/student`). The reference is SigLIP 2's only teacher. Known: learning
+    rate 1e-5, no weight decay, sigmoid loss only, b = 32k of 64k (f = 0.5), and f = 0.75 for B/32
+    (`super_batch=131_072`); the teacher was fine-tuned on 1B curated examples; ImageNet 74.0 for B/32, 79.1 for B/16.
+    Believed: 4B examples. Open: schedule and score; here constant with warm-up and cool-down, learnability. Cost: 1.67.
     """
     return _preset(
         "siglip2_finish",
@@ -340,9 +343,9 @@ def siglip2_finish(**options: Unpack[Options]) -> Preset:
 
 
 def aced_f0(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """ACED-F0: `aced` over 13 billion examples, 3.30 GMACs a pair.
+    """ACED-F0: `aced` with 13 billion examples, 3.30 GMACs per pair.
 
-    Open: the shape of its S-size image tower. S/32 at 288 px is chosen (3.296 GMACs; S/28 at 252 px comes to 3.273).
+    Open: the shape of its S-size image tower; here S/32 at 288 px (3.296 GMACs; S/28 at 252 px has 3.273).
     Known: ImageNet 68.5, ImageNet shifts 56.1, object 77.9, scene 59.4, COCO 51.0, Flickr30k 79.5, mean of 27 tasks
     64.0 (MobileCLIP-S0 63.6). Cost: 2.67 IID steps.
     """
@@ -350,7 +353,7 @@ def aced_f0(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
 
 
 def aced_f1(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """ACED-F1: B/32 at 256 px, 13 billion examples, 7.14 GMACs a pair (7.147 here).
+    """ACED-F1: B/32 at 256 px, 13 billion examples, 7.14 GMACs per pair (7.147 here).
 
     Known: ImageNet 74.9, ImageNet shifts 67.3, object 81.8, scene 64.0, COCO 55.6, Flickr30k 84.7, mean of 27 tasks
     69.7 (MobileCLIP-S1 67.9). Believed: the shape. Cost: 2.67 IID steps.
@@ -359,7 +362,7 @@ def aced_f1(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
 
 
 def aced_f2(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """ACED-F2: B/24 at 240 px, 13 billion examples, 10.29 GMACs a pair (10.297 here).
+    """ACED-F2: B/24 at 240 px, 13 billion examples, 10.29 GMACs per pair (10.297 here).
 
     Known: ImageNet 76.9, ImageNet shifts 70.7, object 82.3, scene 64.6, COCO 58.3, Flickr30k 85.3, mean of 27 tasks
     70.9 (MobileCLIP-S2 69.8). Believed: the shape. Cost: 2.67 IID steps.
@@ -371,23 +374,22 @@ def aced_f2(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
 
 
 def mobileclip_s0(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """`aced` for MobileCLIP's FastViT MCi0, 5.37 GMACs a pair with open_clip's MobileCLIP2-S0.
+    """`aced` for MobileCLIP's FastViT MCi0, 5.37 GMACs per pair with open_clip's MobileCLIP2-S0.
 
-    Not in the paper. The first MobileCLIP-S0 (known: 3.70 GMACs, ImageNet 67.8, mean 63.6) has a smaller, convolutional
-    text tower that open_clip lacks; the image tower is the same. These towers have batch norm, which forbids
-    micro-batches: b = 1,024 at once (a choice), and the 369 million examples of MobileCLIP's ablations (believed).
-    Cost: 2.67 IID steps.
+    Not in the paper. MobileCLIP-S0 (known: 3.70 GMACs, ImageNet 67.8, mean 63.6) has the same image tower, but a
+    smaller, convolutional text tower that open_clip lacks. These towers have batch norm, which excludes micro-batches,
+    so b = 1,024 (our choice). Believed: 369 million examples, as in MobileCLIP's ablations. Cost: 2.67 IID steps.
     """
     return _mobileclip("MobileCLIP2-S0", "mobileclip_s0", weight, options)
 
 
 def mobileclip_s1(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """`aced` for MobileCLIP-S1, 7.65 GMACs a pair (known: 7.64, ImageNet 72.6, mean 67.9). As `mobileclip_s0`."""
+    """`aced` for MobileCLIP-S1, 7.65 GMACs per pair (known: 7.64, ImageNet 72.6, mean 67.9). As `mobileclip_s0`."""
     return _mobileclip("MobileCLIP-S1", "mobileclip_s1", weight, options)
 
 
 def mobileclip_s2(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
-    """`aced` for MobileCLIP-S2, 10.83 GMACs a pair (known: 10.81, ImageNet 74.4, mean 69.8). As `mobileclip_s0`."""
+    """`aced` for MobileCLIP-S2, 10.83 GMACs per pair (known: 10.81, ImageNet 74.4, mean 69.8). As `mobileclip_s0`."""
     return _mobileclip("MobileCLIP-S2", "mobileclip_s2", weight, options)
 
 

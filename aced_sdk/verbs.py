@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs of the package: each composes the rooms below it."""
+"""The functions of the public API: distill, resume, plan, evaluate, cache_embeddings, load and report."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ __all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "pl
 
 
 def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
-    """Distil a student: select, train, evaluate, save.
+    """Distil a student: select, train, evaluate and save.
 
-    Missing embedding caches are made first. Events go to `directory/events.jsonl` and to `callbacks`; the student lies
-    in `directory/student` at the end, in open_clip's layout.
+    Missing embedding caches are written first. Events are passed to `callbacks` and logged to
+    `directory/events.jsonl`. The trained student is saved to `directory/student` in open_clip's layout.
 
     Args:
-        config: the run; methods (IID, KD, I-ACID, H-ACID, ACED) differ in `curation` and `objective` alone.
-        callbacks: called with every typed event (`aced_sdk.engine.events`).
+        config: the run. The methods (IID, KD, I-ACID, H-ACID, ACED) differ only in `curation` and `objective`.
+        callbacks: called with each event (`aced_sdk.engine.events`, `aced_sdk.training.events`).
 
     Raises:
-        ConfigError: if the directory holds a run already, or checkpoints or a folder `student` of something else.
-        AcedError: whatever data, models or training may meet; each says its remedy.
+        ConfigError: if the directory contains a run, or checkpoints or a folder `student` of another run.
+        AcedError: if data, models or training fail; the error has a remedy.
     """
-    # The lock comes before the config: another process may still be preparing its run there.
+    # Lock before writing the config: another process may be preparing its run in this folder.
     with _alone(config.directory):
         _check_free(config.directory)
         config.to_yaml(config.directory / CONFIG)
@@ -64,12 +64,12 @@ def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
 
 
 def _check_free(directory: Path) -> None:
-    """Refuse a folder whose contents a new run would mix with its own, or remove.
+    """Refuse a folder with files that a new run would mix with its own or replace.
 
-    A start that failed over its config or data may be made again.
+    A run that failed before its first step may be started again.
 
     Raises:
-        ConfigError: naming what is there.
+        ConfigError: if the folder contains a run, checkpoints or a student.
     """
     events = inside(directory, EVENTS)
     started = events.is_file() and any(row["event"] == "run_started" for row in read_events(events))
@@ -91,7 +91,7 @@ def _check_free(directory: Path) -> None:
 
 @contextmanager
 def _writable(directory: Path) -> Iterator[None]:
-    """Name the run's folder in the error of a file that cannot be written or read there."""
+    """Raise a ConfigError that names the run's folder if a file in it cannot be read or written."""
     try:
         yield
     except OSError as error:
@@ -103,15 +103,18 @@ def _writable(directory: Path) -> Iterator[None]:
 
 
 def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
-    """Resume a run from its newest intact checkpoint. The result is that of an uninterrupted run, bit for bit.
+    """Resume a run from its newest intact checkpoint. The result is bit-identical to an uninterrupted run.
+
+    Args:
+        directory: the run's folder.
+        callbacks: as for `distill`.
 
     Raises:
-        EngineError: if there is no run, all its checkpoints are damaged, or they are of another model.
+        EngineError: if the folder contains no run, or all checkpoints are damaged or of another model.
         DataError: if the shards have changed since the run was started.
 
     Warns:
-        UserWarning: if a newer checkpoint is damaged and an older one is used, the checkpoints of a run are gone, or
-            `config.yaml` was changed.
+        UserWarning: if a newer checkpoint is damaged, the checkpoints are missing, or `config.yaml` was changed.
     """
     directory = Path(directory)
     if not os.path.isfile(directory / CONFIG):
@@ -128,10 +131,10 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
 
 
 def _tell_of_changes(directory: Path, config: DistillConfig, resume_from: Path | None) -> None:
-    """Warn where the folder is not as the run has left it.
+    """Warn if the config was changed or the checkpoints are missing.
 
     Raises:
-        EngineError: if the checkpoint was written under a config that the log does not know: by another run.
+        EngineError: if the checkpoint was written by another run: its config hash is not in the event log.
     """
     events = inside(directory, EVENTS)
     started, saved = list[str](), False
@@ -174,7 +177,7 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
 
 
 class _Evaluated:
-    """Remembers the last metrics of each task."""
+    """A callback that keeps the last metrics of each task."""
 
     def __init__(self, metrics: dict[str, dict[str, float]]) -> None:
         self.metrics = metrics
@@ -185,13 +188,13 @@ class _Evaluated:
 
 
 def _evaluated(events: Path) -> _Evaluated:
-    """Those of an interrupted run, from its log."""
+    """Start with the metrics that an interrupted run has logged."""
     rows = [row for row in read_events(events) if row["event"] == "evaluated"]
     return _Evaluated({task: metrics for row in rows for task, metrics in row["metrics"].items()})
 
 
 def _evaluation(config: DistillConfig, student: DualEncoder, listeners: Sequence[Callback]) -> list[Callback]:
-    """The callback that evaluates while training, if the config names tasks; they are read now."""
+    """The callback that evaluates during training; empty without tasks. The tasks are loaded now."""
     held_out = config.evaluation
     if not held_out.tasks or held_out.data_root is None:
         return []
@@ -203,7 +206,7 @@ def _evaluation(config: DistillConfig, student: DualEncoder, listeners: Sequence
 
 
 def plan(config: DistillConfig) -> Plan:
-    """Estimate the cost of a run, and check its data, models and tasks, without starting it.
+    """Estimate the cost of a run and check its data, models and tasks, without starting it.
 
     Raises:
         ConfigError: if a step draws more pairs than the pool has.
@@ -220,7 +223,7 @@ def plan(config: DistillConfig) -> Plan:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Hold the run's folder for this process."""
+    """Lock the run's folder for this process."""
     with ExitStack() as held:
         with _writable(directory):
             held.enter_context(alone(directory, "a run"))
@@ -234,18 +237,18 @@ def cache_embeddings(
     batch_size: int = 256,
     dtype: Literal["fp16", "bf16"] | None = None,
 ) -> EmbeddingCache:
-    """Embed a pool with a frozen model, shard by shard; complete shards of an earlier, killed call are kept.
+    """Embed a pool with a frozen model, shard by shard. An interrupted call can be repeated: complete shards are kept.
 
     Args:
-        model: a dual encoder's folder or hub name, the encoder itself (it stays on its device), or `Stored` for
-            embeddings that the shards carry.
+        model: folder or hub name of a dual encoder, the encoder itself (it stays on its device), or `Stored` to read
+            embeddings from the shards.
         data: the pool's `Data` config, or its shards.
-        directory: where to; by default a folder of the cache home named after model and pool.
+        directory: output folder. Default: a folder in the cache home, named after model and pool.
         batch_size: pictures per forward pass.
-        dtype: of the embeddings on disk; None: what an earlier call began with, and fp16 in a new directory.
+        dtype: dtype of the stored embeddings. None: that of the existing cache, or fp16 for a new one.
 
     Raises:
-        CacheError: if the directory belongs to another model or other shards, or cannot be written.
+        CacheError: if the directory contains a cache of another model or other shards, or cannot be written.
         DataError: if shards are missing or broken, or too many pairs are unusable.
     """
     if not isinstance(data, Data):

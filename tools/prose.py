@@ -49,6 +49,16 @@ IDIOMS: dict[str, str] = {
     r"\bhere and there\b|\bthis and that\b": "name them",
     r"\bone's own\b|\btheir own kind\b": "name the owner",
     r"\bpart(?:s)? with\b|\bhand(?:s|ed)? over\b": "pass",
+    r"\bhears?\b|\bheard\b": "called with, gets",
+    r"\btold\b": "reported, logged, distinguished",
+    r"\bwhere to\b": "output folder, output stream",
+    r"\bcomes? on top\b|\bgo(?:es)? along\b": "without, besides, are saved",
+    r"\bfor want of\b": "for lack of",
+    r"\bis no (?:number|factor)\b": "is not a",
+    r"\beven draws?\b|\bdrawn (?:evenly|alike)\b|\bevenly drawn\b": "uniform draws",
+    r"\b(?:was|were) asked of\b": "cannot draw, needs",
+    r"\bat hand\b|\ball the same\b": "available, still",
+    r"\bwhatever (?:autocast|the input) says?\b": "is ignored",
     r"(?<!user )(?<!people )\bwho(?:ever)? (?:can|asks|wants|has)\b": "a user who, callers that",
 }
 _WORDS = {re.compile(pattern, re.IGNORECASE): instead for pattern, instead in IDIOMS.items()}

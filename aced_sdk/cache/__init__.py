@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of frozen models, one file per shard, bound to model, preprocessing and shard contents."""
+"""Cached embeddings of frozen models, one file per shard. A cache belongs to one model, preprocessing and pool."""
 
 from aced_sdk.cache.embeddings import EmbeddingCache, default_directory, open_cache
 from aced_sdk.cache.frozen import FrozenModel, FrozenSource, build_frozen, open_or_write

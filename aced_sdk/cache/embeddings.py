@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a frozen model's embeddings of a pool, memory-mapped."""
+"""Read the cached embeddings of a pool, memory-mapped."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from aced_sdk.data import Pool
 from aced_sdk.files import home
 from aced_sdk.towers import Embeddings
 
-_OPEN_PARTS = 16_384  # each is a memory map, and Linux gives a process 65,530 of them
+_OPEN_PARTS = 16_384  # each is a memory map, and Linux allows a process 65,530
 
 
 class EmbeddingCache:
-    """A frozen model's embeddings of a whole pool, in row order; they stay on disk and are mapped into memory.
+    """The embeddings of a frozen model for all N pairs of a pool, in row order, memory-mapped from disk.
 
-    A part is verified by its checksum when its first row is asked for, so that opening a large cache reads little.
+    The checksum of a part is verified when its first row is read, so opening a large cache is fast.
 
     Attributes:
-        directory: where they lie.
-        usable: bool [N].
+        directory: folder of the cache.
+        usable: bool [N], pairs with embeddings.
     """
 
     def __init__(self, directory: Path, manifest: CacheManifest, sizes: Sequence[int], verified: bool = False) -> None:
@@ -47,19 +47,19 @@ class EmbeddingCache:
 
     @property
     def model(self) -> str:
-        """What it is bound to: the model's fingerprint, or the reading of stored embeddings."""
+        """Fingerprint of the model, or of the config of stored embeddings."""
         return self._manifest.model
 
     def rows(self, rows: Tensor, device: torch.device) -> Embeddings:
-        """Embeddings of some rows (int64 [K]) as float32 on a device, re-normalised after rounding to 16 bits.
+        """Return the embeddings of rows (int64 [K]) as float32 on a device, normalised again after the 16-bit storage.
 
         Raises:
-            CacheError: if a part is torn.
+            CacheError: if a part is damaged.
         """
         rows = rows.cpu()
         image = torch.empty(len(rows), self._manifest.dim, dtype=DTYPES[self._manifest.dtype])
         text = torch.empty_like(image)
-        order = rows.argsort()  # rows of one part together, and the disk read in one direction
+        order = rows.argsort()  # group the rows of a part, and read the disk sequentially
         numbers = torch.bucketize(rows[order], self._ends, right=True)
         counts = torch.bincount(numbers, minlength=len(self._sizes))
         for number, places in enumerate(order.tensor_split(counts.cumsum(0)[:-1])):
@@ -79,10 +79,10 @@ class EmbeddingCache:
 
     @property
     def embeddings(self) -> Embeddings:
-        """All of them, fp16 or bf16 [N, D] as stored: reads the whole cache into memory.
+        """All embeddings [N, D] in the stored dtype. Loads the whole cache into memory.
 
         Raises:
-            CacheError: if a part is torn.
+            CacheError: if a part is damaged.
         """
         parts = [self._part(number) for number in range(len(self._sizes))]
         image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])
@@ -98,7 +98,7 @@ class EmbeddingCache:
 
 
 def default_directory(fingerprint: str, pool: Pool) -> Path:
-    """Where a model's embeddings of a pool lie unless the config says otherwise."""
+    """Default folder for the embeddings of a pool, in the cache home."""
     return home() / "embeddings" / f"{fingerprint.rpartition(':')[2][:12]}-{pool.fingerprint[:12]}"
 
 
@@ -106,12 +106,12 @@ def open_cache(directory: Path, fingerprint: str, pool: Pool) -> EmbeddingCache:
     """Open a complete cache.
 
     Args:
-        directory: its folder.
-        fingerprint: of the model (or of the stored embeddings' reading) that it must come from.
-        pool: the pairs they must belong to.
+        directory: folder of the cache.
+        fingerprint: required fingerprint of the model, or of the config of stored embeddings.
+        pool: the pairs.
 
     Raises:
-        CacheError: if it is of another model or of other shards, or a part is missing or cut off.
+        CacheError: if the cache is of another model or other shards, or a part is missing or truncated.
     """
     manifest = read_manifest(directory)
     check_binding(manifest, fingerprint, bound_shards(pool), directory)

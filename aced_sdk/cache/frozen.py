@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the embeddings of a frozen model come from: the model itself, or the shards that carry them."""
+"""Sources of frozen embeddings: a model, or embeddings stored in the shards."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ Watch = Callable[[int, int], None]
 
 
 class FrozenSource(Protocol):
-    """Gives the embeddings of a pool.
+    """A source of the embeddings of a pool.
 
     Attributes:
-        fingerprint: what a cache is bound to.
-        cache: folder of the cache; None: the default one.
+        fingerprint: identifies the source; stored in its cache.
+        cache: folder of the cache; None: the default.
     """
 
     fingerprint: str
     cache: Path | None
 
     def to(self, device: torch.device) -> FrozenSource:
-        """Compute on this device from now on."""
+        """Move the source to a device."""
 
     def width(self, pool: Pool) -> int:
-        """D, the width of an embedding."""
+        """D, the embedding dimension."""
 
     def write(
         self, pool: Pool, directory: Path, data: Data, batch_size: int, progress: Watch | None, dtype: Dtype | None
     ) -> EmbeddingCache:
-        """Write the cache, or what is missing of it; arguments as for `write_cache`."""
+        """Write the missing parts of the cache; arguments as for `write_cache`."""
 
 
 class FrozenModel:
-    """Embeddings made by a model (`Frozen`)."""
+    """Embeddings computed by a model (`Frozen`)."""
 
     def __init__(self, config: Frozen) -> None:
         self.encoder = load(config.model)
@@ -54,7 +54,7 @@ class FrozenModel:
 
     @classmethod
     def of(cls, encoder: DualEncoder) -> FrozenModel:
-        """The source of an encoder that is loaded already."""
+        """Return the source of a loaded encoder."""
         source = cls.__new__(cls)
         source.encoder, source.fingerprint, source.cache = encoder, encoder.fingerprint(), None
         return source
@@ -74,7 +74,7 @@ class FrozenModel:
 
 
 class StoredEmbeddings:
-    """Embeddings that the shards carry (`Stored`)."""
+    """Embeddings stored in the shards (`Stored`)."""
 
     def __init__(self, config: Stored) -> None:
         self.config = config
@@ -82,7 +82,7 @@ class StoredEmbeddings:
         self.cache = config.cache
 
     def to(self, device: torch.device) -> FrozenSource:
-        """No model is computed with."""
+        """Do nothing: there is no model."""
         return self
 
     def width(self, pool: Pool) -> int:
@@ -95,11 +95,11 @@ class StoredEmbeddings:
 
 
 def build_frozen(config: Frozen | Stored, field: str) -> FrozenSource:
-    """The source that a config describes.
+    """Build the source of a config.
 
     Args:
-        config: of a reference or teacher.
-        field: its name in the run's config, for errors.
+        config: config of a reference or teacher.
+        field: name of the field in the run's config, for errors.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -114,14 +114,14 @@ def build_frozen(config: Frozen | Stored, field: str) -> FrozenSource:
 def open_or_write(
     source: FrozenSource, pool: Pool, data: Data, progress: Watch | None = None, batch_size: int = 256
 ) -> EmbeddingCache:
-    """The complete cache of a pool's embeddings; what is missing is written first.
+    """Open the cache of a pool's embeddings; missing parts are written first.
 
     Raises:
-        CacheError: if the folder holds a cache of something else.
+        CacheError: if the folder contains a cache of another model or pool.
         DataError: if too many pairs are unusable.
     """
     directory = source.cache or default_directory(source.fingerprint, pool)
     try:
         return open_cache(directory, source.fingerprint, pool)
-    except CacheError:  # absent or incomplete; a cache of something else is refused again by the writer
+    except CacheError:  # missing or incomplete; `write` refuses the cache of another model or pool
         return source.write(pool, directory, data, batch_size, progress, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing embeddings of a pool: the next batch is read, and the last part written, while the model computes."""
+"""Write the embeddings of a pool. Reading, embedding and writing run in parallel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from aced_sdk.files import alone, one_line, printable, write_json
 from aced_sdk.towers import DualEncoder
 
 _LEFTOVER = re.compile(r"\.(?:cache\.json|part-[0-9]{6,}\.safetensors)\.[0-9a-f]{16}\.tmp")  # see `whole_file`
-_AHEAD = 2  # batches read while one is embedded
+_AHEAD = 2  # batches read ahead
 Read = TypeVar("Read")
 
 
@@ -46,9 +46,9 @@ class Embedded:
     """Embeddings of K usable pairs.
 
     Attributes:
-        rows: int64 [K], numbers in the pool.
+        rows: int64 [K], rows of the pool.
         image: float32 [K, D], L2-normalised.
-        text: likewise.
+        text: float32 [K, D], L2-normalised.
     """
 
     rows: Tensor
@@ -65,19 +65,19 @@ def write_cache(
     progress: Callable[[int, int], None] | None = None,
     dtype: Dtype | None = None,
 ) -> EmbeddingCache:
-    """Embed every pair of the pool. Complete shards are kept, so that an interrupted call can be resumed.
+    """Embed all pairs of a pool. Complete shards are kept, so an interrupted call can be repeated.
 
     Args:
-        encoder: the frozen model, on the device that is to compute.
+        encoder: the frozen model; it computes on its device.
         pool: the pairs.
-        directory: where to; another process that writes there is waited for.
-        data: how pairs are decoded, and how many may be unusable.
-        batch_size: pairs read, and held in memory, at once.
-        progress: hears of pairs done and of all.
-        dtype: of the stored numbers; None: what the directory holds, and fp16 in a new one.
+        directory: output folder. If another process is writing there, wait for it.
+        data: how pairs are decoded, and the limit of unusable pairs.
+        batch_size: pairs per batch.
+        progress: called with the number of pairs done and in total.
+        dtype: dtype of the stored embeddings. None: that of the existing cache, or fp16 for a new one.
 
     Raises:
-        CacheError: if the directory belongs to another model, pool or dtype, or cannot be written.
+        CacheError: if the directory contains a cache of another model, pool or dtype, or cannot be written.
         DataError: if too many pairs are unusable.
         ModelError: if the model's embeddings are not finite.
     """
@@ -95,7 +95,7 @@ def write_cache(
     def embed(batch: SuperBatch) -> Embedded:
         if not len(batch):
             return Embedded(batch.rows, *torch.empty(2, 0, encoder.embedding_dim))
-        # Captions repeat; each distinct one is embedded once.
+        # Embed equal captions once.
         distinct, inverse = torch.unique(batch.tokens, dim=0, return_inverse=True)
         image, text = encoder.encode_image(batch.images).cpu(), encoder.encode_text(distinct).cpu()[inverse]
         finite = (image.isfinite() & text.isfinite()).all(dim=1)
@@ -122,20 +122,20 @@ def write_parts(
     progress: Callable[[int, int], None] | None,
     dtype: Dtype | None,
 ) -> EmbeddingCache:
-    """Write what is missing or torn.
+    """Write the missing and damaged parts of a cache.
 
     Args:
-        directory: where to.
-        manifest: what the cache is bound to.
+        directory: output folder.
+        manifest: model, preprocessing and shards of the cache.
         pool: the pairs.
-        read: from rows to what `embed` takes; runs in a thread, ahead.
-        embed: the embeddings of the usable pairs among them.
+        read: reads rows for `embed`; called ahead in a thread.
+        embed: returns the embeddings of the usable pairs.
         batch_size: rows per call.
-        progress: hears of pairs done and of all.
+        progress: called with the number of pairs done and in total.
         dtype: required dtype of an existing cache; None: any.
 
     Raises:
-        CacheError: if the directory belongs to something else, or cannot be written.
+        CacheError: if the directory contains a cache of another model or pool, or cannot be written.
     """
     tell = progress or (lambda *_: None)
     with _alone(directory):
@@ -164,7 +164,7 @@ def write_parts(
                     done += len(rows)
                     tell(done, len(pool))
                 if writing is not None:
-                    writing.result()  # no more than one part waits in memory
+                    writing.result()  # at most one finished part stays in memory
                 writing = writer.submit(_save, directory, number, part, manifest.shards[number][1])
             if writing is not None:
                 writing.result()
@@ -172,10 +172,10 @@ def write_parts(
 
 
 def check_usable(cache: EmbeddingCache, skipped: Counter[str], data: Data) -> None:
-    """Raise if too many pairs are unusable; `skipped` has the reasons, if all were met in this call.
+    """Check the number of unusable pairs; `skipped` has their reasons if this call has read them all.
 
     Raises:
-        DataError: above the bound.
+        DataError: if too many pairs are unusable.
     """
     unusable = int((~cache.usable).sum())
     reasons = skipped if skipped.total() == unusable else Counter(unusable=unusable)
@@ -184,7 +184,7 @@ def check_usable(cache: EmbeddingCache, skipped: Counter[str], data: Data) -> No
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Hold the directory: a second writer waits, and then finds the parts there."""
+    """Lock the directory; a second writer waits and then finds the parts."""
     with ExitStack() as held:
         try:
             held.enter_context(alone(directory, "embeddings", wait=True))
@@ -194,8 +194,8 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def _sweep(directory: Path) -> None:
-    """Remove what killed writers left: nobody else writes here now. Files of other names may be somebody's."""
-    with suppress(OSError):  # they only take space
+    """Remove temporary files of killed writers. Requires the lock; files with other names are kept."""
+    with suppress(OSError):  # leftover files are harmless
         for path in directory.iterdir():
             if _LEFTOVER.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
                 path.unlink(missing_ok=True)
@@ -227,7 +227,7 @@ def _cut(rows: range, size: int) -> list[range]:
 
 
 def _read_ahead(read: Callable[[Rows], Read], batches: Sequence[range]) -> Generator[Read]:
-    """What `read` gives for each batch, in order."""
+    """Yield the result of `read` for each batch, in order."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-cache") as reader:
         waiting: deque[Future[Read]] = deque()
         try:

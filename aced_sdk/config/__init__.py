@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes: frozen, checked, and readable from YAML. Nothing here imports torch.
+"""The configs: frozen, validated, and readable from YAML. They do not import torch.
 
-Sizes count examples, lengths count steps (one step trains one sub-batch), rates are per step.
+Sizes are in examples, lengths in steps (one step trains one sub-batch).
 """
 
 from aced_sdk.config.base import Config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of every config: frozen, validated, readable from YAML, with readable errors."""
+"""The base class of all configs: frozen, validated, readable from YAML, with readable errors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from aced_sdk.errors import ConfigError
 from aced_sdk.files import ReadError, expand, one_line, parse_yaml, printable, read_yaml, whole_file
 from aced_sdk.files.reading import MAX_DEPTH, MIB
 
-_MAX_YAML = 4 * MIB  # a run over many shards that are named one by one
+_MAX_YAML = 4 * MIB  # enough for a config that lists many shards
 _MAX_INT = 2**63 - 1
 _MAX_NODES = 500_000  # of a mapping
 _NESTS = (dict, list, tuple)
-_MISTAKES, _MOST = 20, 1000  # listed in an error; above the second number only some are counted
+_MISTAKES, _MOST = 20, 1000  # mistakes listed in an error; above the second number they are only counted
 
 
 def _named(value: Any) -> Any:
-    """Refuse what JSON and YAML cannot hold: keys that are no texts, integers of any length, a mapping in itself."""
+    """Refuse what JSON and YAML cannot hold: keys that are not strings, very large integers, a mapping in itself."""
     level, count = [value], 0
     for _ in range(MAX_DEPTH + 1):
         if any(isinstance(node, dict) and not all(isinstance(key, str) for key in node) for node in level):
@@ -50,7 +50,7 @@ JsonObject = Annotated[dict[str, Any], BeforeValidator(_named)]
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, unknown fields refused, mistakes told as `ConfigError`."""
+    """Base class of all configs: frozen; unknown fields are refused; mistakes raise `ConfigError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, values: Any) -> Any:
-        """No `yes` in the place of a number, which would be 1, and no empty path, which would be the working folder."""
+        """Refuse booleans for numbers (`yes` would be 1) and empty paths (they would be the working folder)."""
         if isinstance(values, dict) and len(values) > _MOST:
             raise ConfigError(f"{len(values):,} fields", remedy="correct the file")
         for name, value in values.items() if isinstance(values, dict) else ():
@@ -80,7 +80,7 @@ class Config(BaseModel):
     @field_validator("*")
     @classmethod
     def _bounded(cls, value: Any) -> Any:
-        """No number that torch's integers cannot hold, no path that the system refuses; `~` in paths is expanded."""
+        """Refuse integers of more than 64 bits and invalid paths; expand `~` in paths."""
         if isinstance(value, int) and not -_MAX_INT <= value <= _MAX_INT:
             raise ConfigError("the number is too large", remedy="use one of at most 64 bits")
         if isinstance(value, Path):
@@ -91,7 +91,7 @@ class Config(BaseModel):
         return value
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, checked like a new one.
+        """Return a copy with some fields changed; it is validated again.
 
         Raises:
             ConfigError: if the result is not a valid config.
@@ -104,7 +104,7 @@ class Config(BaseModel):
         """Read a config from YAML.
 
         Raises:
-            ConfigError: if the file is missing, is not YAML, or holds a mistake (the field is named).
+            ConfigError: if the file is missing, is not YAML, or has an invalid field (the error names it).
         """
         try:
             values = read_yaml(path, _MAX_YAML)
@@ -117,10 +117,10 @@ class Config(BaseModel):
         return cls(**values)
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write every value, defaults too, so that the file still means the same under later defaults.
+        """Write all values, including defaults, so that the file does not depend on the defaults of a version.
 
         Raises:
-            ConfigError: if it cannot be written, or a name in it is not UTF-8: the file could not be read again.
+            ConfigError: if the file cannot be written, or a name is not UTF-8 and could not be read again.
         """
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         try:
@@ -134,37 +134,37 @@ class Config(BaseModel):
             raise ConfigError(cause, remedy="check permissions and space") from error
 
     def hash(self) -> str:
-        """Twelve hex digits that change when any value changes."""
+        """Twelve hex digits of the sha256 of all values."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Component(Config):
-    """A config that builds what it describes.
+    """A config that builds its component.
 
-    `target` names the class as `module:name`. The module is imported in `build`, so that reading a config imports no
-    torch. A new kind of component needs a config with a target, and no change elsewhere.
+    `target` names the class as `module:name`. The module is imported in `build`, so reading a config does not import
+    torch. A new component needs only a config with a target.
     """
 
     target: ClassVar[str]
 
     def build(self) -> Any:
-        """An instance of the class named by `target`, made from this config."""
+        """Return an instance of the class `target`, built from this config."""
         return named(self.target)(self)
 
 
 def named(target: str) -> Any:
-    """What `module:name` names; the module is imported now."""
+    """Import and return the object named `module:name`."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
 
 
-# Pydantic names the tags and members of unions as places.
+# Pydantic adds the members of unions to the path of a field.
 _NO_PLACES = re.compile(r"iid|static|independent|joint|Frozen|Stored|tuple\[.*|dict\[.*|str")
 
 
 def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
-    """The mistakes that pydantic found; the field is that of the first."""
+    """Convert pydantic's errors to one ConfigError; its field is that of the first mistake."""
     count = error.error_count()
     if count > _MOST:  # pydantic takes long to list so many
         return ConfigError(f"{count:,} mistakes in {kind.__name__}", remedy="correct the file")
@@ -183,12 +183,12 @@ def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
 
 
 def _alternative(mistake: ConfigError, found: list[ConfigError]) -> bool:
-    """Whether a wrong type was found before: of a union, pydantic reports each alternative."""
+    """Whether the wrong type of this field is already reported: pydantic reports each member of a union."""
     return any(one.field == mistake.field and "takes a mapping" in one.cause for one in found)
 
 
 def _mistakes(found: dict[str, Any], kind: type[BaseModel]) -> list[ConfigError]:
-    """A mistake that pydantic found, as cause, remedy and dotted field; those of a config inside one by one."""
+    """Convert one pydantic error to cause, remedy and dotted field; an error of a nested config may have several."""
     place = [str(part) for part in found["loc"] if not _NO_PLACES.fullmatch(str(part))]
     inner = found.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
@@ -222,12 +222,12 @@ def _mistake(found: dict[str, Any], place: list[str], kind: type[BaseModel]) -> 
 def _shown(value: Any) -> str:
     try:
         return f"{value:.6g}" if isinstance(value, float) else printable(repr(value), 80)
-    except ValueError:  # Python writes no integer of thousands of digits
+    except ValueError:  # Python refuses to format integers of thousands of digits
         return "a very large number"
 
 
 def _fields(kind: type[BaseModel], path: list[str]) -> set[str]:
-    """Names of the fields at a dotted path below a config: of every config that may be there."""
+    """Names of the fields at a path in a config; for a union, those of all its configs."""
     kinds = {kind}
     for part in path:
         annotations = [k.model_fields[part].annotation for k in kinds if part in k.model_fields]
@@ -247,7 +247,7 @@ def _kinds(annotation: Any) -> Iterator[Any]:
 
 
 def _configs(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The configs inside an annotation such as `tuple[A | B, ...] | None`."""
+    """The configs in an annotation such as `tuple[A | B, ...] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a step's sub-batch is chosen."""
+"""Configs of curation: how the sub-batch of a step is selected."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from aced_sdk.files import one_line
 Score = Literal["learnability", "easy_reference", "hard_learner"]
 LossForm = Literal["sigmoid", "softmax"]
 SelectionLoss = Literal["auto", "sigmoid", "softmax"]
-_AUTO = "auto: sigmoid if every model that is scored was trained with the sigmoid loss, else softmax"
+_AUTO = "auto: sigmoid if all scored models were trained with the sigmoid loss, else softmax"
 MAX_BATCH = 2**24
 
 
 class Curation(Component):
-    """Base of the curation configs.
+    """Base class of the curation configs.
 
-    Subclasses set `method`, the name used in YAML, and `target`, the selector that they build
-    (`aced_sdk.curation.Selector`). A subclass outside this package is known once its module is imported.
+    Subclasses set `method`, the name used in YAML, and `target`, the class of the selector
+    (`aced_sdk.curation.Selector`). A subclass outside this package is registered when its module is imported.
     """
 
     methods: ClassVar[dict[str, type[Curation]]] = {}
 
     method: str = ""
-    sub_batch: int = Field(256, gt=0, le=MAX_BATCH, description="b: examples trained on in a step")
+    sub_batch: int = Field(256, gt=0, le=MAX_BATCH, description="b: examples trained per step")
 
     @property
     def candidates(self) -> int:
-        """B: examples drawn from the pool for one step."""
+        """B: examples drawn from the pool per step."""
         return self.sub_batch
 
     @property
     def needs_student(self) -> bool:
-        """Whether the student has to score the super-batch."""
+        """Whether the student scores the super-batch."""
         return False
 
     @property
@@ -49,22 +49,22 @@ class Curation(Component):
 
     @property
     def filters_pool(self) -> bool:
-        """Whether pairs are chosen once, before training, and not in each step."""
+        """Whether pairs are selected once before training instead of in each step."""
         return False
 
     @property
     def scoring_side(self) -> int | None:
-        """Side in pixels at which the student scores, if that is not its own size."""
+        """Image size in pixels for scoring; None: the student's own."""
         return None
 
     @property
     def cheap_fraction(self) -> float:
-        """Fraction of a sub-batch that is trained at `scoring_side`."""
+        """Fraction of each sub-batch that is trained at `scoring_side`."""
         return 0.0
 
     @property
     def collapse_level(self) -> float:
-        """Warn if the effective pool size falls below this fraction of what uniform draws give; 0: never."""
+        """Warn if the effective pool size falls below this fraction of that of uniform draws; 0: never."""
         return 0.0
 
     @classmethod
@@ -75,7 +75,7 @@ class Curation(Component):
 
 
 class Iid(Curation):
-    """No curation: every drawn example is trained on."""
+    """No curation: all drawn examples are trained on."""
 
     target: ClassVar[str] = "aced_sdk.curation.selectors:Selector"
 
@@ -83,12 +83,12 @@ class Iid(Curation):
 
 
 class StaticFilter(Curation):
-    """An offline filter: only the top share of the pool by the reference's own pair score is ever drawn."""
+    """An offline filter: draw only from the top fraction of the pool by the reference's pair score."""
 
     target: ClassVar[str] = "aced_sdk.curation.selectors:StaticSelector"
 
     method: Literal["static"] = "static"
-    share: float = Field(0.2, gt=0, le=1, description="share of the pool that is kept")
+    share: float = Field(0.2, gt=0, le=1, description="fraction of the pool that is kept")
     loss: SelectionLoss = Field("auto", description=f"form of the reference's pair score; {_AUTO}")
 
     @property
@@ -101,9 +101,9 @@ class StaticFilter(Curation):
 
 
 class Scored(Curation):
-    """Base of the curations that score a super-batch in each step."""
+    """Base class of the curations that score a super-batch in each step."""
 
-    super_batch: int = Field(1280, gt=0, le=MAX_BATCH, description="B: examples scored in a step")
+    super_batch: int = Field(1280, gt=0, le=MAX_BATCH, description="B: examples scored per step")
     score: Score = Field("learnability", description="learnability (H-ACID), easy_reference (I-ACID) or hard_learner")
     loss: SelectionLoss = Field("auto", description=f"form of the loss in the scores; {_AUTO}")
     gain: float = Field(1.0, gt=0, le=1e6, description="factor on the log-weights before a draw; larger is greedier")
@@ -111,18 +111,18 @@ class Scored(Curation):
         None,
         gt=0,
         le=4096,
-        description="side in pixels at which the student scores the super-batch; None: its own. "
-        "Smaller is cheaper, and the student is then trained at both sizes, so that its scores are valid",
+        description="image size in pixels for scoring; None: the student's own. "
+        "A smaller size is cheaper; the student is then trained at both sizes, so that its scores are valid",
     )
     scoring_share: float = Field(
-        0.5, gt=0, lt=1, description="with scoring_size: share of every sub-batch that is trained at that size"
+        0.5, gt=0, lt=1, description="fraction of each sub-batch that is trained at scoring_size"
     )
     collapse_margin: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="the run warns when draws come this close to always taking the same 1 - f of the pool; "
-        "0: never, and towards 1 for ever milder preferences",
+        description="warn when the effective pool size is near its minimum, 1 - f of that of uniform draws; "
+        "0: never. Higher values warn earlier",
     )
 
     @model_validator(mode="after")
@@ -147,9 +147,9 @@ class Scored(Curation):
 
     @property
     def collapse_level(self) -> float:
-        """Warn when the effective pool size falls below this fraction of what uniform draws give.
+        """Warn if the effective pool size falls below this fraction of that of uniform draws.
 
-        A stream that offers each pair once a pass cannot fall below 1 - f.
+        The fraction cannot fall below 1 - f, because the order offers each pair once per pass.
         """
         return 0.0 if self.collapse_margin == 0 else 1 - self.filter_ratio * (1 - self.collapse_margin)
 
@@ -180,7 +180,7 @@ class Scored(Curation):
 
 
 class Independent(Scored):
-    """Every example scored by its own pair loss alone; the baseline of the joint sampler."""
+    """Score each example independently by its own pair loss: the baseline of the joint sampler."""
 
     target: ClassVar[str] = "aced_sdk.curation.selectors:IndependentSelector"
 
@@ -188,7 +188,7 @@ class Independent(Scored):
 
 
 class Joint(Scored):
-    """Joint example selection in chunks (JEST, Algorithm 1), the sampler of ACID and ACED."""
+    """Joint example selection in chunks (JEST, Algorithm 1), as in ACID and ACED."""
 
     target: ClassVar[str] = "aced_sdk.curation.selectors:JointSelector"
 
@@ -207,10 +207,10 @@ class Joint(Scored):
 
 
 def _of_method(value: Any) -> Any:
-    """The curation that a mapping's `method` names.
+    """Build the curation config named by `method` in a mapping.
 
     Raises:
-        ConfigError: if it names none.
+        ConfigError: if the method is missing or unknown.
     """
     if not isinstance(value, Mapping):
         return value
@@ -225,4 +225,4 @@ def _of_method(value: Any) -> Any:
 
 
 AnyCuration = Annotated[SerializeAsAny[Curation], BeforeValidator(_of_method)]
-"""The type of a field that takes any curation."""
+"""Type of a field for any curation config."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step minimises."""
+"""Configs of the objective: the task loss and distillation losses."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ Repeated = Literal["negatives", "masked", "positives"]
 
 
 class Contrastive(Config):
-    """The task loss over the sub-batch."""
+    """The contrastive task loss over the sub-batch."""
 
     loss: LossForm = "sigmoid"
-    weight: float = Field(1.0, ge=0, description="task weight; 0 trains by distillation alone")
+    weight: float = Field(1.0, ge=0, description="task weight; 0 trains only by distillation")
     chunk: int | None = Field(
-        None, gt=0, description="texts (softmax: rows) per slab; None: one slab. Saves memory, changes nothing"
+        None, gt=0, description="texts (softmax: rows) per slab; None: one slab. Saves memory; the loss is the same"
     )
     repeated: Repeated = Field(
         "negatives",
-        description="what another pair of the sub-batch with the same caption is: a negative as in the paper, "
-        "nothing at all, or a positive weighted by 1 / count",
+        description="how other pairs with the same caption are treated: as negatives (as in the paper), "
+        "masked, or as positives weighted by 1 / count",
     )
 
 
 class LossKind(NamedTuple):
-    """A distillation loss by name.
+    """A registered distillation loss.
 
     Attributes:
-        target: the function, as `module:name`: `loss(student, teacher, **settings)` of two `Embeddings`, 0-dim.
+        target: the function as `module:name`. `loss(student, teacher, **settings)` takes two `Embeddings` and returns
+            a 0-dim tensor.
         settings: which of `teacher_scale`, `student_scale` and `chunk` it takes.
     """
 
@@ -52,26 +53,28 @@ DISTILLATION_LOSSES: dict[str, LossKind] = {
     "interactive": LossKind(f"{_ROOM}:interactive", ("student_scale", "chunk")),
     "relational": LossKind(f"{_ROOM}:relational", _ALL),
 }
-"""Losses that `Distillation.loss` may name; a loss of your own is added to it."""
+"""Registry of the losses for `Distillation.loss`. Add your own loss to it."""
 
 
 class Distillation(Config):
-    """One distillation loss; its targets come from a teacher's cached embeddings."""
+    """A distillation loss against a teacher's cached embeddings."""
 
     loss: str = Field("softmax", description="softmax, sigmoid, feature, interactive or relational")
-    weight: float = Field(1.0, ge=0, description="lambda")
-    teacher: int = Field(0, ge=0, description="which of the teachers, where there are several")
+    weight: float = Field(1.0, ge=0, description="lambda: weight of the loss")
+    teacher: int = Field(0, ge=0, description="index of the teacher, if there are several")
     batch: Literal["same", "iid"] = Field(
         "same",
-        description="the sub-batch itself (ACIDistill), or a second one drawn evenly from the super-batch (IIDistill)",
+        description="same: the sub-batch (ACIDistill); iid: a second batch, uniform from the super-batch (IIDistill)",
     )
     teacher_scale: float | None = Field(
-        None, gt=0, description="scale on the teacher's similarities; None: its own learned one"
+        None, gt=0, description="scale on the teacher's similarities; None: its learned scale"
     )
     student_scale: float | None = Field(
-        None, gt=0, description="scale on the student's similarities; None: its own learned one"
+        None, gt=0, description="scale on the student's similarities; None: its learned scale"
     )
-    chunk: int | None = Field(None, gt=0, description="rows per slab; None: one slab. Saves memory, changes nothing")
+    chunk: int | None = Field(
+        None, gt=0, description="rows per slab; None: one slab. Saves memory; the loss is the same"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -92,12 +95,12 @@ class Distillation(Config):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Arguments of the loss by name."""
+        """Keyword arguments of the loss."""
         return {name: getattr(self, name) for name in DISTILLATION_LOSSES[self.loss].settings}
 
 
 class Objective(Config):
-    """What a step minimises: weight * contrastive + the sum of lambda * distillation."""
+    """The objective: weight * contrastive + sum of lambda * distillation."""
 
     contrastive: Contrastive = Contrastive()
     distillation: tuple[Distillation, ...] = ()
@@ -114,17 +117,17 @@ class Objective(Config):
 
     @property
     def trained_with(self) -> LossForm:
-        """The form of the loss that trains the student's scale and bias: the task's, else that of the distillation."""
+        """The loss that trains the student's scale and bias: the task loss, or distillation if that has no weight."""
         if self.contrastive.weight > 0:
             return self.contrastive.loss
         return "sigmoid" if any(term.loss == "sigmoid" and term.weight > 0 for term in self.distillation) else "softmax"
 
     @property
     def needs_iid_batch(self) -> bool:
-        """Whether a term is computed on a second, evenly drawn batch."""
+        """Whether a term is computed on a second, uniformly drawn batch."""
         return any(term.weight > 0 and term.batch == "iid" for term in self.distillation)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher's embeddings are read."""
+        """Whether teacher embeddings are read."""
         return any(term.weight > 0 for term in self.distillation)

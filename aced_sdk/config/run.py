@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole run."""
+"""The config of a run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from aced_sdk.errors import ConfigError
 
 
 class Evaluation(Config):
-    """Evaluation on held-out tasks while training and at its end; no tasks, none."""
+    """Evaluation on held-out tasks during and after training; none if `tasks` is empty."""
 
     tasks: tuple[str, ...] = ()
     data_root: Path | None = Field(
         None, description="folder with one folder per task, in CLIP_benchmark's WebDataset layout"
     )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    max_bad_fraction: float = Field(0.02, ge=0, le=1, description="largest share of a task's unusable samples")
+    max_bad_fraction: float = Field(0.02, ge=0, le=1, description="fail if more than this fraction is unusable")
 
     @model_validator(mode="after")
     def _root(self) -> Self:
@@ -34,13 +34,13 @@ class Evaluation(Config):
 
 
 class DistillConfig(Config):
-    """A whole run. Methods differ in `curation` and `objective` alone."""
+    """The config of a run. Methods differ only in `curation` and `objective`."""
 
     student: Student
     data: Data
     reference: Frozen | Stored | None = None
     teacher: Frozen | Stored | tuple[Frozen | Stored, ...] | None = Field(
-        None, description="one, or several that terms name by number; None with a distillation term: the reference"
+        None, description="one teacher, or several that terms refer to by index; None: the reference is the teacher"
     )
     curation: AnyCuration = Iid()
     objective: Objective = Objective()
@@ -48,29 +48,29 @@ class DistillConfig(Config):
     schedule: Schedule
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
-    seed: int = Field(0, ge=0, description="of weights, order of the pool and selection")
+    seed: int = Field(0, ge=0, description="seed of weights, order of the pool and selection")
     directory: Path = Field(description="folder of the run: config, events, checkpoints, student")
 
     @model_validator(mode="after")
     def _models(self) -> Self:
         if self.curation.needs_reference and self.reference is None:
             raise ConfigError(
-                f"curation '{self.curation.method}' reads a reference, and none is named",
+                f"curation '{self.curation.method}' needs a reference, and none is set",
                 remedy="set reference=Frozen(model=...)",
                 field="reference",
             )
         teachers = self.teachers
         if self.objective.needs_teacher and not teachers:
             raise ConfigError(
-                "a distillation term needs a teacher, and none is named",
-                remedy="set teacher=Frozen(model=...), or a reference that teaches too",
+                "a distillation term needs a teacher, and none is set",
+                remedy="set teacher=Frozen(model=...), or a reference to use as teacher",
                 field="teacher",
             )
         for place, term in enumerate(self.objective.distillation):
             if term.weight > 0 and term.teacher >= len(teachers):
                 raise ConfigError(
-                    f"a distillation term names teacher {term.teacher}, and there are {len(teachers)} (counted from 0)",
-                    remedy="name one that is there, or add it to `teacher`",
+                    f"a distillation term needs teacher {term.teacher} (counted from 0), got {len(teachers)} teachers",
+                    remedy="use the index of a teacher, or add one to `teacher`",
                     field=f"objective.distillation.{place}.teacher",
                 )
         size = self.engine.micro_batch
@@ -83,10 +83,10 @@ class DistillConfig(Config):
         return self
 
     def check_pool(self, pairs: int) -> None:
-        """Raise if a step draws more pairs than there are.
+        """Check that the pool has enough pairs for a step.
 
         Raises:
-            ConfigError: naming the field to change.
+            ConfigError: if a step draws more pairs; it names the field to change.
         """
         candidates = self.curation.candidates
         if pairs < candidates:
@@ -98,7 +98,7 @@ class DistillConfig(Config):
 
     @property
     def unused(self) -> str | None:
-        """The frozen model that is named and that neither curation nor objective reads: a field's name, or None."""
+        """Field of a frozen model that is set but read by neither curation nor objective; None if there is none."""
         if self.teacher is not None and not self.objective.needs_teacher:
             return "teacher"
         if self.reference is not None and not self.curation.needs_reference and self.reference not in self.teachers:
@@ -107,7 +107,7 @@ class DistillConfig(Config):
 
     @property
     def teachers(self) -> tuple[Frozen | Stored, ...]:
-        """Who teaches, in the terms' numbering: the reference where nobody else is named; () without distillation."""
+        """The teachers by index; the reference if none is set; () without distillation."""
         if not self.objective.needs_teacher:
             return ()
         if self.teacher is None:

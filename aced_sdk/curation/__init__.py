@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples of a super-batch are trained on: scores, the joint sampler, baselines and statistics."""
+"""Selection of the examples to train on: scores, the joint sampler, baselines and statistics."""
 
 from aced_sdk.curation.joint import gumbel_noise, select_independent, select_joint
 from aced_sdk.curation.selectors import Selector, pair_scores, select_random, static_filter

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The joint sampler (JEST, arXiv 2406.17711, Algorithm 1) in a streaming form, and its independent baseline.
 
-A chunk is drawn without replacement from softmax(gain * log-weights) by the Gumbel-top-k trick. Beyond the embeddings,
-memory is the noise [num_chunks, N] and a block of bounded size, never N x N; each pair's logit is computed once.
+A chunk is drawn without replacement from softmax(gain * log-weights) by the Gumbel-top-k trick. Besides the
+embeddings, memory holds the noise [num_chunks, N] and a block of bounded size, but no N x N matrix. The logit of each
+pair is computed once.
 """
 
 from __future__ import annotations
@@ -33,32 +34,32 @@ def select_joint(
     generator: torch.Generator | None = None,
     gumbel: Tensor | None = None,
 ) -> Tensor:
-    """Draw a sub-batch whose items are chosen together (ACED, section 3; JEST, Algorithm 1).
+    """Draw a sub-batch jointly (ACED, section 3; JEST, Algorithm 1).
 
     Args:
-        student: embeddings of the N candidates by the model in training; None for `easy_reference`.
-        reference: embeddings of the same candidates by the frozen reference; None for `hard_learner`.
-        size: b, items to draw; a multiple of `num_chunks`.
-        num_chunks: n; chunks after the first are drawn given everything picked before them.
+        student: the student's embeddings of the N candidates; None for `easy_reference`.
+        reference: the reference's embeddings of the same candidates; None for `hard_learner`.
+        size: b, number of items to draw; a multiple of `num_chunks`.
+        num_chunks: n. Each chunk of b/n items is drawn conditioned on all earlier chunks.
         score: learnability (H-ACID), easy_reference (I-ACID) or hard_learner.
-        loss: form of the loss in the scores: sigmoid, softmax, or auto, which is sigmoid if every model that is scored
-            was trained with the sigmoid loss (`Embeddings.trained_with`), else softmax.
+        loss: loss of the scores: sigmoid, softmax or auto. Auto is sigmoid if all scored models were trained with the
+            sigmoid loss (`Embeddings.trained_with`), else softmax.
         gain: factor on the log-weights; larger is greedier.
-        generator: source of the noise, drawn on its own device; None: torch's default CPU generator.
-        gumbel: [num_chunks, N] noise to replay a draw: chunk c takes the top b/n of gain * logits + gumbel[c] among
-            items not yet picked.
+        generator: source of the noise, drawn on its device; None: torch's default CPU generator.
+        gumbel: [num_chunks, N] noise to replay a draw. Chunk c is the top b/n of gain * log-weights + gumbel[c] among
+            the items not picked yet.
 
     Returns:
-        int64 [size], distinct, in the order drawn, on the device of the embeddings. Arithmetic is float32 whatever the
-        input and autocast say, float64 if an embedding is float64.
+        int64 [size], distinct, in draw order, on the device of the embeddings. Computed in float32, or in float64 if
+        an embedding is float64; autocast is ignored.
 
     Raises:
-        CurationError: if sizes do not fit, a needed model is missing, shapes differ, a value is not finite, embeddings
-            are not L2-normalised, or a scale is not positive or evidently a logarithm.
+        CurationError: if sizes do not fit, a needed model is missing, shapes differ or values are not finite. Also if
+            embeddings are not L2-normalised, or a scale is not positive or looks like a logarithm.
 
     Warns:
-        CurationWarning: if the draw is close to random: a softmax-trained model is scored by the sigmoid loss, or a
-            model's scores hardly differ between candidates.
+        CurationWarning: if the draw is close to random: a softmax-trained model is scored by the sigmoid loss, or the
+            scores of a model hardly differ between candidates.
     """
     if num_chunks < 1 or size < 1 or size % num_chunks:
         raise CurationError(
@@ -83,12 +84,12 @@ def select_independent(
     generator: torch.Generator | None = None,
     gumbel: Tensor | None = None,
 ) -> Tensor:
-    """Draw a sub-batch by each item's own pair loss alone: the baseline of `select_joint` (JEST, section 3).
+    """Draw a sub-batch by independent pair scores: the baseline of `select_joint` (JEST, section 3).
 
-    Arguments, result and errors as in `select_joint`; `gumbel` is [N] or [1, N].
+    Arguments, result and errors are those of `select_joint`; `gumbel` is [N] or [1, N].
     """
     if size < 1:
-        raise CurationError(f"a sub-batch of {size}", remedy="make size positive", field="size")
+        raise CurationError(f"size is {size}", remedy="make size positive", field="size")
     if gumbel is not None and gumbel.ndim == 1:
         gumbel = gumbel[None]
     with _full_precision(), torch.no_grad():
@@ -100,8 +101,8 @@ def select_independent(
 def gumbel_noise(num_chunks: int, num_items: int, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise, float64 [num_chunks, num_items], on the generator's device (CPU by default).
 
-    It is drawn in float64 so that the largest values, which decide a draw, do not fall on a coarse grid and tie, and
-    from uniforms so that a seed gives the same noise on every CPU.
+    In float32 the largest values, which decide a draw, would be coarse and tie. The noise is computed from uniform
+    numbers, so that a seed gives the same noise on every CPU.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     uniform = torch.rand(num_chunks, num_items, dtype=torch.float64, generator=generator, device=device)
@@ -117,12 +118,12 @@ def _weights(
     gain: float,
 ) -> Weights:
     if not (math.isfinite(gain) and gain > 0):
-        raise CurationError(f"a gain of {gain}", remedy="make gain positive and finite", field="gain")
+        raise CurationError(f"gain is {gain}", remedy="make gain positive and finite", field="gain")
     weights = weights_of(student, reference, score, loss)
     candidates = len(weights.current())
     if size > candidates:
         raise CurationError(
-            f"a sub-batch of {size} was asked of {candidates} candidates",
+            f"cannot draw a sub-batch of {size} from {candidates} candidates",
             remedy="score a larger super-batch or draw fewer",
             field="size",
         )
@@ -137,14 +138,14 @@ def _noise(like: Tensor, num_chunks: int, generator: torch.Generator | None, gum
     elif gumbel.shape != (num_chunks, len(like)):
         raise CurationError(
             f"the gumbel noise has shape {list(gumbel.shape)}",
-            remedy=f"give [{num_chunks}, {len(like)}]: a row for each chunk, a column for each candidate",
+            remedy=f"pass [{num_chunks}, {len(like)}]: a row per chunk, a column per candidate",
             field="gumbel",
         )
     return gumbel.to(like.device, like.dtype)
 
 
 def _draw(weights: Weights, noise: Tensor, size: int, gain: float) -> Tensor:
-    """int64 [size]: chunk by chunk the top of gain * weights + noise among the items not yet picked."""
+    """int64 [size]: for each chunk, the top of gain * weights + noise among the items not picked yet."""
     picked = torch.zeros_like(weights.current(), dtype=torch.bool)
     chunks: list[Tensor] = []
     worst: list[Tensor] = []
@@ -155,13 +156,12 @@ def _draw(weights: Weights, noise: Tensor, size: int, gain: float) -> Tensor:
         best, rows = keys.topk(size // len(noise))
         picked[rows] = True
         chunks.append(rows)
-        # Ascending nan or -inf anywhere in the chunk shows in its minimum, and one look at the end waits for the
-        # device once instead of once a chunk.
+        # The minimum shows any nan or -inf of the chunk. Checking all minima at the end synchronises the device once.
         worst.append(best.min())
     if not bool((torch.stack(worst) > -math.inf).all()):
         raise CurationError(
-            "the draw met an item without a finite weight",
-            remedy="check the noise given as gumbel, and the models' scales: a log-weight overflowed",
+            "an item of the draw has a non-finite weight",
+            remedy="check the gumbel noise, and the models' scales: a log-weight overflowed",
             field="gumbel",
         )
     return torch.cat(chunks)
@@ -169,8 +169,8 @@ def _draw(weights: Weights, noise: Tensor, size: int, gain: float) -> Tensor:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No autocast and no TF32 or bfloat16 matrix products: a score is a difference of large sums."""
-    on_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time, unknown to the stubs
+    """Disable autocast and TF32 or bfloat16 matrix products: a score is a difference of large sums."""
+    on_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # missing in the type stubs
     switches = (torch.backends.cuda.matmul, on_cpu)
     before = [switch.fp32_precision for switch in switches]
     try:

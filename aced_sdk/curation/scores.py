@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-weights of the candidates of a super-batch, given what has been picked so far.
+"""Log-weights of the candidates of a super-batch, given the items picked so far.
 
-A score is a sum of losses, each with a sign: learnability is student minus reference, easy reference is minus the
-reference, hard learner is the student alone (ACED, arXiv 2411.18674, section 3; JEST, arXiv 2406.17711, section 3).
-The N x N matrix of pair losses is never built: a running vector takes up two slabs [K, N] for each K newly picked
-items, and the slabs themselves are computed a few columns at a time.
+A score is a signed sum of losses: learnability is student - reference, easy reference is - reference, hard learner is
+the student's loss (ACED, arXiv 2411.18674, section 3; JEST, arXiv 2406.17711, section 3).
+The N x N matrix of pair losses is not built. For K newly picked items, two slabs [K, N] are added to a running vector;
+slabs are computed a few columns at a time.
 
 Shape suffixes: N candidates, K newly picked items, D embedding dimension.
 """
@@ -24,24 +24,24 @@ from aced_sdk.config import LossForm, Score, SelectionLoss
 from aced_sdk.errors import CurationError
 from aced_sdk.towers.embeddings import Embeddings
 
-# Elements of one slab: in float32 1 MiB on a CPU, to stay in its caches, and 256 MiB on a GPU, to fill it.
+# Elements of a slab. In float32: 1 MiB on a CPU, which fits its caches; 256 MiB on a GPU, which keeps it busy.
 _CPU_SLAB = 2**18
 _GPU_SLAB = 2**26
 _LEAST_LINES = 64
-FLAT = 0.02  # of gain times a score's standard deviation: below it selection is close to random
-# Rows looked at together where a whole pool, perhaps memory-mapped, goes by.
+FLAT = 0.02  # selection is close to random if gain times the scores' standard deviation is below
+# Rows per block when all embeddings of a pool, possibly memory-mapped, are read.
 ROWS_AT_ONCE = 65_536
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), exact to the last bits of float64 (torch's default turns linear at 20, an error of 2e-9)."""
+    """log(1 + exp(x)), exact in float64. Torch's default is linear above 20, with an error of 2e-9."""
     return F.softplus(x, threshold=40.0)
 
 
 def _softplus_(x: Tensor, bound: float) -> Tensor:
-    """softplus(x), which may take the place of x. On a CPU two vectorised passes are faster than the fused function.
+    """softplus(x), possibly in place; no value of x is larger than `bound`.
 
-    Nothing in x is larger than `bound`.
+    On a CPU two vectorised passes are faster than the fused function.
     """
     if x.is_cuda or (bound > 80.0 and float(x.max()) > 80.0):  # exp overflows float32 at 88
         return softplus(x)
@@ -49,13 +49,13 @@ def _softplus_(x: Tensor, bound: float) -> Tensor:
 
 
 def number(value: float | Tensor) -> float:
-    """A scale or bias as a float, learned or not."""
+    """A scale or bias as a float."""
     return float(value.detach().item()) if isinstance(value, Tensor) else float(value)
 
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One model's loss inside a score, counted with `sign`."""
+    """The loss of one model in a score, with its `sign`."""
 
     name: str
     trained_with: LossForm
@@ -66,13 +66,13 @@ class Term:
     bias: float
 
     def diagonal(self) -> Tensor:
-        """scale * <image_i, text_i>, without the bias, [N]."""
+        """[N] scale * <image_i, text_i>, without the bias."""
         rows = self._lines(self.image_ND.shape[1])
         parts = zip(torch.split(self.image_ND, rows), torch.split(self.text_ND, rows), strict=True)
         return self.scale * torch.cat([(images * texts).sum(dim=1) for images, texts in parts])
 
     def slabs(self, rows_K: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-        """Similarities (scaled, without the bias) of the picked rows with all N candidates, a few candidates at a time.
+        """Scaled similarities (without the bias) of the picked rows with all N candidates, in blocks of candidates.
 
         Yields (0, candidates, picked images x their texts) and (1, candidates, picked texts x their images),
         each [K, candidates].
@@ -85,7 +85,7 @@ class Term:
                 yield direction, candidates, picked_KD @ others[candidates].T
 
     def _lines(self, length: int) -> int:
-        """How many lines of some length make a slab."""
+        """Lines per slab, for lines of this length."""
         return max(_LEAST_LINES, (_GPU_SLAB if self.image_ND.is_cuda else _CPU_SLAB) // length)
 
 
@@ -94,22 +94,22 @@ class Weights(Protocol):
 
     loss: LossForm
     spreads: Tensor
-    """[M] standard deviation, over the candidates, of each model's own pair loss."""
+    """[M] standard deviation over the candidates of each model's diagonal pair loss."""
     models: tuple[tuple[str, LossForm], ...]
-    """Name of each model and the loss it was trained with, in the order of `spreads`."""
+    """Name and training loss of each model, in the order of `spreads`."""
 
     def current(self) -> Tensor:
-        """[N] log-weights given everything added so far. Entries of picked items mean nothing."""
+        """[N] log-weights given all items added so far. Entries of picked items are undefined."""
 
     def add(self, rows_K: Tensor) -> None:
-        """Take int64 [K] newly picked items into account."""
+        """Add newly picked items, int64 [K]."""
 
 
 class SigmoidWeights:
-    """The marginal change of the summed sigmoid loss when a candidate joins the picked set (JEST, Algorithm 1).
+    """The change of the summed sigmoid loss when a candidate is added to the picked set (JEST, Algorithm 1).
 
-    Pair loss l_ij = softplus(-z_ij (scale <img_i, txt_j> + bias)), z = 1 on the diagonal and -1 elsewhere;
-    weight_i = S_ii + sum over picked k of (S_ik + S_ki), with S the signed sum of the models' l.
+    Pair loss l_ij = softplus(-z_ij (scale <img_i, txt_j> + bias)), with z = 1 on the diagonal and -1 elsewhere.
+    weight_i = S_ii + sum over picked k of (S_ik + S_ki), where S is the signed sum of the models' l.
     """
 
     loss: LossForm = "sigmoid"
@@ -126,16 +126,16 @@ class SigmoidWeights:
 
     def add(self, rows_K: Tensor) -> None:
         for term in self._terms:
-            bound = 1.1 * term.scale + term.bias  # `check` lets no embedding be longer than 1.04
+            bound = 1.1 * term.scale + term.bias  # `check` refuses embeddings longer than 1.04
             for _, candidates, slab in term.slabs(rows_K):
                 self._weights[candidates].add_(_softplus_(slab.add_(term.bias), bound).sum(dim=0), alpha=term.sign)
 
 
 class SoftmaxWeights:
-    """The candidate's softmax loss with the partition taken over the picked set.
+    """The softmax loss of a candidate, with the partition over the picked set.
 
-    weight_i = signed sum over models of -t s_ii + (LSE_k t s_ik + LSE_k t s_ki) / 2, k over the picked; before anything
-    is picked only the first term is used. The bias cancels in a softmax and is not read.
+    weight_i = signed sum over models of -t s_ii + (LSE_k t s_ik + LSE_k t s_ki) / 2, with k over the picked items.
+    Before the first pick, only the first term is used. The bias cancels in a softmax and is not used.
     """
 
     loss: LossForm = "softmax"
@@ -164,12 +164,10 @@ class SoftmaxWeights:
 
 
 def weights_of(student: Embeddings | None, reference: Embeddings | None, score: Score, loss: SelectionLoss) -> Weights:
-    """The running log-weights for a score before the first pick.
-
-    They are kept in float32, or in float64 if any embedding is float64.
+    """Return the log-weights of a score before the first pick, in float32, or in float64 if an embedding is.
 
     Raises:
-        CurationError: if a model that the score needs is missing, shapes or devices differ, or `check` refuses it.
+        CurationError: if a model is missing, lengths or devices differ, or `check` refuses the embeddings.
     """
     needed: list[tuple[str, float, Embeddings | None]]
     if score == "learnability":
@@ -210,10 +208,10 @@ def weights_of(student: Embeddings | None, reference: Embeddings | None, score: 
 
 
 def loss_form(loss: SelectionLoss, *models: Embeddings) -> LossForm:
-    """The form of the loss to score with.
+    """Resolve the loss of the scores.
 
-    "auto" is "sigmoid" if every model was trained with the sigmoid loss, else "softmax": the sigmoid loss of a
-    softmax-trained model saturates, and selection by it is close to random.
+    "auto" is "sigmoid" if all models were trained with the sigmoid loss, else "softmax". The sigmoid loss of a
+    softmax-trained model saturates, so selection by it is close to random.
 
     Raises:
         CurationError: if the loss is unknown.
@@ -226,16 +224,16 @@ def loss_form(loss: SelectionLoss, *models: Embeddings) -> LossForm:
 
 
 def trained_with(model: Embeddings) -> LossForm:
-    """The loss that a model was trained with; where the embeddings do not say, a bias means sigmoid."""
+    """The loss a model was trained with; if unknown, sigmoid if it has a bias, else softmax."""
     return model.trained_with or ("sigmoid" if number(model.bias) else "softmax")
 
 
 def doubts(weights: Weights, gain: float) -> tuple[str, str] | None:
-    """Cause and remedy if selection by these weights is close to random.
+    """Return cause and remedy if selection by these weights is close to random.
 
-    That is so if a softmax-trained model is scored by the sigmoid loss, which saturates, or if a frozen model's pair
-    losses hardly differ: a draw adds Gumbel noise of standard deviation 1.28 to gain * score. A student in training is
-    not looked at beside a reference, since a new one scores all pairs alike.
+    There are two causes. The sigmoid loss of a softmax-trained model saturates. Or the pair losses of the reference
+    hardly differ compared with the Gumbel noise, whose standard deviation is 1.28. The student's losses are checked
+    only without a reference, because a new student scores all pairs alike.
     """
     for (name, loss), spread in zip(weights.models, weights.spreads.tolist(), strict=True):
         if (weights.loss, loss) == ("sigmoid", "softmax"):
@@ -257,8 +255,8 @@ def check(name: str, embeddings: Embeddings, loss: LossForm) -> None:
     """Refuse embeddings that cannot be scored.
 
     Raises:
-        CurationError: if image and text are not both tensors [N, D] with N > 0, a value is not finite, a row is not of
-            unit length, or the scale is no factor on cosine similarities.
+        CurationError: if image and text are not tensors [N, D] with N > 0, or a value is not finite. Also if a row
+            does not have unit length, or the scale is not positive or looks like a logarithm.
     """
     image, text = embeddings.image, embeddings.text
     for side, value in (("image", image), ("text", text)):
@@ -284,7 +282,7 @@ def check(name: str, embeddings: Embeddings, loss: LossForm) -> None:
             field=name,
         )
     worst = float(norms_2N.flatten()[(norms_2N - 1).abs().argmax()])
-    # 16 bits round every entry by up to 0.4 %, and models normalise in 16 bits too.
+    # In 16 bits each value is rounded by up to 0.4 %, and models also normalise in 16 bits.
     if abs(worst - 1) > (0.04 if min(image.dtype.itemsize, text.dtype.itemsize) < 4 else 0.02):
         raise CurationError(
             f"the {name}'s embeddings are not L2-normalised: a row has length {worst:.4g}",
@@ -294,7 +292,7 @@ def check(name: str, embeddings: Embeddings, loss: LossForm) -> None:
 
 
 def _norms(side_ND: Tensor) -> Tensor:
-    """Length of each row, at least float32 [N]."""
+    """[N] norm of each row, in float32 or float64."""
     wide = torch.promote_types(side_ND.dtype, torch.float32)
     blocks = torch.split(side_ND.detach(), ROWS_AT_ONCE)
     return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=wide) for block in blocks])
@@ -310,15 +308,15 @@ def _check_scale(name: str, scale: float, bias: float, loss: LossForm) -> None:
     if scale <= 0:
         raise CurationError(
             f"the {name}'s scale is {scale:.4g}",
-            remedy="pass the positive factor on cosine similarities; of a learned logarithm, exp(log_scale)",
+            remedy="pass the positive factor on cosine similarities; for a learned logarithm, exp(log_scale)",
             field=name,
         )
-    # Logarithms of the usual scales, 10 to 1000, lie below 7. A model in training may well hold all its logits down for
-    # a while, but not with so small a scale.
+    # The logarithms of usual scales (10 to 1000) are below 7. A model in training can have only negative logits, but
+    # not with such a small scale.
     if loss == "sigmoid" and scale < 7 and scale + bias < -5:
         raise CurationError(
             f"the {name}'s scale of {scale:.4g} with a bias of {bias:.4g} looks like a logarithm: "
-            f"not even identical embeddings would match (a logit of {scale + bias:.4g})",
+            f"even identical embeddings have a logit of {scale + bias:.4g}",
             remedy="pass exp(log_scale), the factor on cosine similarities",
             field=name,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The selectors that curation configs build, and selections that need no joint score."""
+"""The selectors of the curation configs, random selection and the static filter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from aced_sdk.errors import CurationError
 from aced_sdk.towers.embeddings import Embeddings
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""The quantiles that `Selector.quantiles` gives."""
+"""The quantiles returned by `Selector.quantiles`."""
 
 
 class Selector:
-    """Selects the sub-batch of each step. This base selects nothing: the drawn candidates are the sub-batch (`Iid`).
+    """Select the sub-batch of each step. This base class trains on all drawn candidates (`Iid`).
 
-    A curation config builds one (`config.build()`).
+    Selectors are built by `config.build()`.
 
     Args:
         config: the curation's config.
@@ -33,14 +33,14 @@ class Selector:
         self.config = config
 
     def keep(self, reference: Callable[[], Embeddings], pairs: int) -> Tensor:
-        """Choose once, before training, which pairs of the pool may be drawn.
+        """Choose the pairs of the pool that may be drawn, once before training.
 
         Args:
-            reference: reads the reference's embeddings of all pairs.
-            pairs: how many there are.
+            reference: returns the reference's embeddings of all pairs.
+            pairs: number of pairs.
 
         Returns:
-            int64 [K], places among the pairs, in ascending order.
+            int64 [K], indices of the kept pairs, ascending.
         """
         return torch.arange(pairs)
 
@@ -53,12 +53,12 @@ class Selector:
         """Select the sub-batch of a super-batch.
 
         Args:
-            student: embeddings of the candidates, if the config needs them (`config.needs_student`).
-            reference: likewise (`config.needs_reference`).
+            student: the student's embeddings of the candidates; None unless `config.needs_student`.
+            reference: the reference's embeddings; None unless `config.needs_reference`.
             generator: source of the noise.
 
         Returns:
-            int64 [config.sub_batch], distinct, in the order drawn.
+            int64 [config.sub_batch], distinct indices of candidates, in draw order.
 
         Raises:
             CurationError: as `select_joint`.
@@ -66,7 +66,7 @@ class Selector:
         return torch.arange(self.config.sub_batch)
 
     def doubts(self, student: Embeddings | None, reference: Embeddings | None) -> tuple[str, str] | None:
-        """Cause and remedy if selection is close to random; see `aced_sdk.curation.scores.doubts`.
+        """Return cause and remedy if the selection is close to random; see `aced_sdk.curation.scores.doubts`.
 
         Raises:
             CurationError: as `select`.
@@ -76,18 +76,18 @@ class Selector:
     def quantiles(
         self, student: Embeddings | None, reference: Embeddings | None, picked: Tensor
     ) -> dict[str, tuple[float, ...]]:
-        """Quantiles of the scores of a super-batch, and of the pairs picked from it, for the log.
+        """Quantiles of the scores of all candidates and of the picked pairs, for the log.
 
-        A pair's score is its own log-weight before anything is picked, without the gain: the diagonal of the joint
-        score (JEST, arXiv 2406.17711, section 3). O(N D) for N candidates.
+        The score of a pair is its log-weight before the first pick, without the gain: the diagonal of the joint score
+        (JEST, arXiv 2406.17711, section 3). Takes O(N D) for N candidates.
 
         Args:
             student: as for `select`.
             reference: as for `select`.
-            picked: int64 [b], places among the candidates.
+            picked: int64 [b], indices of candidates.
 
         Returns:
-            `QUANTILES` of "candidates" and of "picked"; nothing if no candidates are scored.
+            `QUANTILES` of "candidates" and "picked"; empty if the candidates are not scored.
 
         Raises:
             CurationError: as `select`.
@@ -96,7 +96,7 @@ class Selector:
 
 
 class StaticSelector(Selector):
-    """Draws only from the top share of the pool by the reference's own pair score."""
+    """Draw only from the top fraction of the pool by the reference's pair score."""
 
     config: StaticFilter
 
@@ -106,7 +106,7 @@ class StaticSelector(Selector):
 
 
 class IndependentSelector(Selector):
-    """Scores each pair by its own loss alone."""
+    """Score each pair independently by its own loss."""
 
     config: Scored
 
@@ -138,12 +138,12 @@ class IndependentSelector(Selector):
         scores = weights_of(student, reference, self.config.score, self.config.loss).current()
         at = scores.new_tensor(QUANTILES)
         both = torch.stack([torch.quantile(part, at) for part in (scores, scores[picked.to(scores.device)])])
-        candidates, chosen = both.tolist()  # one wait for the device
+        candidates, chosen = both.tolist()  # synchronise the device once
         return {"candidates": tuple(candidates), "picked": tuple(chosen)}
 
 
 class JointSelector(IndependentSelector):
-    """Draws the sub-batch in chunks by the joint score (JEST, Algorithm 1)."""
+    """Draw the sub-batch in chunks by the joint score (JEST, Algorithm 1)."""
 
     config: Joint
 
@@ -167,29 +167,29 @@ class JointSelector(IndependentSelector):
 
 
 def select_random(size: int, of: int, generator: torch.Generator | None = None) -> Tensor:
-    """int64 [size], distinct, uniformly from `of` items, on the generator's device (CPU by default).
+    """Draw `size` of `of` items uniformly without replacement: int64 [size], on the generator's device (default: CPU).
 
     Raises:
         CurationError: if size is not in 1..of.
     """
     if not 0 < size <= of:
-        raise CurationError(f"{size} items were asked of {of}", remedy="ask for 1 to all of them", field="size")
+        raise CurationError(f"cannot draw {size} of {of} items", remedy=f"make size 1 to {of}", field="size")
     device = generator.device if generator is not None else torch.device("cpu")
     return torch.randperm(of, generator=generator, device=device)[:size]
 
 
 def pair_scores(reference: Embeddings, loss: SelectionLoss = "auto") -> Tensor:
-    """How easy each pair alone is for the reference: minus its diagonal pair loss.
+    """Score each pair by how easy it is for the reference: minus its diagonal pair loss.
 
-    Sigmoid: -softplus(-(t s_ii + bias)); softmax: t s_ii, the part of its loss that does not depend on batch mates.
-    Both order the pairs alike. Computed a block of rows at a time, so that memory-mapped embeddings of a pool will do.
+    Sigmoid: -softplus(-(t s_ii + bias)). Softmax: t s_ii, the part of the loss that does not depend on other pairs.
+    Both give the same order. Computed in blocks of rows, so memory-mapped embeddings of a pool can be used.
 
     Returns:
         float32 [N] (float64 for float64 embeddings), on the device of the embeddings.
 
     Raises:
-        CurationError: if the embeddings are misshapen, not finite or not L2-normalised, or the scale is not positive or
-            evidently a logarithm.
+        CurationError: if the embeddings have a wrong shape, are not finite or not L2-normalised, or the scale is not
+            positive or looks like a logarithm.
     """
     form = loss_form(loss, reference)
     check("reference", reference, form)
@@ -205,21 +205,21 @@ def pair_scores(reference: Embeddings, loss: SelectionLoss = "auto") -> Tensor:
 
 
 def static_filter(reference: Embeddings, share: float, loss: SelectionLoss = "auto") -> Tensor:
-    """The top share of a pool by the reference's own pair score, an offline filter.
+    """Filter a pool offline: keep the top fraction by the reference's pair score.
 
     Args:
         reference: embeddings of the whole pool.
-        share: in (0, 1]; round(share * N) pairs are kept, at least one.
-        loss: form of the pair score.
+        share: fraction to keep, in (0, 1]; round(share * N) pairs, at least one.
+        loss: loss of the pair score.
 
     Returns:
-        int64 [kept], best first, equal scores in pool order.
+        int64 [kept], best first; equal scores are in pool order.
 
     Raises:
-        CurationError: if the share is out of range; further as `pair_scores`.
+        CurationError: if the fraction is out of range, or as `pair_scores`.
     """
     if not 0 < share <= 1:
-        raise CurationError(f"a share of {share}", remedy="give a share above 0 and at most 1", field="share")
+        raise CurationError(f"share is {share}", remedy="use a fraction above 0 and at most 1", field="share")
     scores = pair_scores(reference, loss)
     kept = max(1, round(share * len(scores)))
     return torch.sort(scores, descending=True, stable=True).indices[:kept]

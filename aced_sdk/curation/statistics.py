@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What selection does to a pool: small pools can collapse onto a narrow subset, and noisy pairs should be avoided."""
+"""Statistics of the draws from a pool. In small pools, selection can collapse onto a narrow subset."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 from aced_sdk.errors import CurationError
 
 COLLAPSE_REMEDY = "lower curation.gain or the filter ratio (a smaller curation.super_batch), or enlarge the pool"
-"""What to do about `DrawStatistics.collapsed`."""
+"""Remedy for `DrawStatistics.collapsed`."""
 
-_MANY = 1e6  # draws of each pair, from which on chance makes no difference
+_MANY = 1e6  # above this many draws per pair, random variation is negligible
 
 
 def even_pool_size(draws: int, pairs: int) -> float:
-    """The effective pool size (see `DrawSummary`) to expect of draws that fall evenly on the pairs.
+    """The expected effective pool size (see `DrawSummary`) of uniform draws.
 
-    It is below the number of pairs, since chance draws some more often. Counts of even draws are nearly Poisson with
-    mean draws / pairs; for Poisson K, E[K log K] = mean * E[log(1 + K)], so that exp(entropy) = draws *
-    exp(-E[log(1 + K)]). Good to a few parts in 1 / pairs.
+    It is below the number of pairs, because some pairs are drawn more often by chance. The counts are nearly Poisson
+    with mean draws / pairs. For Poisson K, E[K log K] = mean * E[log(1 + K)], so exp(entropy) = draws *
+    exp(-E[log(1 + K)]). The relative error is a few times 1 / pairs.
     """
     if draws == 0:
         return 0.0
@@ -39,13 +39,13 @@ def even_pool_size(draws: int, pairs: int) -> float:
 
 @dataclass(frozen=True)
 class DrawSummary:
-    """Draws of a pool so far; shares are in 0..1.
+    """The draws from a pool so far. Fractions are in 0..1.
 
     Attributes:
-        draws: trained examples, repeats counted.
-        unique_coverage: share of the pool drawn at least once.
-        top_decile_share: share of all draws that fell on the most drawn tenth of the pool; 0.1 if all are drawn alike.
-        effective_pool_size: exp of the entropy of the draws, in pairs; the pool's size if all are drawn alike.
+        draws: trained examples, including repeats.
+        unique_coverage: fraction of the pool drawn at least once.
+        top_decile_share: fraction of the draws of the most drawn 10 % of the pool; 0.1 if all counts are equal.
+        effective_pool_size: exp(entropy) of the draws, in pairs; the size of the pool if all counts are equal.
     """
 
     draws: int
@@ -55,7 +55,7 @@ class DrawSummary:
 
 
 class DrawStatistics:
-    """Running draw counts of a pool, int32 [num_pairs] (4 bytes a pair).
+    """Draw counts of a pool, int32 [num_pairs].
 
     Args:
         num_pairs: pairs in the pool.
@@ -66,23 +66,23 @@ class DrawStatistics:
 
     def __init__(self, num_pairs: int) -> None:
         if num_pairs < 1:
-            raise CurationError(f"a pool of {num_pairs} pairs", remedy="give a pool with pairs", field="num_pairs")
+            raise CurationError(f"the pool has {num_pairs} pairs", remedy="use a pool with pairs", field="num_pairs")
         self._count(np.zeros(num_pairs, dtype=np.int32))
 
     def _count(self, counts: npt.NDArray[np.int32]) -> None:
         self._counts = counts
-        # How many pairs were drawn k times: all measures follow from it, without a pass over the pool.
+        # The number of pairs drawn k times, for each k. All statistics are computed from it, without reading the pool.
         self._tally = np.bincount(counts)
 
     @property
     def counts(self) -> npt.NDArray[np.int32]:
-        """Draws of each pair, a view that cannot be written to."""
+        """Draw count of each pair, a read-only view."""
         view = self._counts.view()
         view.flags.writeable = False
         return view
 
     def update(self, rows: npt.NDArray[Any] | torch.Tensor) -> None:
-        """Count the trained pairs, integer [K] rows of the pool. O(K log K), whatever the pool's size.
+        """Count trained pairs, integer [K] rows of the pool. Takes O(K log K) for any pool size.
 
         Raises:
             CurationError: if a row is outside the pool.
@@ -99,13 +99,13 @@ class DrawStatistics:
         after = before + times.astype(np.int32)
         self._counts[pairs] = after
         most = int(after.max(initial=0))
-        if most >= len(self._tally):  # doubled, so that growing stays cheap
+        if most >= len(self._tally):  # double the size, so that it rarely grows
             self._tally = np.concatenate([self._tally, np.zeros(2 * most + 1 - len(self._tally), dtype=np.int64)])
         np.subtract.at(self._tally, before, 1)
         np.add.at(self._tally, after, 1)
 
     def summary(self) -> DrawSummary:
-        """The measures of all draws so far; zeros before the first. O(draws of the most drawn pair)."""
+        """Summarise all draws so far; zeros before the first. Takes O(draws of the most drawn pair)."""
         pairs = len(self._counts)
         times = np.flatnonzero(self._tally)[::-1]  # most drawn first
         often = self._tally[times]
@@ -122,14 +122,14 @@ class DrawStatistics:
         )
 
     def collapsed(self, below: float) -> str | None:
-        """A sentence with figures if the draws fall on a narrow part of the pool; None if they do not.
+        """Return a warning if the draws have collapsed onto a narrow part of the pool, else None.
 
-        It says nothing before there are as many draws as pairs: until then few pairs could be drawn twice. The order
-        offers each pair once in a pass over the pool, so that a sampler that keeps a share s of its candidates reaches
-        at least s of the pool however greedy it is: the measure cannot fall below s.
+        Returns None until there are as many draws as pairs, because few pairs are drawn twice before. The order offers
+        each pair once per pass over the pool. A sampler that keeps a fraction s of its candidates thus reaches at
+        least s of the pool. The effective pool size cannot fall below s of that of uniform draws.
 
         Args:
-            below: share of `even_pool_size` under which the effective pool size counts as collapsed.
+            below: threshold of the effective pool size, as a fraction of `even_pool_size`.
         """
         summary, pairs = self.summary(), len(self._counts)
         if summary.draws < pairs:
@@ -139,25 +139,25 @@ class DrawStatistics:
             return None
         return (
             f"the draws have collapsed onto about {summary.effective_pool_size:,.0f} of {pairs:,} pairs "
-            f"(effective pool size after {summary.draws:,} draws; even draws would reach about {even:,.0f})"
+            f"(effective pool size after {summary.draws:,} draws; uniform draws would reach about {even:,.0f})"
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps: {"counts": int32 [num_pairs]}, a copy."""
+        """The state for a checkpoint: {"counts": int32 [num_pairs]}, a copy."""
         return {"counts": torch.from_numpy(self._counts.copy())}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the state of a checkpoint.
 
         Raises:
-            CurationError: if it counted another pool.
+            CurationError: if its pool has another size.
         """
         counts = state.get("counts")
         if counts is None or counts.shape != self._counts.shape:
             found = "no counts" if counts is None else f"counts of {counts.numel()} pairs"
             raise CurationError(
                 f"the checkpoint holds {found}, the pool has {len(self._counts)} pairs",
-                remedy="resume with the data the run began with",
+                remedy="resume with the data that the run was started with",
                 field="counts",
             )
         self._count(counts.cpu().numpy().astype(np.int32, copy=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that take and store steps, for distillation and for vlm's tuning. They know nothing of distillation."""
+"""Engines, checkpoints and the training loop shared by distillation and vlm tuning."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from aced_sdk.errors import UnsupportedError
 def build_engine(
     module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, factors: dict[str, float] | None = None
 ) -> Engine:
-    """The engine that the config names, holding `module` and an AdamW over its trainable parameters.
+    """Build the engine of a config, with `module` and AdamW over its trainable parameters.
 
     Args:
-        module: what is trained.
-        config: kind, precision, ZeRO stage, device.
-        optimizer: AdamW's numbers.
-        factors: parameter-name prefix to factor on the learning rate.
+        module: the module to train.
+        config: kind, precision, ZeRO stage and device.
+        optimizer: settings of AdamW.
+        factors: prefix of parameter names to factor on the learning rate.
 
     Raises:
         EngineError: if the launch environment is inconsistent.
-        UnsupportedError: for the plain engine among several processes.
+        UnsupportedError: for the plain engine with several processes.
     """
     launch = read_launch()
     if config.kind == "deepspeed":

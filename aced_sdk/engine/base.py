@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of both engines for taking and storing steps."""
+"""The interface of engines, and helpers for optimizer, precision and device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from aced_sdk.errors import EngineError
 
 
 class Engine(Protocol):
-    """Holds the module and its optimizer.
+    """Train a module with its optimizer.
 
     Attributes:
-        module: what is trained; never wrapped, so that its names are the ones a folder holds.
-        device: where inputs must lie.
-        ranks: this process among those of its launch.
+        module: the trained module, not wrapped, so that its parameter names are those of saved folders.
+        device: device of the inputs.
+        ranks: communication with the other processes.
     """
 
     module: nn.Module
@@ -34,40 +34,40 @@ class Engine(Protocol):
         """Run the module with gradient, in the engine's precision."""
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Add the gradient of `loss`, of which all processes take the mean; `last` marks the last before `step`."""
+        """Add the gradient of `loss`, averaged over ranks; set `last` in the last call before `step`."""
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update at this rate, clear gradients; returns the gradient norm before clipping.
+        """Clip gradients, update the weights, clear gradients; return the gradient norm before clipping.
 
-        A norm that is not finite leaves the weights as they are.
+        If the norm is not finite, the weights are not updated.
         """
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained weights and buffers, whole, on the CPU. Every process takes part; all but rank 0 get nothing."""
+        """Return trained weights and buffers, unsharded on the CPU. All ranks call it; only rank 0 gets values."""
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state, as `weights` gives those: per parameter's number `step`, `exp_avg`, `exp_avg_sq`."""
+        """Return the optimizer's state like `weights`: `step`, `exp_avg`, `exp_avg_sq` by index of the parameter."""
 
     def load(self, folder: Path) -> None:
-        """Read what `save_checkpoint` wrote, in one form for all engines and world sizes.
+        """Load a folder of `save_checkpoint`. The format is the same for all engines and world sizes.
 
         Raises:
-            EngineError: if the folder does not fit.
+            EngineError: if the folder does not match the module.
         """
 
     def release(self) -> None:
-        """Give the module's parameters back whole and plain, in every process; the engine takes no more steps."""
+        """Restore the module's plain, unsharded parameters on all ranks. The engine cannot be used afterwards."""
 
 
 def parameter_groups(
     module: nn.Module, config: OptimizerConfig, factors: dict[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """AdamW groups: decay on matrices only, and a learning-rate factor per name prefix.
+    """Parameter groups of AdamW: weight decay only on matrices, and learning-rate factors by name prefix.
 
     Args:
-        module: its trainable parameters are taken.
-        config: weight decay.
-        factors: name prefix to factor on the learning rate; the longest match counts, 1 without one.
+        module: its trainable parameters are used.
+        config: learning rate and weight decay.
+        factors: name prefix to factor on the learning rate; the longest match is used. Default: 1.
     """
     factors = factors or {}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -84,28 +84,28 @@ def parameter_groups(
 
 
 def adamw(module: nn.Module, config: OptimizerConfig, factors: dict[str, float] | None = None) -> torch.optim.AdamW:
-    """Torch's fused AdamW over `parameter_groups`."""
+    """Torch's fused AdamW with `parameter_groups`."""
     return torch.optim.AdamW(parameter_groups(module, config, factors), betas=config.betas, fused=True)
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Put a rate into effect, each group's factor kept."""
+    """Set the learning rate of all groups, times each group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("factor", 1.0)
 
 
 def precision(config: EngineConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 where the config asks for it."""
+    """Autocast to bfloat16 if `precision` is bf16."""
     if config.precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
 
 def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
-    """The device of this process.
+    """Return the device of this process.
 
     Raises:
-        EngineError: if CUDA is asked for and not there.
+        EngineError: if the config sets CUDA and there is none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise EngineError(
@@ -117,7 +117,7 @@ def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
 
 @contextmanager
 def thread_limit(threads: int | None) -> Iterator[None]:
-    """Limit torch's CPU threads for a block, and give the former number back."""
+    """Limit torch's CPU threads in a `with` block; the old limit is restored."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: whole folders, newest found, old ones pruned."""
+"""Write, find, verify, load and remove checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 def save_checkpoint(
     directory: Path, step: int, engine: Engine, state: dict[str, Any], tensors: dict[str, Tensor], keep: int
 ) -> Path:
-    """Write `checkpoints/step-00000100` and drop all but the newest `keep`. All processes call it, rank 0 writes.
+    """Write `checkpoints/step-00000100` and remove all but the newest `keep`. All ranks call it, rank 0 writes.
 
-    `state.json` holds the digests of the other files, and one of its own values.
+    `state.json` contains the digests of the other files and of its own values.
 
     Args:
         directory: the run's folder.
         step: steps taken.
-        engine: its weights and optimizer go along.
+        engine: its weights and optimizer state are saved.
         state: JSON values of the loop.
-        tensors: generator states, counts and the like.
-        keep: how many checkpoints stay.
+        tensors: tensors of the loop, such as generator states and counts.
+        keep: number of checkpoints to keep.
 
     Raises:
-        EngineError: if it cannot be written.
+        EngineError: if the checkpoint cannot be written.
         ReadError: if `checkpoints` is a link out of the run's folder.
     """
     target = directory / "checkpoints" / f"step-{step:08d}"
@@ -66,7 +66,7 @@ def save_checkpoint(
                 save_tensors(folder / "loop.safetensors", {name: t.contiguous() for name, t in tensors.items()})
                 values = {"step": step} | state | {"files": file_digests(folder)}
                 write_json(folder / _STATE, values | {"digest": state_digest(values)})
-                sync(folder)  # a checkpoint counts once it is on the disk
+                sync(folder)  # the folder is renamed only after its files are on the disk
             sync(target.parent)
             for old in [each for each in checkpoints(directory) if step_of(each) <= step][:-keep]:
                 shutil.rmtree(old)
@@ -83,7 +83,7 @@ def save_checkpoint(
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; links and folders of other names do not count.
+    """List complete checkpoints, oldest first; links and folders with other names are ignored.
 
     Raises:
         ReadError: if `checkpoints` is a link out of the run's folder.
@@ -94,10 +94,10 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_intact(directory: Path) -> Path | None:
-    """The newest checkpoint whose files have their digests; None if there is no checkpoint.
+    """Return the newest checkpoint whose digests match; None if there is no checkpoint.
 
     Raises:
-        EngineError: if there are checkpoints, and all of them are damaged.
+        EngineError: if all checkpoints are damaged.
 
     Warns:
         UserWarning: for each damaged checkpoint that is newer.
@@ -118,10 +118,10 @@ def newest_intact(directory: Path) -> Path | None:
 
 
 def read_checkpoint_state(folder: Path) -> dict[str, Any]:
-    """The loop's JSON values of a checkpoint, after all its files were compared with their digests.
+    """Verify the digests of a checkpoint and return the loop's JSON values.
 
     Raises:
-        EngineError: if the folder is damaged or holds links out of it.
+        EngineError: if the folder is damaged or has links out of it.
     """
     try:
         check_links(folder)
@@ -140,15 +140,15 @@ def read_checkpoint_state(folder: Path) -> dict[str, Any]:
 
 
 def state_digest(values: dict[str, Any]) -> str:
-    """sha256 of the values of `state.json`, all but its own `digest`."""
+    """sha256 of the values of `state.json` without `digest`."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps that a checkpoint folder's name gives.
+    """The step in the name of a checkpoint folder.
 
     Raises:
-        EngineError: if it is not the name of a checkpoint.
+        EngineError: if the name is not that of a checkpoint.
     """
     found = _NAME.fullmatch(checkpoint.name)
     if not found:
@@ -157,10 +157,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore the engine; returns the loop's JSON values (with `step`) and tensors.
+    """Load a checkpoint into the engine; return the loop's JSON values (with `step`) and tensors.
 
     Raises:
-        EngineError: if the folder is damaged, holds links out of it, or does not fit.
+        EngineError: if the folder is damaged, has links out of it, or is of another model.
     """
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed events of any training, passed to callbacks. Times are in seconds, counts are totals since step 0."""
+"""Events of all trainings, passed to callbacks. Times are in seconds, counts are totals since step 0."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all events.
+    """Base class of all events.
 
     Attributes:
-        log_name: the event's name in logs, if it is not that of its class.
-        step: steps taken when it happened; 0 before the first.
+        log_name: name in logs, if it differs from the class name.
+        step: steps taken so far; 0 before the first.
     """
 
     log_name: ClassVar[str] = ""
@@ -22,26 +22,26 @@ class Event:
 
     @property
     def name(self) -> str:
-        """The event's kind in snake case: `StepDone` is `step_done`."""
+        """Name of the event in snake case: `StepDone` is `step_done`."""
         return self.log_name or re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values with the kind under `event`."""
+        """JSON-ready values, with the name as `event`."""
         return {"event": self.name} | asdict(self)
 
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One step was taken.
+    """A step was taken.
 
     Attributes:
-        loss: the objective's total.
-        parts: its named terms, unweighted.
-        learning_rate: in effect in this step.
-        gradient_norm: before clipping.
+        loss: the total loss.
+        parts: the unweighted loss of each term by name.
+        learning_rate: learning rate of this step.
+        gradient_norm: norm before clipping.
         trained: examples trained on so far.
         seconds: wall time of this step.
-        data_seconds: share of `seconds` spent waiting for data.
+        data_seconds: part of `seconds` spent waiting for data.
     """
 
     loss: float
@@ -55,13 +55,12 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class StepSkipped(Event):
-    """A step whose loss or gradient was not finite; the weights are as before.
+    """A step was skipped because its loss or gradient was not finite. The weights are unchanged.
 
     Attributes:
-        reason: what was not finite.
-        in_a_row: such steps without a good one between them, this one included.
-        keys: names of at most 8 pairs of the step, and only of those whose embeddings are not finite where there are
-            such.
+        reason: whether the loss or the gradient was not finite.
+        in_a_row: consecutive skipped steps, including this one.
+        keys: keys of at most 8 pairs of the step: those with non-finite embeddings, or any if there are none.
     """
 
     reason: str
@@ -71,21 +70,21 @@ class StepSkipped(Event):
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """A checkpoint is complete on disk."""
+    """A checkpoint was saved."""
 
     directory: str
 
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """A warning: its cause, and what to do about it."""
+    """A warning with cause and remedy."""
 
     cause: str
     remedy: str
 
 
 class Callback(Protocol):
-    """A function or object that receives events: a product pipeline, a progress bar, a log writer."""
+    """A function or object that receives events, such as a progress bar or a log writer."""
 
     def __call__(self, event: Event) -> None:
         """Receive one event. An exception ends the run."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who this process is among the others, however it was launched (deepspeed, torchrun, srun, or nobody)."""
+"""Rank and world size of this process, from the environment of deepspeed, torchrun or srun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aced_sdk.errors import EngineError
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place."""
+    """Rank, local rank and world size of this process."""
 
     rank: int
     local_rank: int
@@ -20,10 +20,10 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Read RANK, LOCAL_RANK and WORLD_SIZE, or Slurm's names for them; one process where there are none.
+    """Read RANK, LOCAL_RANK and WORLD_SIZE, or Slurm's variables; without them, a single process.
 
     Raises:
-        EngineError: if a value is no number, or the rank lies outside the world.
+        EngineError: if a value is not a number, or the rank is not in 0..world_size - 1.
     """
     env = os.environ if environment is None else environment
 
@@ -33,7 +33,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             return int(text) if text else default
         except ValueError:
             raise EngineError(
-                f"{name}={text!r} is no number", remedy="launch with deepspeed, torchrun or srun", field=name
+                f"{name}={text!r} is not a number", remedy="launch with deepspeed, torchrun or srun", field=name
             ) from None
 
     launch = Launch(
@@ -43,7 +43,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     )
     if not 0 <= launch.rank < launch.world_size:
         raise EngineError(
-            f"rank {launch.rank} lies outside a world of {launch.world_size}",
+            f"rank {launch.rank} is invalid for a world size of {launch.world_size}",
             remedy="set RANK and WORLD_SIZE together",
             field="RANK",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exchange of values and failures between the processes of a launch, so that no process waits for a failed one."""
+"""Communication between ranks. A failure on one rank is raised on all, so that no rank waits for a failed one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _T = TypeVar("_T")
 
 
 class Ranks:
-    """This process among those of its launch. Every method is called by all of them, in the same order.
+    """Communicate with the other ranks. All ranks must call the methods in the same order.
 
     Args:
-        launch: its place; several processes join one group (gloo on CPUs, nccl on GPUs) if they have not yet.
-        device: where this process computes.
+        launch: rank and world size. Several processes join a process group (gloo on CPUs, nccl on GPUs) if needed.
+        device: device of this process.
 
     Raises:
         EngineError: if there are several processes and no MASTER_ADDR.
@@ -33,7 +33,7 @@ class Ranks:
             join(launch, device)
 
     def sum(self, value: float) -> float:
-        """The sum of all processes' values, in float64."""
+        """Return the sum over all ranks, in float64."""
         if self.world_size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self._device)
@@ -41,7 +41,7 @@ class Ranks:
         return float(total)
 
     def first(self, value: _T) -> _T:
-        """Rank 0's value."""
+        """Return the value of rank 0."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -49,14 +49,14 @@ class Ranks:
         return values[0]
 
     def together(self, action: Callable[[], _T]) -> _T:
-        """Do what can fail in one process alone, and has no exchange in it; a failure anywhere ends all.
+        """Run an action without collectives; if it fails on any rank, raise on all ranks.
 
         Raises:
-            EngineError: if it failed in another process, with that one's words. The own failure is raised as it is.
+            EngineError: if it failed on another rank, with its message. A local error is raised unchanged.
         """
         try:
             result = action()
-        except BaseException as error:  # an interrupt, too, must not leave the others waiting
+        except BaseException as error:  # other ranks must not wait after an interrupt either
             self._share(error)
             raise
         self._share(None)
@@ -73,11 +73,11 @@ class Ranks:
         torch.distributed.all_gather_object(words, failure and f"{type(failure).__name__}: {failure}")
         if failure is None:
             rank, text = next((rank, text) for rank, text in enumerate(words) if text is not None)
-            raise EngineError(f"process {rank} failed: {text}", remedy=f"see what process {rank} says")
+            raise EngineError(f"process {rank} failed: {text}", remedy=f"see the output of process {rank}")
 
 
 def join(launch: Launch, device: torch.device) -> None:
-    """Join the process group; one process alone needs no address and opens no port.
+    """Join the process group. A single process needs no address and opens no port.
 
     Raises:
         EngineError: if there are several processes and no MASTER_ADDR.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rate over a run."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from aced_sdk.config import Schedule
 
 
 def factor(schedule: Schedule, step: int) -> float:
-    """The factor on the peak learning rate in step `step` (0 is the first).
+    """Return the factor on the peak learning rate in step `step` (0 is the first).
 
-    Warm-up rises linearly to 1. `cosine` falls to 0 over the rest. `rsqrt` falls as 1/sqrt(step) from the end of the
-    warm-up and `constant` stays; both fall linearly to 0 in the cool-down (arXiv 2106.04560, section 3.5).
+    The warm-up rises linearly to 1. Then `cosine` decays to 0, `rsqrt` decays as 1/sqrt(step), and `constant` is 1.
+    `rsqrt` and `constant` decay linearly to 0 in the cool-down (arXiv 2106.04560, section 3.5).
     """
     total = schedule.steps
     warmup = round(schedule.warmup * total)

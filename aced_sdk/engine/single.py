@@ -19,7 +19,7 @@ from aced_sdk.engine.state import load_weights, optimizer_state, trainable_state
 
 
 class SingleProcess:
-    """See `aced_sdk.engine.base.Engine`."""
+    """The engine for one process. See `aced_sdk.engine.base.Engine`."""
 
     def __init__(
         self,
@@ -61,4 +61,4 @@ class SingleProcess:
         load_weights(folder, self.module, self.optimizer)
 
     def release(self) -> None:
-        """Nothing is wrapped here."""
+        """Do nothing: the module is not wrapped."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainable weights and AdamW state as safetensors: no pickle is ever read back."""
+"""Save and load trainable weights and AdamW state as safetensors, without pickle."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trainable parameters and buffers (batch-norm statistics), not frozen weights."""
+    """Return trainable parameters and all buffers (such as batch-norm statistics), without frozen weights."""
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as `index.key`; parameters are counted through its groups, in their order."""
+    """Return the optimizer's tensors as `index.key`; parameters are indexed in the order of the groups."""
     return {
         f"{index}.{key}": value.detach().cpu()
         for index, values in optimizer.state_dict()["state"].items()
@@ -34,7 +34,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def save_state(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
     """Write `weights.safetensors` and `optimizer.safetensors` into `folder`."""
-    # Tied weights share storage, which safetensors refuses.
+    # Clone, because safetensors refuses shared storage (tied weights).
     save_tensors(folder / "weights.safetensors", {name: t.contiguous().clone() for name, t in weights.items()})
     save_tensors(folder / "optimizer.safetensors", {name: t.contiguous() for name, t in moments.items()})
 
@@ -49,32 +49,32 @@ def unreadable(folder: Path, error: Exception) -> EngineError:
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file of a checkpoint.
+    """Load the tensors of a file in a checkpoint.
 
     Raises:
-        EngineError: if it is missing, torn, or a link out of the checkpoint.
+        EngineError: if the file is missing, damaged, or a link out of the checkpoint.
     """
     try:
         path = inside(folder, name)
         check_tensors(path)
         return dict(load_file(path))
-    except (OSError, RuntimeError, MemoryError, ReadError, SafetensorError) as error:  # two of them: no memory for it
+    except (OSError, RuntimeError, MemoryError, ReadError, SafetensorError) as error:  # two mean out of memory
         raise unreadable(folder, error) from error
 
 
 def read_state(
     folder: Path, shapes: Mapping[str, torch.Size], trained: Sequence[torch.Size], types: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
-    """Read what `save_state` wrote: weights by name, and by parameter the optimizer's tensors.
+    """Read the files of `save_state`: weights by name, and the optimizer's tensors by parameter index.
 
     Args:
         folder: a checkpoint.
-        shapes: those of the weights that must be there.
-        trained: those of the optimizer's parameters, in their order.
-        types: number formats of the weights; the optimizer's are among them, or float32.
+        shapes: expected shapes of the weights.
+        trained: shapes of the optimizer's parameters, in their order.
+        types: expected dtypes of the weights. The optimizer's tensors have one of them, or float32.
 
     Raises:
-        EngineError: if a file is missing, torn or of another model.
+        EngineError: if a file is missing, damaged or of another model.
     """
     weights, moments = (load_tensors(folder, name) for name in ("weights.safetensors", "optimizer.safetensors"))
     _check(folder, weights, dict(shapes))
@@ -82,9 +82,9 @@ def read_state(
         name: {torch.float32, *types.values()} - {torch.int64, torch.bool} for name in moments
     }
     for name, tensor in (weights | moments).items():
-        if tensor.dtype not in allowed[name]:  # torch would convert it, an imaginary part or a fraction lost
+        if tensor.dtype not in allowed[name]:  # torch would convert it and could lose information
             raise unreadable(folder, TypeError(f"{printable(name)} holds {tensor.dtype}"))
-    # A parameter that has taken part in no step has no moments.
+    # A parameter that never got a gradient has no moments.
     indices = {name.split(".")[0] for name in moments}
     expected = {f"{i}.{key}": shape for i, shape in enumerate(trained) if str(i) in indices for key in _MOMENTS}
     _check(folder, moments, expected | {name: torch.Size() for name in expected if name.endswith(".step")})
@@ -106,10 +106,10 @@ def _check(folder: Path, found: Mapping[str, Tensor], shapes: Mapping[str, torch
 
 
 def load_weights(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put what `save_state` wrote into a module and optimizer of the same shape.
+    """Load the files of `save_state` into a module and an optimizer.
 
     Raises:
-        EngineError: if a file is missing, torn or of another model.
+        EngineError: if a file is missing, damaged or of another model.
     """
     own = trainable_state(module)
     trained = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop over steps that every training shares: learn, step, skip what is not finite, save checkpoints."""
+"""The loop shared by all trainings: compute gradients, step, skip non-finite steps, save checkpoints."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Learned:
     """The loss of a step.
 
     Attributes:
-        loss: the total, the same on every rank.
-        has_gradient: whether a gradient was brought into the engine; without one the step is skipped.
+        loss: the total loss, the same on all ranks.
+        has_gradient: whether the engine has a gradient. If not, the step is skipped.
     """
 
     loss: float
@@ -30,14 +30,14 @@ class Learned:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was taken or skipped.
+    """A taken or skipped step.
 
     Attributes:
-        number: counted from 1.
-        loss: of its batch.
-        learning_rate: in effect.
-        gradient_norm: before clipping.
-        seconds: since the step began.
+        number: index of the step, from 1.
+        loss: loss of the batch.
+        learning_rate: learning rate of this step.
+        gradient_norm: norm before clipping; NaN without a gradient.
+        seconds: wall time.
     """
 
     number: int
@@ -48,42 +48,42 @@ class Step:
 
 
 class Training(Protocol):
-    """What differs between trainings."""
+    """The methods that a training implements for `take_steps`."""
 
     def learn(self, number: int) -> Learned:
-        """Draw the batch of step `number` and bring its gradient into the engine."""
+        """Read the batch of step `number` and add its gradient to the engine."""
 
     def taken(self, step: Step) -> None:
-        """Count and report a step."""
+        """Count and log a step."""
 
     def skipped(self, step: Step, in_a_row: int) -> None:
-        """Report a step that was not finite; the weights are as before."""
+        """Log a skipped step; the weights are unchanged."""
 
     def save(self, number: int) -> None:
         """Write a checkpoint after step `number`."""
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
-        """The error for too many skipped steps in a row."""
+        """Return the error for too many consecutive skipped steps."""
 
 
 def take_steps(
     training: Training, engine: Engine, schedule: Schedule, learning_rate: float, config: EngineConfig, done: int = 0
 ) -> None:
-    """Take the steps that are left.
+    """Train for the remaining steps.
 
-    A step whose loss or gradient norm is not finite is skipped. A checkpoint is written every
-    `config.checkpoint_every` steps, unless the last step was skipped, and at the end.
+    A step with a non-finite loss or gradient norm is skipped. A checkpoint is written every `config.checkpoint_every`
+    steps, unless that step was skipped, and after the last step.
 
     Args:
-        training: learns, counts, reports and saves.
-        engine: takes the steps.
+        training: computes gradients, counts, logs and saves.
+        engine: updates the weights.
         schedule: number of steps and shape of the learning rate.
-        learning_rate: its peak.
-        config: how often to save, and how many steps in a row may be skipped.
-        done: steps taken by an earlier, interrupted run.
+        learning_rate: peak learning rate.
+        config: checkpoint interval and limit of consecutive skipped steps.
+        done: steps taken before a resume.
 
     Raises:
-        EngineError: `training.diverged`, after more than `config.max_bad_steps` skipped steps in a row.
+        EngineError: `training.diverged`, after more than `config.max_bad_steps` consecutive skipped steps.
     """
     in_a_row = 0
     for number in range(done + 1, schedule.steps + 1):

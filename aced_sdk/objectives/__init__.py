@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step minimises: contrastive and distillation losses over embeddings."""
+"""Contrastive and distillation losses over embeddings."""
 
 from aced_sdk.objectives.build import LossTerms, Objective, build_objective
 from aced_sdk.objectives.contrastive import sigmoid_loss, softmax_loss

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an objective's config to one callable: weight * contrastive + the sum of lambda * distillation (ACED, eq. 4)."""
+"""Build the objective of a config: weight * contrastive + sum of lambda * distillation (ACED, eq. 4)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Batch = Literal["same", "iid"]
 
 @dataclass(frozen=True, eq=False)
 class LossTerms:
-    """A step's loss.
+    """The loss of a step.
 
     Attributes:
-        total: 0-dim, to be differentiated.
-        parts: each term by name, before its weight, 0-dim and detached.
+        total: 0-dim, with gradient.
+        parts: unweighted loss of each term by name, 0-dim and detached.
     """
 
     total: Tensor
@@ -36,13 +36,13 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted loss.
+    """A weighted loss.
 
     Attributes:
         name: unique in its objective.
         weight: above 0.
-        batch: the pairs it is computed on: the sub-batch itself, or a second one drawn evenly.
-        loss: of the student's embeddings, all teachers' of the same pairs, and the captions' numbers.
+        batch: the pairs it is computed on: the sub-batch, or a second, uniformly drawn batch.
+        loss: function of the student's embeddings, all teachers' embeddings and caption ids.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Objective:
-    """The weighted terms of an objective; those of weight 0 are left out and cost nothing."""
+    """A weighted sum of loss terms. Terms of weight 0 are not computed."""
 
     terms: tuple[Term, ...]
 
@@ -65,18 +65,17 @@ class Objective:
         captions: Tensor | None = None,
         batch: Batch = "same",
     ) -> LossTerms:
-        """The loss of the terms that are computed on one batch; 0 if there are none.
+        """Compute the loss of all terms of a batch; 0 if there are none.
 
         Args:
-            student: embeddings of b pairs, in training; scale and bias may be learned 0-dim tensors.
-            teachers: the teachers' embeddings of the same pairs, in the order that terms number them; one alone may
-                be given as it is.
-            captions: int64 [b], equal numbers for equal captions; read only if repeated captions are treated apart.
-            batch: which batch the pairs are: "same", the sub-batch, or "iid", the evenly drawn second one.
+            student: the student's embeddings of b pairs; scale and bias may be learned 0-dim tensors.
+            teachers: the teachers' embeddings of the same pairs, by index, or those of a single teacher.
+            captions: int64 [b], equal ids for equal captions; only needed if repeated captions are not negatives.
+            batch: "same" for the sub-batch, "iid" for the second, uniformly drawn batch.
 
         Raises:
-            ConfigError: if a distillation term finds no teacher of its number, or captions are needed and missing.
-            ModelError: if embeddings do not fit each other.
+            ConfigError: if a distillation term has no teacher, or captions are needed and missing.
+            ModelError: if shapes of embeddings do not match.
         """
         taught = () if teachers is None else (teachers,) if isinstance(teachers, Embeddings) else teachers
         terms = [term for term in self.terms if term.batch == batch]
@@ -87,9 +86,9 @@ class Objective:
 
 
 def build_objective(objective: config.Objective) -> Objective:
-    """The callable that a config describes.
+    """Build the objective of a config.
 
-    A part is named `contrastive`, or by its distillation loss (`softmax`, and `softmax_2` for a second one).
+    Terms are named `contrastive`, or after the distillation loss (`softmax`; the second one is `softmax_2`).
     """
     task = objective.contrastive
     terms = [Term("contrastive", task.weight, "same", _contrastive(task))] if task.weight > 0 else []
@@ -122,7 +121,7 @@ def _with_teacher(
         if number >= len(teachers):
             raise ConfigError(
                 f"a distillation term needs teacher {number} (counted from 0), got {len(teachers)} teachers",
-                remedy="set teacher=Frozen(model=...), one for each number, or a reference that teaches too",
+                remedy="set teacher=Frozen(model=...), one per index, or a reference to use as teacher",
                 field="teacher",
             )
         return loss(student, teachers[number])

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task losses: SigLIP's sigmoid loss and CLIP's softmax loss, and what they make of repeated captions.
+"""The task losses: SigLIP's sigmoid loss and CLIP's softmax loss, with options for repeated captions.
 
-Both work in float32 (float64 for float64 embeddings) whatever autocast says, and send gradients to embeddings, scale
-and bias. Shapes: b pairs, D embedding dimension, r rows of a slab.
+Losses are computed in float32 (float64 for float64 embeddings); autocast is ignored. Embeddings, scale and bias get
+gradients. Shapes: b pairs, D embedding dimension, r rows of a slab.
 
-Captions repeat in real pools, and then another pair of the sub-batch may be as good a match as a pair's own. `repeated`
-says what such a pair is; n_i is the number of pairs of the sub-batch with the caption of pair i, itself included.
+Pools contain repeated captions, so another pair of the sub-batch may also be a correct match. `repeated` sets how such
+pairs are treated. n_i is the number of pairs of the sub-batch with the caption of pair i, including pair i.
 
-- "negatives": a negative like all others, as in the papers.
-- "masked": nothing; a pair's negatives are the pairs with other captions.
-- "positives": masked, and each of the n_i - 1 other pairs with the caption is one more positive of weight 1/n_i. So a
-  pair's positives weigh 2 - 1/n_i together, below 2 however often its caption is repeated; unweighted they would weigh
-  n_i, and a caption that fills a tenth of the sub-batch would drown all others.
+- "negatives": as negatives, like in the papers.
+- "masked": ignored. Only pairs with other captions are negatives.
+- "positives": each of the n_i - 1 other pairs is a positive of weight 1/n_i. The positives of a pair have a total
+  weight of 2 - 1/n_i, which stays below 2. Without the weight it would be n_i, and a frequent caption would dominate.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ def sigmoid_loss(
     captions: Tensor | None = None,
     repeated: Repeated = "negatives",
 ) -> Tensor:
-    """SigLIP (arXiv 2303.15343, eq. 1): the sum over all b x b pairs of softplus(-z (scale * cosine + bias)), over b.
+    """SigLIP (arXiv 2303.15343, eq. 1): sum over all b x b pairs of softplus(-z (scale * cosine + bias)), divided by b.
 
-    With x_ij = scale * <image_i, text_j> + bias and E_i the pairs with the caption of pair i, the sum over i of
+    Let x_ij = scale * <image_i, text_j> + bias, and E_i the pairs with the caption of pair i. It is the sum over i of
 
     - "negatives": softplus(-x_ii) + sum over j != i of softplus(x_ij);
     - "masked": softplus(-x_ii) + sum over j not in E_i of softplus(x_ij);
@@ -46,16 +45,16 @@ def sigmoid_loss(
 
     Args:
         student: embeddings of the sub-batch.
-        chunk: texts of a slab; a slab is computed again in the backward pass, so that memory is O(b * chunk) instead
-            of O(b * b). None: one slab. The value is the same.
-        captions: int64 [b], equal numbers for equal captions; not read with "negatives".
-        repeated: what another pair with the same caption is.
+        chunk: texts per slab. Slabs are recomputed in the backward pass, so memory is O(b * chunk) instead of
+            O(b * b). None: one slab. The loss is the same.
+        captions: int64 [b], equal ids for equal captions; not used with "negatives".
+        repeated: how other pairs with the same caption are treated.
 
     Returns:
         0-dim tensor.
 
     Raises:
-        ModelError: if image and text embeddings are not both [b, D], or captions not [b].
+        ModelError: if image or text embeddings are not [b, D], or captions are not [b].
         ConfigError: if captions are needed and missing.
     """
     image_bD, text_bD, scale, bias = in_full(student)
@@ -77,17 +76,17 @@ def softmax_loss(
     captions: Tensor | None = None,
     repeated: Repeated = "negatives",
 ) -> Tensor:
-    """CLIP (arXiv 2103.00020, figure 3): cross-entropy of each image over texts and of each text over images, halved.
+    """CLIP (arXiv 2103.00020, figure 3): mean of the image-to-text and text-to-image cross-entropies.
 
-    The bias cancels and gets no gradient. With x_ij = scale * <image_i, text_j>, E_i the pairs with the caption of
-    pair i, and l_ij = -log(exp x_ij / (exp x_ij + sum over k not in E_i of exp x_ik)), an image's part is
+    The bias cancels and gets no gradient. Let x_ij = scale * <image_i, text_j>, E_i the pairs with the caption of
+    pair i, and l_ij = -log(exp x_ij / (exp x_ij + sum over k not in E_i of exp x_ik)). The loss of image i is
 
     - "negatives": -log(exp x_ii / sum over k of exp x_ik);
     - "masked": l_ii;
-    - "positives": l_ii + (1 / n_i) * sum over j != i in E_i of l_ij;
+    - "positives": l_ii + (1 / n_i) * sum over j != i in E_i of l_ij.
 
-    a text's part is the same with the sides exchanged, and the loss is half the mean of both. Arguments, result and
-    errors are those of `sigmoid_loss`, `chunk` being rows of either direction.
+    The loss of a text is the same with images and texts exchanged. Arguments, result and errors are those of
+    `sigmoid_loss`; `chunk` is rows per slab, in both directions.
     """
     image_bD, text_bD, scale, _ = in_full(student)
     captions_b, weight_b = _captions(captions, repeated, image_bD)
@@ -104,16 +103,16 @@ def softmax_loss(
 
 
 def match_slab(start: int, ours_rD: Tensor, others_bD: Tensor, scale: Tensor | float) -> Tensor:
-    """Summed softmax cross-entropy of rows start, start + 1, ... towards the others of the same number."""
+    """Summed softmax cross-entropy of rows start, start + 1, ...; the target of a row has the same index."""
     own_r = torch.arange(start, start + len(ours_rD), device=ours_rD.device)
     return F.cross_entropy(scale * ours_rD @ others_bD.T, own_r, reduction="sum")
 
 
 def in_full(model: Embeddings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Image [b, D], text [b, D], scale [] and bias [], in float32, or float64 if an embedding is.
+    """Return image [b, D], text [b, D], scale [] and bias [] in float32, or in float64 if an embedding is.
 
     Raises:
-        ModelError: if image and text embeddings are not both [b, D].
+        ModelError: if image or text embeddings are not [b, D].
     """
     if model.image.ndim != 2 or model.image.shape != model.text.shape or len(model.image) == 0:
         raise ModelError(
@@ -128,7 +127,7 @@ def in_full(model: Embeddings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _sigmoid_slab(start: int, text_rD: Tensor, image_bD: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     logits_rb = scale * text_rD @ image_bD.T + bias
-    # softplus(-x) = softplus(x) - x turns the diagonal's negatives into positives without a matrix of signs.
+    # softplus(-x) = softplus(x) - x: subtracting the diagonal makes it positive without a matrix of signs.
     return softplus(logits_rb).sum() - logits_rb.diagonal(start).sum()
 
 
@@ -165,26 +164,26 @@ def _softmax_slab_repeated(
 
 
 def _positives(losses_rb: Tensor, same_rb: Tensor, weight_r: Tensor, start: int) -> Tensor:
-    """Losses of positives: a row's own pair counts 1, another with its caption `weight_r`."""
+    """Summed losses of positives: a row's own pair has weight 1, others with its caption `weight_r`."""
     all_same = (losses_rb.masked_fill(~same_rb, 0).sum(dim=1) * weight_r).sum()
     return all_same + (losses_rb.diagonal(start) * (1 - weight_r)).sum()
 
 
 def _captions(captions: Tensor | None, repeated: Repeated, like: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Captions [b] as numbers, None if they do not matter; and the weight [b] of another pair with the same one."""
+    """Return caption ids [b] (None if not needed) and the weight [b] of other pairs with the same caption."""
     nothing = like.new_zeros(len(like))
     if repeated == "negatives":
         return None, nothing
     if captions is None:
         raise ConfigError(
-            "repeated captions are to be told apart, and the loss was given no captions",
-            remedy="pass captions=, int64 [b] with equal numbers for equal captions",
+            f"repeated='{repeated}' needs captions, and none are given",
+            remedy="pass captions=, int64 [b] with equal ids for equal captions",
             field="objective.contrastive.repeated",
         )
     if captions.shape != nothing.shape:
         raise ModelError(
             f"captions have shape {list(captions.shape)} for {len(like)} pairs",
-            remedy="give one number for each pair of the sub-batch",
+            remedy="pass one id per pair of the sub-batch",
             field="captions",
         )
     _, numbers, counts = torch.unique(captions.to(like.device), return_inverse=True, return_counts=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation losses of a student against a frozen teacher's embeddings of the same b pairs.
 
-The teacher gets no gradient. Everything is float32 (float64 for float64 embeddings) whatever autocast says. Each loss
-is a mean over the b pairs, so that its weight does not depend on the batch size. Errors are `ModelError`.
+The teacher gets no gradient. Losses are computed in float32 (float64 for float64 embeddings); autocast is ignored.
+They are means over the b pairs, so weights do not depend on the batch size. Errors are `ModelError`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def softmax_kd(
     student_scale: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Softmax-KD (ACED, arXiv 2411.18674, eq. 3): cross-entropy of the teacher's match distributions and the student's.
+    """Softmax-KD (ACED, arXiv 2411.18674, eq. 3): cross-entropy between the teacher's and the student's distributions.
 
-    -1/2 sum_j (p_ij log q_ij, image to text, + the same text to image), p teacher, q student, mean over i.
+    Mean over i of -1/2 sum_j p_ij log q_ij, image to text plus text to image, with p of the teacher, q of the student.
 
     Args:
-        student: embeddings of the sub-batch, in training.
-        teacher: the teacher's embeddings of the same pairs; its dimension may differ.
-        teacher_scale: scale on the teacher's cosines; None: its own learned one.
-        student_scale: likewise for the student; None: its own, which then learns from this loss too.
-        chunk: rows of a slab, see `aced_sdk.objectives.slabs.in_slabs`; None: one slab. The value is the same.
+        student: the student's embeddings of the sub-batch.
+        teacher: the teacher's embeddings of the same pairs; the dimension may differ.
+        teacher_scale: scale on the teacher's cosines; None: its learned scale.
+        student_scale: scale on the student's cosines; None: its learned scale, which is then trained by this loss too.
+        chunk: rows per slab, see `aced_sdk.objectives.slabs.in_slabs`; None: one slab. The loss is the same.
     """
     return _both_ways(_cross_entropy_slab, student, teacher, teacher_scale, student_scale, chunk)
 
@@ -51,8 +51,8 @@ def sigmoid_kd(
 ) -> Tensor:
     """Sigmoid-KD: binary cross-entropy of all b x b pairs against sigmoid(teacher's logit), summed over texts.
 
-    Both logits are scale * cosine + bias, each model with its own bias. The teacher should be sigmoid-trained: a
-    softmax-trained one has no bias, and calls every second pair a match. Arguments as in `softmax_kd`.
+    The logits are scale * cosine + bias, with the bias of each model. The teacher should be sigmoid-trained: without a
+    learned bias, sigmoid(logit) is not a match probability. Arguments as in `softmax_kd`.
     """
     (image, text, scale, bias), (t_image, t_text, t_scale, t_bias) = _both(
         student, teacher, teacher_scale, student_scale
@@ -65,7 +65,7 @@ def sigmoid_kd(
 def feature_matching(student: Embeddings, teacher: Embeddings) -> Tensor:
     """Feature distillation (CLIP-KD, arXiv 2307.12732, section 3): squared error of the normalised embeddings.
 
-    The mean over pairs and dimensions, images plus texts. CLIP-KD gives it a weight of 2000. Both models must have one
+    The mean over pairs and dimensions, images plus texts. CLIP-KD's weight is 2000. Both models must have the same
     embedding dimension.
     """
     _same_dimension(student, teacher, "feature")
@@ -78,11 +78,11 @@ def feature_matching(student: Embeddings, teacher: Embeddings) -> Tensor:
 def interactive(
     student: Embeddings, teacher: Embeddings, *, student_scale: float | None = None, chunk: int | None = None
 ) -> Tensor:
-    """Interactive contrastive learning (CLIP-KD, section 3): the student's images against the teacher's texts, and
-    the student's texts against the teacher's images, each by softmax cross-entropy towards its own pair, halved.
+    """Interactive contrastive learning (CLIP-KD, section 3): softmax cross-entropy across the two models.
 
-    Both models must have one embedding dimension. The scale is the student's unless `student_scale` is given; `chunk`
-    as in `softmax_kd`.
+    The mean of two losses: student images against teacher texts, and student texts against teacher images. Both
+    models must have the same embedding dimension. The scale is the student's unless `student_scale` is set; `chunk` as
+    in `softmax_kd`.
     """
     _same_dimension(student, teacher, "interactive")
     _same_pairs(student, teacher)
@@ -102,11 +102,10 @@ def relational(
     student_scale: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Contrastive relational distillation (CLIP-KD, section 3): KL(p || q) of the match
-    distributions, both ways, halved.
+    """Contrastive relational distillation (CLIP-KD, section 3): KL(p || q) of the match distributions.
 
-    It is `softmax_kd` less the teacher's entropy: the same gradient, and zero when the student agrees. Arguments as
-    there.
+    The mean of image to text and text to image. It is `softmax_kd` minus the teacher's entropy: the gradient is the
+    same, and the loss is 0 if the student agrees. Arguments as in `softmax_kd`.
     """
     return _both_ways(_divergence_slab, student, teacher, teacher_scale, student_scale, chunk)
 
@@ -119,7 +118,7 @@ def _both_ways(
     student_scale: float | None,
     chunk: int | None,
 ) -> Tensor:
-    """Half the mean over rows of a loss of match distributions, image to text and text to image."""
+    """Mean over rows and both directions (image to text, text to image) of a loss of match distributions."""
     (image, text, scale, _), (t_image, t_text, t_scale, _) = _both(student, teacher, teacher_scale, student_scale)
     with _no_autocast(student):
         by_image = in_slabs(slab, chunk, [image, t_image], [text, t_text, scale, t_scale])
@@ -133,7 +132,7 @@ _Parts = tuple[Tensor, Tensor, Tensor | float, Tensor]
 def _both(
     student: Embeddings, teacher: Embeddings, teacher_scale: float | None, student_scale: float | None
 ) -> tuple[_Parts, _Parts]:
-    """Image, text, scale and bias of both models, scales as asked for, the teacher without gradient."""
+    """Return image, text, scale and bias of both models with the given scales; the teacher without gradient."""
     _same_pairs(student, teacher)
     image, text, scale, bias = in_full(student)
     t_image, t_text, t_scale, t_bias = (_frozen(part, image) for part in in_full(teacher))
@@ -143,7 +142,7 @@ def _both(
     )
 
 
-# Slabs: r rows of both models against all b others. The student's logits are those of row i in row i.
+# Slabs: r rows of both models against all b others.
 
 
 def _cross_entropy_slab(
@@ -187,7 +186,7 @@ def _same_pairs(student: Embeddings, teacher: Embeddings) -> None:
     if len(student) != len(teacher):
         raise ModelError(
             f"the student embeds {len(student)} pairs and the teacher {len(teacher)}",
-            remedy="give both the sub-batch, in one order",
+            remedy="pass embeddings of the same pairs in the same order",
             field="teacher",
         )
 

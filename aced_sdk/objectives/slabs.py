@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over all pairs of a batch with itself, a few rows at a time, and exact all the same."""
+"""Exact sums over all b x b pairs of a batch, computed a few rows at a time."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.utils.checkpoint import checkpoint
 def in_slabs(
     loss: Callable[..., Tensor], chunk: int | None, rows: Sequence[Tensor], whole: Sequence[Tensor | float]
 ) -> Tensor:
-    """The sum of `loss(start, *rows of a slab, *whole)` over slabs of `chunk` rows.
+    """Return the sum of `loss(start, *rows of a slab, *whole)` over slabs of `chunk` rows.
 
-    A row meets everything in `whole`, so what needs a whole row (a softmax) is exact. A slab is computed again in the
-    backward pass: nothing of size chunk * b is kept for it, and memory is O(b * chunk) instead of O(b * b). A loss
-    whose softmax runs both ways makes two passes, the second with the sides exchanged.
+    Each slab gets all of `whole`, so a softmax over a row is exact. Slabs are recomputed in the backward pass, so
+    memory is O(b * chunk) instead of O(b * b). For a softmax in both directions, call it twice with the sides
+    exchanged.
 
     Args:
-        loss: of a slab, 0-dim, a sum over its rows; `start` is the number of its first row.
-        chunk: rows of a slab; None: all rows in one, kept for the backward pass.
-        rows: tensors of b rows each, cut into slabs.
-        whole: what every slab sees whole.
+        loss: 0-dim loss of a slab, a sum over its rows; `start` is the index of its first row.
+        chunk: rows per slab; None: one slab, which is not recomputed.
+        rows: tensors with b rows each, split into slabs.
+        whole: passed to each slab unsplit.
     """
     if chunk is None or chunk >= len(rows[0]):
         return loss(0, *rows, *whole)
     slabs = enumerate(zip(*(torch.split(side, chunk) for side in rows), strict=True))
-    # Nothing in a slab is random, so there are no generator states to keep.
+    # Losses are deterministic, so the generator state need not be kept.
     losses: list[Tensor] = [
         checkpoint(loss, number * chunk, *slab, *whole, use_reentrant=False, preserve_rng_state=False)
         for number, slab in slabs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will cost, before it starts."""
+"""Estimates of the cost of a run before it starts."""
 
 from aced_sdk.planning.plan import Plan, estimate
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MACs, memory, disk and time of a run, from its config and the shapes of its models."""
+"""Estimate MACs, memory, disk and time of a run from its config and models."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from aced_sdk.errors import ModelError
 from aced_sdk.files import printable
 from aced_sdk.towers import DualEncoder
 
-_MAX_PIXELS = 64 * 256 * 256  # of the pictures that are embedded for an estimate
+_MAX_PIXELS = 64 * 256 * 256  # limit of pixels in the timed batch
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it starts. One backward pass counts as two forward passes.
+    """The estimated cost of a run. A backward pass counts as two forward passes.
 
     Attributes:
         pairs: size of the pool.
-        trained: examples that steps will train on.
-        scored: examples that the student will score for selection.
-        macs: of all steps together, scoring included.
-        cost_over_iid: cost of a step as a multiple of a step without curation, frozen embeddings cached.
-        memory: bytes of weights, gradients and AdamW moments on one device; activations come on top.
+        trained: examples trained on.
+        scored: examples scored by the student for selection.
+        macs: MACs of all steps, including scoring.
+        cost_over_iid: cost of a step relative to an IID step, with cached frozen embeddings.
+        memory: bytes of weights, gradients and AdamW moments per device, without activations.
         disk: bytes of embedding caches, prepared pictures and checkpoints.
-        seconds: of all steps on this machine, extrapolated from a timed forward pass; preparation comes on top.
+        seconds: time of all steps on this machine, extrapolated from a forward pass, without preparation.
     """
 
     pairs: int
@@ -59,14 +59,14 @@ def estimate(config: DistillConfig, pool: Pool, encoder: DualEncoder, frozen: Se
 
     Args:
         config: the run.
-        pool: its pairs.
-        encoder: its student.
-        frozen: the different sources of frozen embeddings that it reads.
+        pool: the pairs.
+        encoder: the student.
+        frozen: the sources of frozen embeddings, without duplicates.
 
     Raises:
         ConfigError: if a step draws more pairs than the pool has.
         ModelError: if the student cannot embed a batch.
-        DataError: if embeddings are to be read from the shards, and these have none.
+        DataError: if the shards lack stored embeddings that the config reads.
     """
     config.check_pool(len(pool))
     profile = encoder.profile()
@@ -90,35 +90,35 @@ def estimate(config: DistillConfig, pool: Pool, encoder: DualEncoder, frozen: Se
 
 
 def _passes(config: DistillConfig, encoder: DualEncoder, *, trained: int, scored: int) -> float:
-    """Forward passes of one pair at the student's own size that the run costs, a backward pass counted as two."""
+    """Cost of the run in forward passes of one pair at the student's size."""
     curation = config.curation
     cheap, share = 1.0, curation.cheap_fraction
     if curation.scoring_side is not None:
         cheap = encoder.profile(curation.scoring_side).macs / encoder.profile().macs
     batches = 2 if config.objective.needs_iid_batch else 1
-    # Micro-batches embed once more, unless the scores at full size serve as that pass; a second batch was scored too.
+    # Micro-batches need one more forward pass, unless scores at full size (of both batches) are reused.
     again = 1 if config.engine.micro_batch is not None and (scored == 0 or share > 0) else 0
     return scored * cheap + batches * trained * (3 + again) * (1 - share + share * cheap)
 
 
 def _forward_seconds(encoder: DualEncoder, config: DistillConfig) -> float:
-    """Seconds of one example's forward pass in a batch; the best of three.
+    """Seconds per example of a forward pass; the best of three.
 
     Raises:
-        ModelError: if the pass fails, for want of memory.
+        ModelError: if the pass fails, for example for lack of memory.
     """
     size = encoder.preprocess_config.size
     count = max(1, min(64, config.curation.sub_batch, _MAX_PIXELS // math.prod(size)))
     device = pick_device(config.engine, 0)
     best, training = float("inf"), encoder.training
     try:
-        encoder = encoder.to(device).eval()  # batch statistics are not to see these pictures
+        encoder = encoder.to(device).eval()  # do not update batch statistics
         images = torch.zeros(count, 3, *size, dtype=torch.uint8, device=device)
         tokens = encoder.tokenize(["a picture"]).repeat(count, 1).to(device)
         with torch.no_grad(), thread_limit(config.engine.threads):
             for _ in range(3):
                 started = time.perf_counter()
-                float(encoder(images, tokens).image.sum())  # a GPU answers before it is done; its number waits
+                float(encoder(images, tokens).image.sum())  # `float` waits for the GPU
                 best = min(best, time.perf_counter() - started)
     except (RuntimeError, MemoryError) as error:
         raise ModelError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run shows: a progress bar, an event log (JSON lines) and self-contained HTML pages."""
+"""Progress bars, event logs (JSON lines) and self-contained HTML reports."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of a run's pool to look at: the most drawn, the never drawn, the picked and the rejected of a step."""
+"""Example pairs of a run for its report: most drawn, never drawn, and picked or rejected in a step."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from aced_sdk.processing.plain import open_picture
 from aced_sdk.reporting.page import count, thumbnail_uri
 
 _SHOWN = 12
-"""Pairs that a group shows."""
+"""Pairs per group."""
 
 _TRIED = 4 * _SHOWN
-"""Pairs that are read for a group: some are unusable, and a log may name one of those over and over."""
+"""Pairs that are tried per group; unusable pairs are not shown."""
 
 _PIXELS = 1_000_000_000
-"""Pixels that are decoded for all groups together; what follows is left out."""
+"""Limit of decoded pixels for all groups; further pairs are left out."""
 
 _CAPTION = 90
-"""Characters of a caption that are shown."""
+"""Characters shown of a caption."""
 
 
 @dataclass(frozen=True)
 class Thumb:
-    """One pair: the picture as a `data:` address, its caption, a few words, whether it is marked as noisy."""
+    """A pair: the picture as a `data:` URI, its caption, a short note, and whether it is marked as noisy."""
 
     picture: str
     caption: str
@@ -48,7 +48,7 @@ class Thumb:
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs under one title."""
+    """Pairs with a common title."""
 
     title: str
     note: str
@@ -56,17 +56,17 @@ class Group:
 
     @property
     def noisy(self) -> bool:
-        """Whether any of them is marked as noisy."""
+        """Whether any pair is marked as noisy."""
         return any(thumb.noisy for thumb in self.thumbs)
 
 
 def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) -> tuple[list[Group], str]:
-    """The groups that can be shown, and a sentence about what cannot; "" if all can.
+    """Return the groups, and a sentence about groups that cannot be shown; "" if there are none.
 
     Args:
-        folder: the run's folder; draw counts are in its newest checkpoint.
-        config: names the shards.
-        last: the last `selected` event that holds rows; None if there is none.
+        folder: the run's folder; draw counts are read from its newest checkpoint.
+        config: the run's config; pairs are read from its shards.
+        last: the last `selected` event with rows; None if there is none.
     """
     groups: list[Group] = []
     try:
@@ -83,7 +83,7 @@ def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) ->
     if counts is None:
         missing.append("how often pairs were drawn, before the first checkpoint")
     if last is None and config.curation.candidates > config.curation.sub_batch:
-        missing.append("picked and rejected pairs, for the log holds no rows of super-batches this large")
+        missing.append("picked and rejected pairs, because the log has no rows of super-batches this large")
     return groups, f"Not shown: {'; '.join(missing)}." if missing else ""
 
 
@@ -94,7 +94,7 @@ class _Reader:
         self.pixels = _PIXELS
 
     def thumbs(self, rows: Iterable[int], counts: npt.NDArray[np.int32] | None = None) -> list[Thumb]:
-        """The first usable pairs among these rows; with counts, how often each was drawn."""
+        """The first usable pairs of these rows; the notes show the draw counts, if given."""
         found: list[Thumb] = []
         for row in islice(dict.fromkeys(rows), _TRIED):
             if len(found) == _SHOWN:
@@ -102,9 +102,9 @@ class _Reader:
             try:
                 text = self.pool.text(row, self.data.max_caption_bytes)
                 header = self.pool.header(row, min(self.data.max_pixels, self.pixels))
-                self.pixels -= header.width * header.height  # also of a picture that turns out to be broken
+                self.pixels -= header.width * header.height  # also if decoding fails
                 picture = thumbnail_uri(open_picture(header, max_pixels=self.data.max_pixels))
-            except (UnusablePair, ValueError, OSError):  # the latter: a mode without an RGB form
+            except (UnusablePair, ValueError, OSError):  # ValueError: a mode that cannot be converted to RGB
                 continue
             caption = text if len(text) <= _CAPTION else text[: _CAPTION - 1] + "…"
             note = "" if counts is None else f"drawn {count(int(counts[row]))} ×"
@@ -114,7 +114,7 @@ class _Reader:
 
 
 def _counts(folder: Path, pairs: int) -> npt.NDArray[np.int32] | None:
-    """int32 [pairs] draws up to the newest checkpoint; None before the first."""
+    """int32 [pairs] draw counts in the newest checkpoint; None before the first checkpoint."""
     found = checkpoints(folder)
     if not found:
         return None
@@ -122,7 +122,7 @@ def _counts(folder: Path, pairs: int) -> npt.NDArray[np.int32] | None:
     if counts is None or counts.dtype != torch.int32 or counts.ndim != 1 or bool((counts < 0).any()):
         raise DataError(f"{printable(found[-1])} holds no draw counts", remedy="restore the checkpoint")
     if len(counts) != pairs:
-        # Rows would name other pairs than those that were drawn.
+        # The counts would belong to other pairs.
         cause = f"the shards hold {pairs:,} pairs now, and the run drew from {len(counts):,}"
         raise DataError(cause, remedy="restore the shards")
     array: npt.NDArray[np.int32] = counts.numpy()
@@ -156,6 +156,6 @@ def _of_step(shown: _Reader, last: dict[str, Any]) -> list[Group]:
 
 
 def _some(rows: npt.NDArray[np.int64]) -> list[int]:
-    """A few rows from all over the pool, the same ones whenever a page is made; more than shown: some are unusable."""
+    """Random rows with a fixed seed; more than are shown, because some are unusable."""
     some: list[int] = np.random.default_rng(0).permutation(rows)[:_TRIED].tolist()
     return some

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The event log of a run: one JSON object a line, flushed as it happens, whole after a crash and after a resume."""
+"""The event log of a run: one JSON object per line, flushed after each event, valid after a crash or a resume."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 1 << 16
-_LONGEST = 16 * MIB  # an event with 4096 candidates has about 50 kB
+_LONGEST = 16 * MIB  # an event with 4096 candidates is about 50 kB
 
 
 class JsonlWriter:
-    """A callback that appends each event to a file as one line. In a distributed run, only rank 0 should hold one.
+    """A callback that appends each event to a file as one line. In a distributed run, use it only on rank 0.
 
-    An existing file is continued after its last whole line; an incomplete line is removed.
+    An existing file is appended to; an incomplete last line is removed.
 
     Args:
         path: the file, by convention `events.jsonl` in the run's folder.
 
     Raises:
-        ConfigError: if it cannot be written, or is a link, a hard link, or another thing than a regular file.
-        DataError: if its last line is longer than any event.
+        ConfigError: if the file cannot be written, is a symbolic or hard link, or is not a regular file.
+        DataError: if its last line is too long for an event.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,14 +57,14 @@ class JsonlWriter:
             raise ConfigError(cause, remedy="check permissions and space", field="directory") from error
 
     def __call__(self, event: Event) -> None:
-        """Append one event; it is handed to the operating system before this returns."""
+        """Append and flush one event."""
         line = json.dumps(_finite(event.to_dict()), ensure_ascii=False, allow_nan=False)
         with self._writing():
-            self._stream.write(line.encode(errors="replace") + b"\n")  # names of files need not be UTF-8
+            self._stream.write(line.encode(errors="replace") + b"\n")  # file names may not be UTF-8
             self._stream.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Drop events beyond `step`: a resumed run tells them again."""
+        """Remove events after `step`; a resumed run logs them again."""
         self._stream.close()
         with self._writing(), whole_file(self.path) as temporary, temporary.open("wb") as stream:
             for line, row in _rows(self.path):
@@ -87,17 +87,17 @@ class JsonlWriter:
 
 
 def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Every whole line of an event log, in order, read as they are asked for; a torn last line is left out.
+    """Iterate over the events of a log in order; an incomplete last line is ignored.
 
     Raises:
-        DataError: if the file cannot be read, or a whole line is not an event with the fields of its kind.
+        DataError: if the file cannot be read, or a complete line is not a valid event.
     """
     for _, row in _rows(Path(path)):
         yield row
 
 
 def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line with the event that it holds."""
+    """Yield each line with its event."""
     try:
         for number, line in enumerate(read_lines(path, _LONGEST), start=1):
             row = parse_json(line, f"line {number} of {path}")
@@ -112,7 +112,7 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _whole_length(stream: BinaryIO) -> int:
-    # Only the last line can be torn; a line is far shorter than the log, so look from the end.
+    # Only the last line can be incomplete, so search for its start from the end.
     size = stream.seek(0, os.SEEK_END)
     for start in range(max(0, size - _BLOCK), max(-_BLOCK, size - _LONGEST - _BLOCK), -_BLOCK):
         stream.seek(max(0, start))
@@ -124,7 +124,7 @@ def _whole_length(stream: BinaryIO) -> int:
 
 
 def _finite(value: Any) -> Any:
-    # JSON has no NaN; a non-finite loss is written as null.
+    # JSON has no NaN: write non-finite values as null.
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

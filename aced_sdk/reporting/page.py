@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building blocks of self-contained HTML pages: one file, no script, nothing fetched when it is opened."""
+"""Functions for self-contained HTML pages: one file, no scripts, no network access."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Band = Sequence[tuple[float, float, float]]
 _TEMPLATES = Path(__file__).parent / "templates"
 
 PALETTE = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#868e96", "#c2255c", "#1864ab", "#e67700")
-"""Line colours in their order; told apart also by those who see fewer colours, with the marks beside them."""
+"""Line colours in order. Together with the markers they are distinguishable with colour blindness."""
 
 _ALARM = "#c92a2a"
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def write_page(target: Path, template: str, *, folders: Sequence[Path] = (), **values: Any) -> Path:
-    """Render a template and write the page, whole or not at all.
+    """Render a template and write the page atomically.
 
     Args:
         target: the HTML file.
         template: file name of a Jinja template; it usually extends `page.html.j2`.
-        folders: where to look for templates before this package's own.
-        values: what the template shows; text is escaped, `Markup` is not.
+        folders: folders of templates, searched before this package's templates.
+        values: variables of the template; text is escaped, `Markup` is not.
 
     Returns:
         `target`.
@@ -60,7 +60,7 @@ def write_page(target: Path, template: str, *, folders: Sequence[Path] = (), **v
     text = environment.get_template(template).render(values)
     try:
         with whole_file(target) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
     except OSError as error:
         cause = f"cannot write {printable(target)}: {error.strerror}"
         raise ConfigError(cause, remedy="check permissions and space, or remove what has that name") from error
@@ -68,17 +68,17 @@ def write_page(target: Path, template: str, *, folders: Sequence[Path] = (), **v
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share in 0..1 as a percentage; a dash for None."""
+    """Format a fraction in 0..1 as a percentage; None as a dash."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def count(number: float | None) -> str:
-    """A whole number with a thin space between thousands; a dash for None."""
+    """Format a whole number with thin spaces between thousands; None as a dash."""
     return "–" if number is None else f"{round(number):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them: `8.2 s`, `3 min 05 s`, `2 h 10 min`; a dash for None."""
+    """Format seconds as `8.2 s`, `3 min 05 s` or `2 h 10 min`; None as a dash."""
     if seconds is None:
         return "–"
     if seconds < 60:
@@ -88,10 +88,10 @@ def duration(seconds: float | None) -> str:
 
 
 def image_uri(picture: Image.Image | str | Path) -> str:
-    """A picture (or the file of one) as a `data:` address holding a PNG.
+    """Encode a picture or picture file as PNG in a `data:` URI.
 
     Raises:
-        DataError: if it cannot be read, or PNG has no form for it.
+        DataError: if the picture cannot be read or saved as PNG.
     """
     from aced_sdk.processing.plain import PictureError, open_picture
 
@@ -103,10 +103,10 @@ def image_uri(picture: Image.Image | str | Path) -> str:
 
 
 def thumbnail_uri(picture: Image.Image, side: int = 144) -> str:
-    """A picture as a `data:` address holding a WebP whose longer side is at most `side` pixels: a few kilobytes.
+    """Encode a picture as a WebP thumbnail in a `data:` URI; its longer side is at most `side` pixels.
 
     Raises:
-        ValueError: if the picture has no RGB form.
+        ValueError: if the picture cannot be converted to RGB.
     """
     small = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     small.thumbnail((side, side))
@@ -120,11 +120,11 @@ def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
 
 
 def figure_svg(figure: Figure, label: str) -> Markup:
-    """A matplotlib figure as inline SVG that scales with the page.
+    """Convert a matplotlib figure to inline SVG that scales with the page.
 
     Args:
-        figure: made from `matplotlib.figure.Figure`; pyplot and its global state are not needed.
-        label: what it shows, for those who cannot see it.
+        figure: a `matplotlib.figure.Figure`; pyplot is not needed.
+        label: description for screen readers.
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
@@ -136,13 +136,13 @@ def figure_svg(figure: Figure, label: str) -> Markup:
 
 @contextmanager
 def _own_style() -> Iterator[None]:
-    """Matplotlib's defaults.
+    """Use matplotlib's default style.
 
-    When it is imported, it reads a style from the working folder, which may be a stranger's.
+    On import, matplotlib reads a style file from the working folder, which may be untrusted.
     """
     spec = find_spec("matplotlib")
     if "matplotlib" not in sys.modules and os.path.lexists("matplotlibrc") and spec and spec.origin:
-        with chdir(Path(spec.origin).parent / "mpl-data"):  # where its defaults are
+        with chdir(Path(spec.origin).parent / "mpl-data"):  # the folder of its default style
             import matplotlib  # noqa: F401
     try:
         from matplotlib import rc_context, rcParamsDefault
@@ -168,19 +168,19 @@ def line_chart(
     as_percent: bool = False,
     from_zero: bool = True,
 ) -> Markup:
-    """Lines over one axis as inline SVG.
+    """Draw a line chart as inline SVG.
 
     Args:
         lines: name to points (x, y).
-        label: description of the chart.
+        label: description for screen readers.
         x: label of the horizontal axis, with its unit.
         y: label of the vertical axis, with its unit.
-        colours: name to colour; a name without one takes the next of `PALETTE`.
-        dashed: names of lines to draw dashed, such as a base rate.
-        bands: name of a line to the areas (x, low, high) to shade around it.
-        marks: upright lines: x to a word written beside it.
-        as_percent: y values are shares in 0..1 and are shown times 100.
-        from_zero: the vertical axis begins at zero.
+        colours: name to colour; default: the next of `PALETTE`.
+        dashed: names of dashed lines, such as a base rate.
+        bands: name of a line to shaded areas (x, low, high) around it.
+        marks: vertical lines, x to a label.
+        as_percent: y values are fractions in 0..1, shown as percentages.
+        from_zero: start the vertical axis at zero.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -230,7 +230,7 @@ def line_chart(
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib draws it: no formula, no control characters."""
+    """Escape a name for matplotlib: no formulas, no control characters."""
     return one_line(name).replace("$", r"\$")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress bars for people: on a terminal, on rank 0, on standard error, and nowhere else.
+"""Progress bars on standard error, shown only on rank 0 and on a terminal.
 
-A bar that is not shown costs one attribute test per call. Logging is never touched. A `Progress` opened while a
-`Stages` is open takes its place below the total bar, so that a verb's own bar and a caller's stages share one display.
+A hidden bar costs one attribute test per call. Logging is not changed. A `Progress` opened while a `Stages` is open is
+shown below the total bar, so that both share one display.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from aced_sdk.files import one_line
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-# The display of the innermost open bar, so that nested bars do not fight over the terminal.
+# The open display, shared by nested bars.
 _display: ContextVar[RichProgress | None] = ContextVar("aced_sdk_progress_display", default=None)
 
 
 def first_rank() -> bool:
-    """Whether this process is rank 0 of its launch (`RANK`, else `SLURM_PROCID`, else a single process)."""
+    """Whether this process is rank 0, by `RANK` or `SLURM_PROCID`; True without them."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def say(line: str) -> None:
-    """Write a line to standard error, if there is one: a daemon may have none."""
+    """Write a line to standard error, if it exists (a daemon may have none)."""
     if sys.stderr is not None:
         sys.stderr.write(line + "\n")
 
 
 class Progress:
-    """A bar with rate and time left.
+    """A progress bar with rate and remaining time.
 
     Args:
-        title: what is going on.
-        total: how many units there are, or None where nobody knows.
-        unit: what is counted, plural ("steps", "pairs").
-        done: units that an earlier, interrupted run already did.
-        plain: off a terminal, write one line at the start and one at the end.
-        stream: where to; None is standard error.
+        title: text before the bar.
+        total: number of units; None if unknown.
+        unit: name of the units, plural ("steps", "pairs").
+        done: units done before, by an interrupted run.
+        plain: without a terminal, write a line at the start and at the end.
+        stream: output stream; None: standard error.
 
     Example: `with Progress("distil", 300) as bar: bar.advance(1, loss=0.31)`
     """
@@ -90,7 +90,7 @@ class Progress:
         return self
 
     def advance(self, n: int = 1, **shown: float | str) -> None:
-        """Count `n` more units, and show the named values next to the bar."""
+        """Add `n` units and show the named values next to the bar."""
         self.done += n
         if self._display is not None:
             if shown:
@@ -119,12 +119,13 @@ class Progress:
 
 
 class Stages:
-    """A total bar over named stages; each stage, and whatever it calls, has its own bar below.
+    """A total bar over named stages, with a bar for each stage below.
 
     Args:
-        names: the stages in their order; each counts one.
-        plain: off a terminal, write a line at the start and at the end of each stage.
-        stream: where to; None is standard error.
+        names: the stages in order.
+        title: text before the total bar.
+        plain: without a terminal, write a line at the start and at the end of each stage.
+        stream: output stream; None: standard error.
 
     Example: `with Stages(["data", "distil"]) as stages, stages.stage("data", total=90, unit="shards") as bar: ...`
     """
@@ -143,14 +144,14 @@ class Stages:
 
     @property
     def done(self) -> int:
-        """Stages that ended well."""
+        """Number of stages that ended without an error."""
         return self._bar.done
 
     def stage(self, name: str, total: int | None = None, unit: str = "steps", *, done: int = 0) -> _Stage:
-        """The bar of one stage; leaving it without an error counts the stage as done.
+        """Return the bar of a stage. The stage is done when the bar closes without an error.
 
         Raises:
-            ValueError: if no stage has that name.
+            ValueError: if there is no stage `name`.
         """
         if name not in self.names:
             raise ValueError(f"no stage {name!r}; there are {', '.join(self.names)}")
@@ -207,7 +208,7 @@ def _new_display(stream: TextIO) -> RichProgress:
             return Text(f"{int(task.completed):,}/{total} {task.fields['unit']}")
 
     return RichProgress(
-        TextColumn("{task.description}", markup=False),  # a title may hold the name of a folder
+        TextColumn("{task.description}", markup=False),  # a folder name may contain markup
         BarColumn(bar_width=28),
         Count(),
         Rate(),

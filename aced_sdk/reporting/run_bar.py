@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bars of a run: one for each preparation, one for the steps, the plan before them. A callback of the loop."""
+"""The progress bars of a run, as a callback: one for each preparation and one for the steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aced_sdk.training.events import RunStarted
 
 
 class RunBar:
-    """Shows one bar at a time on a terminal, and writes the plan and warnings to standard error; on rank 0 only."""
+    """Show one bar at a time on a terminal; write the plan and warnings to standard error. Active only on rank 0."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -31,7 +31,7 @@ class RunBar:
         self._stack.__exit__(kind, error, trace)
 
     def watch(self, what: str, done: int, total: int) -> None:
-        """Hear of a preparation."""
+        """Update the bar of a preparation."""
         if what != self._what or self._bar is None:
             self._open(what, total, "pairs", 0)
         if self._bar is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML report of one distillation run, from what the run's folder holds."""
+"""The HTML report of a distillation run, made from the run's folder."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from aced_sdk.reporting.rows import slim
 from aced_sdk.reporting.thinning import Thinned
 
 _POINTS = 300
-"""Points that a line of a chart has at most; more steps are averaged."""
+"""Maximum points per line of a chart; more steps are averaged."""
 
 _WARNINGS = 8
-"""Warnings shown at the top; the rest is folded."""
+"""Warnings shown at the top; more are folded."""
 
 _EVENTS = 5_000_000
-"""Events that a log may have."""
+"""Maximum events of a log."""
 
 _NAMES = 24
-"""Terms, tasks, metrics and statistics that are shown of each kind."""
+"""Maximum terms, tasks, metrics and statistics shown."""
 
 _LISTED = 1000
-"""Warnings, and rows of a table, that a page has at most."""
+"""Maximum warnings, and rows of a table."""
 
 _SCORES = (
-    "Scores of pairs by themselves, before anything is picked: the median, the middle half, and 5 to 95 % of all "
-    "candidates and of the picked."
+    "Pair scores before the first pick, of all candidates and of the picked pairs: the median, the middle half, and "
+    "5 to 95 %."
 )
 _SHARES = (
     (
         {"noisy_selected": "selected", "noisy_candidates": "candidates"},
         "Known wrong captions over steps",
-        "Share of pairs marked as noisy, among the selected and among all candidates.",
+        "Fraction of pairs marked as noisy, among the selected pairs and among all candidates.",
     ),
     (
         {"unique_coverage": "drawn at least once", "top_decile_share": "draws of the most drawn tenth"},
         "Coverage of the pool over steps",
-        "Share of the pool drawn at least once, and share of all draws that fell on its most drawn tenth "
-        "(10 % if all are drawn alike).",
+        "Fraction of the pool drawn at least once, and fraction of the draws of its most drawn tenth "
+        "(10 % if all counts are equal).",
     ),
 )
 
@@ -72,19 +72,19 @@ class _Section:
 
 
 def report(run_directory: str | Path) -> Path:
-    """Write `report.html` into a run's folder: warnings, curves, selection, held-out figures, pairs to look at.
+    """Write `report.html` to a run's folder: warnings, curves, selection, held-out metrics and example pairs.
 
-    A run that is in progress or was interrupted is reported up to its last event. Pictures come from the shards that
-    `config.yaml` names, draw counts from the newest checkpoint; where those are gone, the page says so.
+    A running or interrupted run is reported up to its last event. Pictures are read from the shards in `config.yaml`,
+    draw counts from the newest checkpoint. If they are missing, the page says so.
 
     Args:
-        run_directory: a folder with `events.jsonl` and, if they are there, `config.yaml` and checkpoints.
+        run_directory: a folder with `events.jsonl` and, optionally, `config.yaml` and checkpoints.
 
     Returns:
-        The page's path.
+        The path of the page.
 
     Raises:
-        DataError: if there is no event log, it is broken, or nothing is in it yet.
+        DataError: if the event log is missing, broken or has no step yet.
         ConfigError: if the page cannot be written.
     """
     folder = Path(run_directory)
@@ -145,14 +145,14 @@ def report(run_directory: str | Path) -> Path:
             config=_text(folder),
         )
     except OSError as error:
-        # matplotlib looks into the user's configuration folder as it is imported.
+        # On import, matplotlib reads the user's configuration folder.
         where = printable(error.filename or folder)
         cause = f"cannot make the report of {printable(folder)}: {where}: {error.strerror}"
         raise DataError(cause, remedy="check permissions and space") from error
 
 
 def _config(folder: Path) -> DistillConfig | str:
-    """The run's config, or why it cannot be read."""
+    """The run's config, or the reason why it cannot be read."""
     try:
         return DistillConfig.from_yaml(inside(folder, "config.yaml"))
     except (ConfigError, ReadError) as error:
@@ -160,7 +160,7 @@ def _config(folder: Path) -> DistillConfig | str:
 
 
 def _text(folder: Path) -> str:
-    """The text of the run's config; nothing if it cannot be read."""
+    """The text of the run's config; "" if it cannot be read."""
     try:
         return read_text(inside(folder, "config.yaml"))
     except ReadError:
@@ -282,28 +282,28 @@ def _scores(rows: list[Row]) -> Markup:
 
 def _effective_pool(kinds: dict[str, list[Row]], config: DistillConfig | None) -> tuple[Markup, str]:
     lines = {"effective pool size": _points(kinds["selected"], "statistics", "effective_pool_size")}
-    words = "Effective pool size: the number of pairs that, drawn alike, would make draws as varied as these."
+    words = "Effective pool size: the number of pairs that, drawn equally often, have the same entropy as these draws."
     pairs, steps = _pairs(kinds), kinds["step_done"]
     if pairs:
         places = [(step, bisect_left(steps, step, key=_step)) for step, _ in lines["effective pool size"]]
         draws = [(step, round(steps[place]["trained"])) for step, place in places if place < len(steps)]
-        lines["even draws"] = [(step, even_pool_size(drawn, pairs)) for step, drawn in draws]
-        words += " Dashed: what even draws would reach, and where the run warns."
+        lines["uniform draws"] = [(step, even_pool_size(drawn, pairs)) for step, drawn in draws]
+        words += " Dashed: the size for uniform draws, and the size below which the run warns."
         if config is not None and config.curation.collapse_level and draws and draws[-1][1] >= pairs:
             below = config.curation.collapse_level
             lines["warns below"] = [
                 (step, below * even_pool_size(drawn, pairs)) for step, drawn in draws if drawn >= pairs
             ]
-    # The loop gives this remedy with no other warning.
+    # Only warnings of a collapse have this remedy.
     collapses = [row["step"] for row in kinds.get("warned", []) if row["remedy"] == COLLAPSE_REMEDY][:_NAMES]
     marks = dict.fromkeys(collapses, "") | dict.fromkeys(collapses[:1], "warned of collapse")
     label = "Effective pool size over steps"
-    dashed = ["even draws", "warns below"]
+    dashed = ["uniform draws", "warns below"]
     return line_chart(lines, label=label, x="steps", y="pairs", dashed=dashed, marks=marks), words
 
 
 def _pairs(kinds: dict[str, list[Row]]) -> int | None:
-    """Pairs that the run draws from; None where its log does not tell."""
+    """Number of pairs that the run draws from; None if its log lacks it."""
     pairs: int | None = kinds["run_started"][-1].get("facts", {}).get("pairs") if "run_started" in kinds else None
     return pairs
 
@@ -318,7 +318,7 @@ def _warnings(kinds: dict[str, list[Row]]) -> list[tuple[str, str, str]]:
 
 
 def _points(rows: Sequence[Row], *path: str | int) -> Points:
-    """(step, value) of each row that has a value there, averaged in blocks so that a chart stays small."""
+    """(step, value) of the rows that have a value at `path`, averaged in blocks to at most `_POINTS` points."""
     points = []
     for row in rows:
         value: Any = row

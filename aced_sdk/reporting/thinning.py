@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a long event log for charts, in bounded memory: neighbours are averaged where there are too many."""
+"""Rows of an event log for charts, in bounded memory: neighbouring rows of a long log are averaged."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ import sys
 from typing import Any
 
 VALUES = 2_000_000
-"""Numbers that the rows of one kind of event have together; those of a step are about a dozen."""
+"""Maximum numbers kept of one kind of event; a step has about a dozen."""
 
 _NAMES = 1000
-"""Names that a mapping of an averaged row has at most."""
+"""Maximum names in a mapping of an averaged row."""
 
 _LETTERS = 64
-"""Letters of names that take about the memory of a number."""
+"""Characters of a name that use about as much memory as a number."""
 
 Row = dict[str, Any]
 
 
 class Thinned:
-    """Rows in their order. As soon as they are too many, every two neighbours become their mean.
+    """Collect rows in order. If there are too many, replace every two neighbours by their mean.
 
-    The first and the last row stay as they are. A mean has the step of the later row.
+    The first and the last row are kept unchanged. A mean has the step of the later row.
 
     Args:
-        values: numbers that are kept, names counted by their length.
+        values: maximum numbers to keep; long names count as numbers.
     """
 
     def __init__(self, values: int = VALUES) -> None:
         self._values = values
         self._cost = 0
-        self._group = 1  # rows that each of `_rows` stands for
+        self._group = 1  # rows averaged in each of `_rows`
         self._rows: list[Row] = []
-        self._waiting: Row = {}  # the mean of rows that are no whole group yet
-        self._count = 0  # of those
+        self._waiting: Row = {}  # mean of the rows of an incomplete group
+        self._count = 0  # rows in `_waiting`
         self._first: Row | None = None
         self._last: Row | None = None
 
     def add(self, row: Row) -> None:
-        """Take the next row."""
+        """Add the next row."""
         row = _interned(row)
         self._first, self._last = self._first or row, row
         self._waiting = _mean(self._waiting, row, self._count / (self._count + 1))
@@ -54,7 +54,7 @@ class Thinned:
             self._group *= 2
 
     def rows(self) -> list[Row]:
-        """The rows or their means."""
+        """Return the rows or their means."""
         if self._group == 1 or self._first is None or self._last is None:
             return list(self._rows)
         rest = [self._waiting] if self._count else []
@@ -66,7 +66,7 @@ class Thinned:
 
 
 def _interned(value: Any) -> Any:
-    """The same value; equal names of all rows are one object."""
+    """Intern all names, so that rows share them."""
     if isinstance(value, dict):
         return {sys.intern(name): _interned(inner) for name, inner in value.items()}
     return value
@@ -79,7 +79,7 @@ def _cost(value: Any) -> int:
 
 
 def _mean(one: Row, other: Row, weight: float) -> Row:
-    """One row for two: means of their numbers, and what the second has of all else; `weight` is the first one's."""
+    """Merge two rows: weighted means of numbers (`weight` for `one`), and all other values of `other`."""
     if not one:
         return other
     names = list((one | other).keys())[:_NAMES]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events of distillation, besides those of any training (`aced_sdk.engine.events`)."""
+"""Events of distillation. `aced_sdk.engine.events` has the events of all trainings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aced_sdk.engine.events import Event, StepDone
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """The loop is about to take its first step, anew or after a resume."""
+    """The loop starts or resumes."""
 
     steps: int
     config_hash: str
@@ -20,13 +20,13 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class StudentStep(StepDone):
-    """A step of distillation; in logs `step_done`.
+    """A step of distillation, logged as `step_done`.
 
     Attributes:
         scored: examples scored by the student for selection so far.
         scale: the student's learned scale.
-        bias: its learned bias.
-        distilled: examples of second, evenly drawn batches so far; not among `trained`.
+        bias: the student's learned bias.
+        distilled: examples of second, uniformly drawn batches so far; not included in `trained`.
     """
 
     log_name: ClassVar[str] = "step_done"
@@ -38,13 +38,13 @@ class StudentStep(StepDone):
 
 @dataclass(frozen=True)
 class Selected(Event):
-    """What curation picked in a step; rows are numbers in the pool.
+    """The selection of a step. Rows are indices in the pool.
 
     Attributes:
-        picked: rows trained on, in the order drawn.
+        picked: rows trained on, in draw order.
         candidates: rows of the super-batch.
-        statistics: coverage of the pool so far (unique coverage, share of the top tenth, effective pool size ...).
-        scores: the 5, 25, 50, 75 and 95 % quantiles of the pairs' own scores, of all `candidates` and of the `picked`.
+        statistics: statistics of the draws so far, such as the effective pool size.
+        scores: 5, 25, 50, 75 and 95 % quantiles of the pair scores of all `candidates` and of the `picked` pairs.
     """
 
     picked: tuple[int, ...]
@@ -53,7 +53,7 @@ class Selected(Event):
     scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `Event.to_dict`; rows of large super-batches are left out, since a log of them would outgrow the run."""
+        """As `Event.to_dict`, but without the rows of super-batches above 4096 pairs, to keep the log small."""
         values = super().to_dict()
         if len(self.candidates) > 4096:
             del values["picked"], values["candidates"]
@@ -62,7 +62,7 @@ class Selected(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """Held-out metrics, task name to metric name to value (shares in 0..1)."""
+    """Held-out metrics: task name to metric name to value (fractions in 0..1)."""
 
     metrics: dict[str, dict[str, float]]
     trained: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of distillation. It knows no method by name: IID, KD, I-ACID, H-ACID and ACED are values of a config."""
+"""The distillation loop. It is the same for all methods (IID, KD, I-ACID, H-ACID, ACED); they differ in the config."""
 
 from __future__ import annotations
 
@@ -25,15 +25,23 @@ from aced_sdk.training.progress import Progress, keep, restore
 from aced_sdk.training.scoring import score
 from aced_sdk.training.step import Gradient, can_accumulate, is_quiet, learn
 
-_KEYS = 8  # names of pairs logged with a skipped step
+_KEYS = 8  # pairs named in the event of a skipped step
 
 
 def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) -> Progress:
-    """Take all steps that are left.
+    """Train for the remaining steps.
+
+    Args:
+        config: the run.
+        parts: the components of the loop.
+        resume_from: a checkpoint folder of this run.
+
+    Returns:
+        The totals at the end.
 
     Raises:
-        ConfigError: if the student cannot be trained in micro-batches, and the config asks for them.
-        EngineError: if losses stay non-finite, every step was skipped, or a checkpoint cannot be written or read.
+        ConfigError: if the config sets micro-batches and the student has batch norm.
+        EngineError: if losses stay non-finite, all steps were skipped, or a checkpoint cannot be written or read.
     """
     can_accumulate(config, parts.engine.module)
     done = Progress() if resume_from is None else restore(resume_from, parts)
@@ -47,19 +55,19 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
         batches.close()
     if not steps.progress.trained:
         raise EngineError(
-            f"nothing was trained: all of the {steps.progress.step} steps were skipped for a loss or gradient that is "
-            "not finite",
+            f"nothing was trained: all of the {steps.progress.step} steps were skipped because of a non-finite loss or "
+            "gradient",
             remedy="check the teachers' embeddings and the data, or lower optimizer.learning_rate",
         )
     return steps.progress
 
 
 class _Drawn(NamedTuple):
-    """What a step was made of."""
+    """The data of a step, kept for its events."""
 
     super_batch: SuperBatch
-    picked: Tensor  # int64 [b], places in the super-batch
-    batch: SuperBatch  # the picked pairs, and those of a second, evenly drawn batch
+    picked: Tensor  # int64 [b], indices in the super-batch
+    batch: SuperBatch  # the picked pairs, then those of the second, uniformly drawn batch
     student: Embeddings | None
     reference: Embeddings | None
     gradient: Gradient
@@ -67,7 +75,7 @@ class _Drawn(NamedTuple):
 
 
 class _Distillation:
-    """Read, score, draw, learn; then count and report."""
+    """The steps of distillation: read, score, select, learn; then count and log."""
 
     def __init__(
         self, config: DistillConfig, parts: Parts, batches: Iterator[tuple[SuperBatch, int]], done: Progress
@@ -76,7 +84,7 @@ class _Distillation:
         self.parts = parts
         self.batches = batches
         self.progress = done
-        # Scores at full size may serve as the first pass over micro-batches, if the student draws no noise.
+        # Scores at full size can be reused as the first pass over micro-batches, unless the student has dropout.
         curation = config.curation
         full = curation.needs_student and curation.scoring_side is None
         self._scores_serve: bool | None = None if full and config.engine.micro_batch is not None else False
@@ -159,7 +167,7 @@ class _Distillation:
         )
 
     def _suspects(self) -> Tensor:
-        """Rows of the pairs whose embeddings are not finite, or all of the step's."""
+        """Rows of the pairs with non-finite embeddings; all pairs of the step if there are none."""
         student, rows = self._drawn.gradient.student, self._drawn.batch.rows
         whole = (torch.isfinite(student.image) & torch.isfinite(student.text)).all(dim=1).cpu()
         return rows if whole.all() else rows[~whole]

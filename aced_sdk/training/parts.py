@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop joins."""
+"""The components of the training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aced_sdk.towers import DualEncoder
 
 
 class Trainee(nn.Module):
-    """The student as engines hold it: tensors in, tensors out."""
+    """The student as a module for engines: takes tensors, returns tensors."""
 
     def __init__(self, encoder: DualEncoder) -> None:
         super().__init__()
@@ -34,24 +34,24 @@ class Trainee(nn.Module):
 
 @dataclass
 class Parts:
-    """What the loop joins.
+    """The components of the training loop.
 
     Attributes:
-        engine: holds a `Trainee` of `student`.
-        student: the encoder that learns.
-        batches: opens the stream of super-batches at a position.
+        engine: trains a `Trainee` of `student`.
+        student: the encoder to train.
+        batches: returns the stream of super-batches from a position.
         selector: selects sub-batches.
-        reference: embeddings to select by in each step, if the curation reads them.
-        teachers: embeddings to distil from, in the numbering of the objective's terms.
-        objective: embeddings of a sub-batch to its loss.
+        reference: the reference's embeddings; None if steps do not read them.
+        teachers: the teachers' embeddings, by index.
+        objective: computes the loss of a sub-batch.
         statistics: draw counts of the pool.
-        pool: the pairs; checkpoints are bound to its fingerprint.
-        source: reads them.
+        pool: the pairs; a checkpoint stores its fingerprint.
+        source: reads the pairs.
         rows: int64 [K], rows of the pool that may be drawn.
-        usable: number of pairs that can be read.
-        noisy: bool [N], whether a pair's caption is known to be wrong; None if that is not known.
+        usable: number of usable pairs.
+        noisy: bool [N], pairs whose caption is known to be wrong; None if unknown.
         generator: noise of the selection.
-        callbacks: receive every event.
+        callbacks: called with each event.
     """
 
     engine: Engine
@@ -72,11 +72,11 @@ class Parts:
 
     @property
     def frozen(self) -> list[str]:
-        """What the embeddings of frozen models come from; checkpoints are bound to it."""
+        """Fingerprints of the frozen models; a checkpoint stores them."""
         return [cache.model for cache in (self.reference, *self.teachers) if cache is not None]
 
     def keys(self, rows: Tensor) -> list[str]:
-        """Names of the samples at some rows of the pool (int64 [K])."""
+        """Keys of the samples at rows of the pool (int64 [K])."""
         return [one_line(self.pool.samples[int(row)].key) for row in rows]
 
     def emit(self, event: Event) -> None:

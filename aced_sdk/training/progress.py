@@ -17,7 +17,7 @@ from aced_sdk.engine.state import unreadable
 from aced_sdk.errors import CacheError, DataError
 from aced_sdk.training.parts import Parts
 
-Total = Annotated[int, Field(strict=True, ge=0, le=2**53)]  # as an event log takes them
+Total = Annotated[int, Field(strict=True, ge=0, le=2**53)]  # the range of an event log
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Progress:
     Attributes:
         step: steps taken.
         position: rows of the pool's order consumed.
-        trained: pairs trained on; those of skipped steps do not count.
+        trained: pairs trained on, without skipped steps.
         scored: pairs scored by the student for selection.
-        distilled: pairs of second, evenly drawn batches.
+        distilled: pairs of second, uniformly drawn batches.
         collapsed: whether a collapse of the draws was logged.
     """
 
@@ -42,7 +42,7 @@ class Progress:
 
 
 def keep(config: DistillConfig, parts: Parts, done: Progress) -> Path:
-    """Write a checkpoint; returns its folder.
+    """Write a checkpoint and return its folder.
 
     Raises:
         EngineError: if it cannot be written.
@@ -57,15 +57,15 @@ def keep(config: DistillConfig, parts: Parts, done: Progress) -> Path:
 
 
 def check_pool(checkpoint: Path, pool: str) -> None:
-    """Refuse to resume on other data.
+    """Check that a checkpoint belongs to a pool.
 
     Args:
-        checkpoint: a checkpoint's folder.
-        pool: the fingerprint of the pool.
+        checkpoint: folder of the checkpoint.
+        pool: fingerprint of the pool.
 
     Raises:
         EngineError: if the checkpoint is damaged.
-        DataError: if the run has trained on another pool.
+        DataError: if the run was trained on another pool.
     """
     if read_checkpoint_state(checkpoint).get("pool") != pool:
         raise DataError(
@@ -76,12 +76,12 @@ def check_pool(checkpoint: Path, pool: str) -> None:
 
 
 def restore(folder: Path, parts: Parts) -> Progress:
-    """Put everything back to where a checkpoint was written.
+    """Restore all state from a checkpoint and return the totals.
 
     Raises:
-        EngineError: if it cannot be read.
-        CurationError: if it is of another pool.
-        CacheError: if the run has learned from other frozen models.
+        EngineError: if the checkpoint cannot be read.
+        CurationError: if its pool has another size.
+        CacheError: if the run was trained with other frozen models.
     """
     state, tensors = load_checkpoint(folder, parts.engine)
     if state.get("frozen", parts.frozen) != parts.frozen:  # older checkpoints lack it
@@ -93,7 +93,7 @@ def restore(folder: Path, parts: Parts) -> Progress:
     try:
         done = TypeAdapter(Progress).validate_python(state)
         counts = tensors["counts"]
-        # A super-batch that crosses the end of the pool's order may hold a pair twice.
+        # A super-batch across the end of the pool's order may contain a pair twice.
         if counts.dtype != torch.int32 or bool(((counts < 0) | (counts > 2 * done.step)).any()):
             raise ValueError("the draw counts are not those of its steps")
         parts.generator.set_state(tensors["generator"])
@@ -105,7 +105,7 @@ def restore(folder: Path, parts: Parts) -> Progress:
 
 
 def noise_state(device: torch.device) -> dict[str, Tensor]:
-    """States of torch's own generators, which dropout in a tower draws from."""
+    """States of torch's global generators, which dropout uses."""
     states = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -113,7 +113,7 @@ def noise_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_noise_state(states: dict[str, Tensor], device: torch.device) -> None:
-    """Restore a state of `noise_state`, also on a device of another kind."""
+    """Restore the states of `noise_state`; the device type may differ."""
     torch.set_rng_state(states["torch"])
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

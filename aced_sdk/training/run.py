@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to a trained, saved student."""
+"""Open the inputs of a run, assemble the loop, train, and save the student."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from aced_sdk.training.step import can_accumulate
 
 CONFIG = "config.yaml"
 STUDENT = "student"
-_SKIPPED = "look at the shards; data.max_bad_fraction bounds how many may be left out"
-_LINES = "if each line is a caption of its own, set data.caption_lines to 'first'"
+_SKIPPED = "check the shards; data.max_bad_fraction limits the unusable pairs"
+_LINES = "if each line is a separate caption, set data.caption_lines to 'first'"
 Watch = Callable[[str, int, int], None]
 
 
@@ -43,11 +43,11 @@ class Run:
     """A finished run.
 
     Attributes:
-        directory: config, events, checkpoints and the student's folder.
-        student: the trained encoder; it can be named wherever a folder can (`aced.load(run.student)`).
+        directory: folder of config, events, checkpoints and student.
+        student: the trained encoder. It can be passed wherever a folder can (`aced.load(run.student)`).
         step: steps taken.
-        metrics: trained, scored and distilled examples (the last those of a second batch), and the last held-out
-            figures, task to metric to value.
+        metrics: `trained`, `scored` and `distilled` examples, and the last held-out metrics as `evaluation`, task to
+            metric to value.
     """
 
     directory: Path
@@ -58,13 +58,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: opened and checked, before anything is computed.
+    """The inputs of a run, opened and checked before anything is computed.
 
     Attributes:
         pool: the pairs.
         student: the encoder to train.
-        reference: source of the reference's embeddings; None if nothing reads them.
-        teachers: sources of the teachers' embeddings, in the numbering of the objective's terms.
+        reference: source of the reference's embeddings; None if curation does not use them.
+        teachers: sources of the teachers' embeddings, by index.
     """
 
     pool: Pool
@@ -74,34 +74,34 @@ class Inputs:
 
     @property
     def frozen(self) -> list[FrozenSource]:
-        """The different sources."""
+        """The sources without duplicates."""
         named = (self.reference, *self.teachers)
         return list({source.fingerprint: source for source in named if source is not None}.values())
 
 
 def open_inputs(config: DistillConfig, resume_from: Path | None = None) -> Inputs:
-    """Open the pool and load all models. Mistakes of a config are raised here, before hours of caching.
+    """Open the pool, load all models and check the config, before embeddings are cached.
 
     Args:
         config: the run.
         resume_from: a checkpoint folder of this run.
 
     Raises:
-        UnsupportedError: for several processes, and for ZeRO stage 3.
-        ConfigError: if the config does not fit the student or the pool.
-        DataError: if the shards cannot be read, or are not those of the checkpoint.
+        UnsupportedError: for several processes or ZeRO stage 3.
+        ConfigError: if the config does not match the student or the pool.
+        DataError: if the shards cannot be read, or have changed since the checkpoint.
         ModelError: if a model cannot be loaded.
     """
     if read_launch().world_size > 1:
         raise UnsupportedError(
             "this version distils in one process, and several were launched",
-            remedy="launch one process; exact curation across ranks is not there yet",
+            remedy="launch one process; exact curation across ranks is not supported yet",
             field="engine",
         )
     if config.engine.kind == "deepspeed" and config.engine.zero_stage == 3:
         raise UnsupportedError(
             "ZeRO stage 3 cannot hold a dual encoder: DeepSpeed does not partition its 0-dim scale and bias",
-            remedy="use stage 2; a dual encoder that is distilled is small",
+            remedy="use stage 2; distilled dual encoders are small",
             field="engine.zero_stage",
         )
     pool = Pool(config.data.shards, caption_lines=config.data.caption_lines)
@@ -116,24 +116,24 @@ def open_inputs(config: DistillConfig, resume_from: Path | None = None) -> Input
     built: dict[str, FrozenSource] = {}
     named = [("reference", config.reference)] if config.curation.needs_reference else []
     for role, frozen in [*named, *(("teacher", teacher) for teacher in config.teachers)]:
-        if frozen is not None and frozen.hash() not in built:  # a model with two roles is loaded once
+        if frozen is not None and frozen.hash() not in built:  # load a model with two roles once
             built[frozen.hash()] = build_frozen(frozen, "reference" if frozen == config.reference else role)
     reference = built[config.reference.hash()] if named and config.reference is not None else None
     return Inputs(pool, student, reference, tuple(built[teacher.hash()] for teacher in config.teachers))
 
 
 def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
-    """Make what the loop joins: cached embeddings, a source of pairs, and the engine that holds the student.
+    """Build the components of the loop: cached embeddings, source of pairs, selector, objective and engine.
 
     Args:
         config: the run.
-        inputs: as `open_inputs` returns them.
-        watch: hears of preparations (what, done, total).
+        inputs: from `open_inputs`.
+        watch: called with the progress of preparations (what, done, total).
 
     Raises:
-        CacheError: if a cache cannot be written, or is of something else.
+        CacheError: if a cache cannot be written, or belongs to another model or pool.
         DataError: if too many pairs are unusable.
-        ConfigError: if a step draws more pairs than are left.
+        ConfigError: if a step draws more pairs than are usable.
     """
     pool, student, data = inputs.pool, inputs.student, config.data
     device = pick_device(config.engine, 0)
@@ -174,16 +174,16 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
 def train_and_save(
     config: DistillConfig, parts: Parts, resume_from: Path | None = None, facts: dict[str, Any] | None = None
 ) -> Run:
-    """Train from the beginning or from a checkpoint, and save `directory/student`.
+    """Train from step 0 or from a checkpoint, and save the student to `directory/student`.
 
     Args:
         config: the run.
-        parts: as `assemble` returns them.
+        parts: from `assemble`.
         resume_from: a checkpoint folder of this run.
         facts: logged with `RunStarted`.
 
     Raises:
-        EngineError: as `train`, or if the trained student has weights that are not finite.
+        EngineError: as `train`, or if the trained student has non-finite weights.
         ModelError: if the student cannot be saved.
     """
     started = time.perf_counter()
@@ -198,7 +198,7 @@ def train_and_save(
     skipped = parts.source.skipped
     if skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
-        cause = f"{skipped.total()} of {parts.source.seen} pairs were skipped as they were read: {reasons}"
+        cause = f"{skipped.total()} of {parts.source.seen} pairs were skipped while reading: {reasons}"
         parts.emit(Warned(done.step, cause, _SKIPPED))
     student.eval()
     counts = {"trained": done.trained, "scored": done.scored, "distilled": done.distilled}
@@ -219,7 +219,7 @@ def _facts(config: DistillConfig, parts: Parts) -> dict[str, Any]:
 
 
 def _warnings(config: DistillConfig, parts: Parts, resumed: bool) -> Iterator[tuple[str, str]]:
-    """Cause and remedy of what a user should know at the start."""
+    """Cause and remedy of each warning at the start of a run."""
     pairs = len(parts.pool)
     if parts.usable < pairs and not resumed:
         yield f"{pairs - parts.usable} of {pairs} pairs are unusable and left out", _SKIPPED
@@ -235,13 +235,13 @@ def _check_finite(encoder: DualEncoder) -> None:
     wrong = [name for name, tensor in encoder.model.named_parameters() if not tensor.isfinite().all()]
     if wrong:
         raise EngineError(
-            f"the trained student has values that are not finite in {len(wrong)} weights, {printable(wrong[0])} first",
+            f"the trained student has non-finite values in {len(wrong)} weights, {printable(wrong[0])} first",
             remedy="lower optimizer.learning_rate and weight_decay, and resume from an older checkpoint or start again",
         )
 
 
 def student_facts(config: DistillConfig, counts: dict[str, int]) -> dict[str, Any]:
-    """What a student's manifest says of its making."""
+    """Facts about the training for the manifest of the student."""
     return {
         "config": config.hash(),
         "curation": config.curation.method,
@@ -252,7 +252,7 @@ def student_facts(config: DistillConfig, counts: dict[str, int]) -> dict[str, An
 
 
 def known_noisy(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
-    """bool [N]: whose KEY.json says `"noisy": true`; None where no sample says anything."""
+    """bool [N]: pairs with `"noisy": true` in KEY.json; None if no pair has that key."""
     marks = pool.marks("noisy")
     if all(mark is None for mark in marks):
         return None
@@ -267,14 +267,14 @@ def _usable(config: DistillConfig, pool: Pool, source: Source, caches: list[Embe
     if total - len(rows) > config.data.max_bad_fraction * total:
         raise DataError(
             f"{total - len(rows)} of {total} pairs are unusable",
-            remedy="repair the shards, or raise the bound if that is expected",
+            remedy="repair the shards, or raise the limit if this is expected",
             field="data.max_bad_fraction",
         )
     return rows
 
 
 def _rows_of(cache: EmbeddingCache | None, rows: Rows) -> Embeddings:
-    """The embeddings of some rows, in memory."""
+    """The cached embeddings of rows, in memory."""
     if cache is None:
-        raise ConfigError("a frozen model is needed, and none is named", remedy="set reference", field="reference")
+        raise ConfigError("a reference is needed, and none is set", remedy="set reference", field="reference")
     return cache.rows(torch.from_numpy(rows), torch.device("cpu"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student's embeddings of a super-batch, without gradient, as cheaply as the config allows."""
+"""Scoring: the student's embeddings of a super-batch, without gradient."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from aced_sdk.towers import DualEncoder, Embeddings, shrink
 
 @torch.no_grad()
 def score(batch: SuperBatch, student: DualEncoder, config: DistillConfig, device: torch.device) -> Embeddings:
-    """Embeddings of all B candidates, in evaluation mode and the engine's precision.
+    """Embed all B candidates in evaluation mode, in the engine's precision.
 
-    Pictures have `curation.scoring_size` where it is set. Captions repeat, and each distinct one is embedded once.
+    Pictures are scored at `curation.scoring_size` if it is set. Equal captions are embedded once.
     """
     step, size = config.engine.scoring_batch, config.curation.scoring_side
     distinct, inverse = torch.unique(batch.tokens, dim=0, return_inverse=True)
-    # On a CPU the encoder's own, smaller batches stay in the caches.
+    # On a CPU, the encoder's smaller default batches fit in the caches.
     at_once = None if device.type == "cpu" else step
     with precision(config.engine, device):
         images = torch.cat(
@@ -33,12 +33,12 @@ def score(batch: SuperBatch, student: DualEncoder, config: DistillConfig, device
 
 
 def shrunk(images: Tensor, size: int | None) -> Tensor:
-    """uint8 [N, 3, H, W] at `size` pixels a side; None: as they are."""
+    """Resize uint8 [N, 3, H, W] to `size` pixels per side; None: return them unchanged."""
     return images if size is None else shrink(images, size)
 
 
 def cheap_places(curation: Curation, pairs: int) -> Tensor:
-    """bool [pairs]: which pairs of each sub-batch are trained at the scoring size, spread over the draw order."""
+    """bool [pairs]: the pairs of each sub-batch trained at the scoring size, evenly spaced in draw order."""
     places, of = torch.arange(pairs) % curation.sub_batch, curation.sub_batch
     cheap = round(curation.cheap_fraction * of)
     return (places + 1) * cheap // of > places * cheap // of

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step's loss and gradient, of the whole batch at once or in micro-batches (GradCache, arXiv 2101.06983).
+"""Loss and gradient of a step, for the whole batch or in micro-batches (GradCache, arXiv 2101.06983).
 
-Contrastive and distillation losses join all pairs of a batch, so that gradients of smaller batches do not add up to
-that of the batch. But the loss reaches the towers only through b small embeddings. So with `engine.micro_batch`:
+Contrastive and distillation losses depend on all pairs of a batch, so the gradients of micro-batches cannot simply be
+added. With `engine.micro_batch` the exact gradient is computed in three steps:
 
-1. all pairs are embedded without gradient, a micro-batch at a time;
-2. the objective on these embeddings gives their gradients (and those of scale and bias);
-3. each micro-batch is embedded again, with gradient and with the same dropout noise, and the inner product of its
-   embeddings with their gradients is what goes backward.
+1. Embed all pairs without gradient, one micro-batch at a time.
+2. Compute the objective on these embeddings, and the gradients of embeddings, scale and bias.
+3. Embed each micro-batch again, with gradient and the same dropout noise. Backpropagate the inner product of its
+   embeddings and their gradients.
 
-The sum over micro-batches is the gradient of the whole batch, for every objective. The price is one more forward pass;
-it is spared where the selection has just scored the same pairs with the same weights.
+This costs one more forward pass. If the selection has scored the same pairs with the same weights, step 1 is skipped.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from aced_sdk.training.progress import noise_state, set_noise_state
 from aced_sdk.training.scoring import cheap_places, shrunk
 
 _Out = tuple[Tensor, Tensor, Tensor, Tensor]  # image [m, D], text [m, D], scale [], bias []
-_Pieces = list[tuple[Tensor, int | None]]  # places in the batch (int64 [m]) and the pictures' size; None: their own
+_Pieces = list[tuple[Tensor, int | None]]  # indices in the batch (int64 [m]) and picture size; None: the student's
 
 
 @dataclass(frozen=True, eq=False)
 class Gradient:
-    """A step's loss, whose gradient is in the engine.
+    """The loss of a step whose gradient is in the engine.
 
     Attributes:
-        loss: the objective's total.
-        parts: its named terms, unweighted.
+        loss: the total loss.
+        parts: the unweighted loss of each term by name.
         student: the student's embeddings of the pairs, without gradient.
     """
 
@@ -58,16 +57,16 @@ def learn(
     teachers: Sequence[Embeddings],
     known: Embeddings | None = None,
 ) -> Gradient:
-    """Bring the gradient of the objective into the engine; a loss that is not finite brings none.
+    """Compute the loss and add its gradient to the engine; a non-finite loss adds none.
 
     Args:
-        config: sizes of batches, and at which size pictures are trained.
-        engine: its module embeds pairs.
-        objective: what to learn.
-        batch: the sub-batch's b pairs; b more where terms have a second batch.
-        teachers: embeddings of the same pairs, in the numbering of the objective's terms.
-        known: the student's embeddings of the same pairs at the present weights, to be used instead of the first pass
-            over micro-batches.
+        config: batch sizes and picture sizes.
+        engine: embeds pairs with its module.
+        objective: the loss.
+        batch: the b pairs of the sub-batch, then b of the second batch if terms use one.
+        teachers: the teachers' embeddings of the same pairs, by index.
+        known: the student's embeddings of the same pairs at the current weights; replaces the first pass over
+            micro-batches.
     """
     pieces = _pieces(config, len(batch))
     if config.engine.micro_batch is None:
@@ -92,24 +91,24 @@ def learn(
 
 
 def can_accumulate(config: DistillConfig, module: nn.Module) -> None:
-    """Refuse micro-batches where they would not give the gradient of the whole batch.
+    """Check that micro-batches give the gradient of the whole batch.
 
     Raises:
-        ConfigError: if the module normalises by statistics of the batch, which differ for every micro-batch.
+        ConfigError: if micro-batches are set and the module has batch norm, whose statistics depend on the batch.
     """
     kinds = [type(part).__name__ for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     if config.engine.micro_batch is not None and kinds:
         raise ConfigError(
             f"the student has {len(kinds)} batch norms ({kinds[0]} first), whose statistics in training are those of a "
             "micro-batch: the gradient would not be that of the sub-batch",
-            remedy="leave micro_batch out, or take a student without batch norm",
+            remedy="leave micro_batch out, or use a student without batch norm",
             field="engine.micro_batch",
         )
 
 
 @torch.no_grad()
 def is_quiet(engine: Engine, batch: SuperBatch) -> bool:
-    """Whether training mode draws no noise (dropout, stochastic depth): asked of the module itself, with two pairs."""
+    """Whether training mode is deterministic (no dropout or stochastic depth): run two pairs, compare generators."""
     before = noise_state(engine.device)
     engine.forward(batch.images[:2].to(engine.device), batch.tokens[:2].to(engine.device))
     after = noise_state(engine.device)
@@ -118,7 +117,7 @@ def is_quiet(engine: Engine, batch: SuperBatch) -> bool:
 
 
 def _pieces(config: DistillConfig, pairs: int) -> _Pieces:
-    """What goes through the towers together: pairs of one size, a micro-batch at most."""
+    """Split a batch into forward passes: pairs of one picture size, at most a micro-batch."""
     places, cheap = torch.arange(pairs), cheap_places(config.curation, pairs)
     by_size = ((places[~cheap], None), (places[cheap], config.curation.scoring_side))
     step = config.engine.micro_batch or pairs
@@ -127,7 +126,7 @@ def _pieces(config: DistillConfig, pairs: int) -> _Pieces:
 
 @torch.no_grad()
 def _first_pass(engine: Engine, batch: SuperBatch, pieces: _Pieces) -> tuple[Embeddings, list[dict[str, Tensor]]]:
-    """All embeddings, and the state of the generators before each piece."""
+    """Embed all pairs; also return the state of the generators before each piece."""
     outs, noise = [], []
     for piece in pieces:
         noise.append(noise_state(engine.device))
@@ -142,20 +141,20 @@ def _second_pass(
     noise: Sequence[dict[str, Tensor]],
     gradients: Sequence[Tensor],
 ) -> None:
-    """Take the gradients of image and text embeddings, scale and bias on to the weights, a piece at a time."""
+    """Backpropagate the gradients of embeddings, scale and bias to the weights, one piece at a time."""
     for number, (places, size) in enumerate(pieces):
         if noise:
             set_noise_state(noise[number], engine.device)
         out, last = _embed(engine, batch, places, size), number == len(pieces) - 1
         at = places.to(engine.device)
         inner = [(out[side] * gradients[side][at]).sum() for side in (0, 1)]
-        # Once for all pieces, in the first backward: ZeRO stage 3 clears a buffer there, and adds to it afterwards.
+        # Scale and bias go into the first backward: ZeRO stage 3 clears its gradient buffers there and adds later ones.
         inner += [out[side] * gradients[side] for side in (2, 3) if number == 0]
         engine.backward(torch.stack([part.reshape(()) for part in inner]).sum(), last=last)
 
 
 def _leaves(known: Embeddings) -> list[Tensor]:
-    """Image, text, scale and bias as tensors of one kind that want gradients."""
+    """Image, text, scale and bias as leaf tensors with `requires_grad`."""
     values, like = (known.image, known.text, known.scale, known.bias), known.image
     tensors = [torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in values]
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
@@ -168,7 +167,7 @@ def _embed(engine: Engine, batch: SuperBatch, places: Tensor, size: int | None) 
 
 
 def _joined(outs: Sequence[_Out], pieces: _Pieces) -> Embeddings:
-    """The pieces' embeddings in the batch's order."""
+    """Concatenate the embeddings of the pieces in batch order."""
     image, text, scale, bias = outs[0]
     if len(outs) > 1:
         order = torch.cat([places for places, _ in pieces]).argsort().to(image.device)
@@ -179,7 +178,7 @@ def _joined(outs: Sequence[_Out], pieces: _Pieces) -> Embeddings:
 def _terms(
     config: DistillConfig, objective: Objective, batch: SuperBatch, student: Embeddings, teachers: Sequence[Embeddings]
 ) -> LossTerms:
-    """The objective's terms, each on its batch: the first b pairs, or the b that follow."""
+    """Compute all terms: those of the sub-batch on the first b pairs, those of the second batch on the next b."""
     size, captions = config.curation.sub_batch, None
     if config.objective.contrastive.repeated != "negatives":
         captions = torch.unique(batch.tokens[:size], dim=0, return_inverse=True)[1].to(student.image.device)

@@ -110,7 +110,7 @@ def test_replace_checks_like_a_new_config_and_leaves_the_old_one() -> None:
     config = aced.DistillConfig(**VALUES)
     assert config.replace(seed=3).seed == 3
     assert config.seed == 0
-    with pytest.raises(ConfigError, match="reads a reference"):
+    with pytest.raises(ConfigError, match="needs a reference"):
         config.replace(reference=None)
     with pytest.raises(ConfigError, match="unknown field 'sede'"):
         config.replace(sede=1)

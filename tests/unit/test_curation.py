@@ -79,7 +79,7 @@ def longer(embeddings: Embeddings, length: float, dtype: torch.dtype = torch.flo
 @pytest.mark.parametrize(
     ("student", "reference", "options", "message", "field"),
     [
-        (STUDENT, REFERENCE, {"size": 41, "num_chunks": 1}, "41 was asked of 40", "size"),
+        (STUDENT, REFERENCE, {"size": 41, "num_chunks": 1}, "41 from 40 candidates", "size"),
         (STUDENT, REFERENCE, {"size": 10}, "does not divide into 4", "num_chunks"),
         (STUDENT, REFERENCE, {"num_chunks": 0}, "does not divide", "num_chunks"),
         (STUDENT, REFERENCE, {"size": 0}, "does not divide", "num_chunks"),
@@ -147,7 +147,7 @@ def test_other_selectors_refuse() -> None:
         select_independent(STUDENT, REFERENCE, size=8, gumbel=torch.zeros(2, 40))
     with pytest.raises(CurationError, match="positive"):
         select_independent(STUDENT, REFERENCE, size=0)
-    with pytest.raises(CurationError, match="9 items were asked of 8"):
+    with pytest.raises(CurationError, match="cannot draw 9 of 8 items"):
         select_random(9, 8)
     with pytest.raises(CurationError, match="share"):
         static_filter(REFERENCE, 0.0)

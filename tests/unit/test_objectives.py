@@ -335,7 +335,7 @@ def test_one_caption_alone_leaves_nothing_to_tell_apart() -> None:
 
 def test_captions_that_are_missing_or_do_not_fit_are_refused() -> None:
     for loss in (sigmoid_loss, softmax_loss):
-        with pytest.raises(ConfigError, match="given no captions") as caught:
+        with pytest.raises(ConfigError, match="needs captions, and none are given") as caught:
             loss(STUDENT, repeated="masked")
         assert caught.value.field == "objective.contrastive.repeated"
         with pytest.raises(ModelError, match=r"captions have shape \[3\] for 9 pairs"):

@@ -297,7 +297,7 @@ def test_a_run_is_reported_from_its_events(tmp_path: Path) -> None:
         "10.0 %",
     ):
         assert words in text
-    assert "among the selected and among all candidates" in text
+    assert "among the selected pairs and among all candidates" in text
     for anchor in ("training", "evaluation", "selection", "warnings", "config"):
         assert f'<section id="{anchor}">' in text
     assert "seed: 7  # &lt;odd&gt;" in text
@@ -332,11 +332,11 @@ def test_scores_coverage_and_a_collapse_are_drawn(tmp_path: Path) -> None:
             writer(step(number))
         writer(Warned(7, cause="the draws have collapsed", remedy=COLLAPSE_REMEDY))
     text = report(tmp_path).read_text(encoding="utf-8")
-    assert "Scores of pairs by themselves" in text
+    assert "Pair scores before the first pick" in text
     assert 'aria-label="Scores over steps"' in text
     assert text.count("fill-opacity: 0.16") == 4  # two bands each around the candidates' and the picked's median
     assert "<!-- warned of collapse -->" in text
-    assert "<!-- even draws -->" in text
+    assert "<!-- uniform draws -->" in text
     assert "<!-- drawn at least once -->" in text
     assert "<figcaption>Odd.</figcaption>" in text
     assert "effective size 40 of 500 pairs" in text

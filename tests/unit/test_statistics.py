@@ -94,7 +94,7 @@ def test_draws_of_a_narrow_part_warn_with_figures() -> None:
     told = counted(narrow).collapsed(0.2)
     assert told is not None
     assert told.startswith("the draws have collapsed onto about 99 of 2,000 pairs (effective pool size after 4,000")
-    assert told.endswith("even draws would reach about 1,504)")
+    assert told.endswith("uniform draws would reach about 1,504)")
     assert counted(narrow).collapsed(0.05) is None
     assert "curation.gain" in COLLAPSE_REMEDY
 
