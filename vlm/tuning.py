@@ -18,12 +18,12 @@ from torch import Tensor
 from aced_sdk.config import Optimizer, Schedule
 from aced_sdk.engine import (
     Callback,
-    Engine,
     Event,
     Launch,
     Learned,
     Ranks,
     Step,
+    TrainingEngine,
     build_engine,
     load_checkpoint,
     newest_intact,
@@ -311,7 +311,7 @@ class _Tuning:
         run: _Run,
         number: int,
         stage: Align | Adapt,
-        engine: Engine,
+        engine: TrainingEngine,
         folder: Path,
         start: Mapping[str, str],
         before: int,
@@ -368,7 +368,7 @@ class _Tuning:
         )
 
 
-def _restore(folder: Path, engine: Engine) -> int:
+def _restore(folder: Path, engine: TrainingEngine) -> int:
     """Steps that the newest intact checkpoint of a stage has done; 0 without one."""
     found = engine.ranks.together(lambda: newest_intact(folder))
     if found is None:
@@ -382,7 +382,7 @@ def _dropout_seed(seed: int, stage: int, step: int, rank: int) -> int:
     return random.Random(f"{seed} {stage} {step}" + (f" {rank}" if rank else "")).getrandbits(63)
 
 
-def _accumulate(run: _Run, engine: Engine, chosen: Sequence[Row], micro: int | None) -> float:
+def _accumulate(run: _Run, engine: TrainingEngine, chosen: Sequence[Row], micro: int | None) -> float:
     """Forward and backward over this process's rows of one step; returns the mean loss over all answer tokens."""
     ranks = run.ranks
     tokens = sum(row.trained_tokens for row in chosen)

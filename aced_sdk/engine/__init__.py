@@ -7,7 +7,7 @@ from torch import nn
 
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
-from aced_sdk.engine.base import Engine, pick_device, thread_limit
+from aced_sdk.engine.base import TrainingEngine, pick_device, thread_limit
 from aced_sdk.engine.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -26,7 +26,7 @@ from aced_sdk.errors import UnsupportedError
 
 def build_engine(
     module: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, factors: dict[str, float] | None = None
-) -> Engine:
+) -> TrainingEngine:
     """Build the engine of a config, with `module` and AdamW over its trainable parameters.
 
     Args:
@@ -57,12 +57,12 @@ def build_engine(
 
 __all__ = [
     "Callback",
-    "Engine",
     "Event",
     "Launch",
     "Learned",
     "Ranks",
     "Step",
+    "TrainingEngine",
     "build_engine",
     "checkpoints",
     "factor",

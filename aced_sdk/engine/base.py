@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aced_sdk.config import Engine as EngineConfig
+from aced_sdk.config import Engine
 from aced_sdk.config import Optimizer as OptimizerConfig
 from aced_sdk.engine.ranks import Ranks
 from aced_sdk.errors import EngineError
 
 
-class Engine(Protocol):
+class TrainingEngine(Protocol):
     """Train a module with its optimizer.
 
     Attributes:
@@ -94,14 +94,14 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate * group.get("factor", 1.0)
 
 
-def precision(config: EngineConfig, device: torch.device) -> AbstractContextManager[Any]:
+def precision(config: Engine, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 if `precision` is bf16."""
     if config.precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
 
-def pick_device(config: EngineConfig, local_rank: int) -> torch.device:
+def pick_device(config: Engine, local_rank: int) -> torch.device:
     """Return the device of this process.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aced_sdk.engine.base import Engine
+from aced_sdk.engine.base import TrainingEngine
 from aced_sdk.engine.state import load_tensors, save_state, unreadable
 from aced_sdk.errors import EngineError
 from aced_sdk.files import (
@@ -38,7 +38,7 @@ _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 
 
 def save_checkpoint(
-    directory: Path, step: int, engine: Engine, state: dict[str, Any], tensors: dict[str, Tensor], keep: int
+    directory: Path, step: int, engine: TrainingEngine, state: dict[str, Any], tensors: dict[str, Tensor], keep: int
 ) -> Path:
     """Write `checkpoints/step-00000100` and remove all but the newest `keep`. All ranks call it, rank 0 writes.
 
@@ -156,7 +156,7 @@ def step_of(checkpoint: Path) -> int:
     return int(found[1])
 
 
-def load_checkpoint(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_checkpoint(folder: Path, engine: TrainingEngine) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Load a checkpoint into the engine; return the loop's JSON values (with `step`) and tensors.
 
     Raises:

@@ -49,7 +49,7 @@ _LEFT_BEHIND = (
 
 
 class DeepSpeed:
-    """See `aced_sdk.engine.base.Engine`. Needs a launch's processes to see one file system."""
+    """See `aced_sdk.engine.base.TrainingEngine`. Needs a launch's processes to see one file system."""
 
     def __init__(
         self,

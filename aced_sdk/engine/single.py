@@ -19,7 +19,7 @@ from aced_sdk.engine.state import load_weights, optimizer_state, trainable_state
 
 
 class SingleProcess:
-    """The engine for one process. See `aced_sdk.engine.base.Engine`."""
+    """The engine for one process. See `aced_sdk.engine.base.TrainingEngine`."""
 
     def __init__(
         self,

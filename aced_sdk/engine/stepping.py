@@ -10,7 +10,7 @@ from typing import Protocol
 
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Schedule
-from aced_sdk.engine.base import Engine
+from aced_sdk.engine.base import TrainingEngine
 from aced_sdk.engine.schedule import factor
 from aced_sdk.errors import EngineError
 
@@ -67,7 +67,12 @@ class Training(Protocol):
 
 
 def take_steps(
-    training: Training, engine: Engine, schedule: Schedule, learning_rate: float, config: EngineConfig, done: int = 0
+    training: Training,
+    engine: TrainingEngine,
+    schedule: Schedule,
+    learning_rate: float,
+    config: EngineConfig,
+    done: int = 0,
 ) -> None:
     """Train for the remaining steps.
 

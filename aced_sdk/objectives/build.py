@@ -35,7 +35,7 @@ class LossTerms:
 
 
 @dataclass(frozen=True)
-class Term:
+class WeightedLoss:
     """A weighted loss.
 
     Attributes:
@@ -52,10 +52,10 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Objective:
+class WeightedLosses:
     """A weighted sum of loss terms. Terms of weight 0 are not computed."""
 
-    terms: tuple[Term, ...]
+    terms: tuple[WeightedLoss, ...]
 
     def __call__(
         self,
@@ -85,20 +85,20 @@ class Objective:
         return LossTerms(total, {name: loss.detach() for name, loss in losses.items()})
 
 
-def build_objective(objective: config.Objective) -> Objective:
+def build_objective(objective: config.Objective) -> WeightedLosses:
     """Build the objective of a config.
 
     Terms are named `contrastive`, or after the distillation loss (`softmax`; the second one is `softmax_2`).
     """
     task = objective.contrastive
-    terms = [Term("contrastive", task.weight, "same", _contrastive(task))] if task.weight > 0 else []
+    terms = [WeightedLoss("contrastive", task.weight, "same", _contrastive(task))] if task.weight > 0 else []
     for place, term in enumerate(objective.distillation):
         loss = _with_teacher(_distillation(term), term.teacher)
         before = sum(other.loss == term.loss for other in objective.distillation[:place])
         if term.weight > 0:
             name = f"{term.loss}_{before + 1}" if before else term.loss
-            terms.append(Term(name, term.weight, term.batch, loss))
-    return Objective(tuple(terms))
+            terms.append(WeightedLoss(name, term.weight, term.batch, loss))
+    return WeightedLosses(tuple(terms))
 
 
 def _contrastive(task: config.Contrastive) -> Callable[[Embeddings, Sequence[Embeddings], Tensor | None], Tensor]:

@@ -50,7 +50,7 @@ _HUB_FILES = [WEIGHTS, "*.json", "*.txt", "*.model"]
 _MAX_OTHERS = 2**30  # bytes of a folder's files beside its weights
 
 
-class Manifest(Config):
+class StudentManifest(Config):
     """`aced.json`: what the folder is, for programs.
 
     Attributes:
@@ -185,7 +185,7 @@ def _write(encoder: DualEncoder, folder: Path, license: str, facts: dict[str, An
         preprocess = encoder.preprocess_config.model_dump(mode="json")
         write_json(temporary / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess})
         files = file_digests(temporary)
-        manifest = Manifest(
+        manifest = StudentManifest(
             weights_sha256=files[WEIGHTS],
             files=files,
             license=license,
@@ -253,7 +253,7 @@ def weights_of(folder: Path) -> Path:
     return weights
 
 
-def _check_files(folder: Path) -> Manifest:
+def _check_files(folder: Path) -> StudentManifest:
     """Compare the folder's files with the digests of its manifest, and return it."""
     manifest = read_manifest(folder)
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
@@ -314,14 +314,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> StudentManifest:
     """The folder's aced.json.
 
     Raises:
         ModelError: if it is missing, not a manifest, or lacks digests.
     """
     try:
-        return Manifest(**read_json(inside(folder, MANIFEST)))
+        return StudentManifest(**read_json(inside(folder, MANIFEST)))
     except (ReadError, ConfigError, TypeError) as error:
         raise ModelError(
             f"{printable(folder / MANIFEST)} cannot be read: {printable(error)}",

@@ -21,14 +21,14 @@ from aced_sdk.engine.events import CheckpointSaved, StepSkipped, Warned
 from aced_sdk.errors import EngineError
 from aced_sdk.training.events import Selected, StudentStep
 from aced_sdk.training.parts import Parts
-from aced_sdk.training.progress import Progress, keep, restore
+from aced_sdk.training.progress import Totals, keep, restore
 from aced_sdk.training.scoring import score
 from aced_sdk.training.step import Gradient, can_accumulate, is_quiet, learn
 
 _KEYS = 8  # pairs named in the event of a skipped step
 
 
-def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) -> Progress:
+def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) -> Totals:
     """Train for the remaining steps.
 
     Args:
@@ -44,22 +44,22 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
         EngineError: if losses stay non-finite, all steps were skipped, or a checkpoint cannot be written or read.
     """
     can_accumulate(config, parts.engine.module)
-    done = Progress() if resume_from is None else restore(resume_from, parts)
+    done = Totals() if resume_from is None else restore(resume_from, parts)
     batches = parts.batches(done.position)
     steps = _Distillation(config, parts, batches, done)
     try:
         take_steps(
-            steps, parts.engine, config.schedule, config.optimizer.learning_rate, config.engine, steps.progress.step
+            steps, parts.engine, config.schedule, config.optimizer.learning_rate, config.engine, steps.totals.step
         )
     finally:
         batches.close()
-    if not steps.progress.trained:
+    if not steps.totals.trained:
         raise EngineError(
-            f"nothing was trained: all of the {steps.progress.step} steps were skipped because of a non-finite loss or "
+            f"nothing was trained: all of the {steps.totals.step} steps were skipped because of a non-finite loss or "
             "gradient",
             remedy="check the teachers' embeddings and the data, or lower optimizer.learning_rate",
         )
-    return steps.progress
+    return steps.totals
 
 
 class _Drawn(NamedTuple):
@@ -78,12 +78,12 @@ class _Distillation:
     """The steps of distillation: read, score, select, learn; then count and log."""
 
     def __init__(
-        self, config: DistillConfig, parts: Parts, batches: Iterator[tuple[SuperBatch, int]], done: Progress
+        self, config: DistillConfig, parts: Parts, batches: Iterator[tuple[SuperBatch, int]], done: Totals
     ) -> None:
         self.config = config
         self.parts = parts
         self.batches = batches
-        self.progress = done
+        self.totals = done
         # Scores at full size can be reused as the first pass over micro-batches, unless the student has dropout.
         curation = config.curation
         full = curation.needs_student and curation.scoring_side is None
@@ -109,18 +109,18 @@ class _Distillation:
         known = student[drawn.to(device)] if student is not None and self._scores_serve else None
         gradient = learn(config, parts.engine, parts.objective, batch, teachers, known)
 
-        scored = self.progress.scored + (len(super_batch) if student is not None else 0)
-        self.progress = replace(self.progress, step=number, position=position, scored=scored)
+        scored = self.totals.scored + (len(super_batch) if student is not None else 0)
+        self.totals = replace(self.totals, step=number, position=position, scored=scored)
         self._drawn = _Drawn(super_batch, picked, batch, student, reference, gradient, waited)
         return Learned(gradient.loss, has_gradient=math.isfinite(gradient.loss))
 
     def taken(self, step: Step) -> None:
-        drawn, parts, first = self._drawn, self.parts, not self.progress.trained
+        drawn, parts, first = self._drawn, self.parts, not self.totals.trained
         size = len(drawn.picked)
-        self.progress = replace(
-            self.progress,
-            trained=self.progress.trained + size,
-            distilled=self.progress.distilled + len(drawn.batch) - size,
+        self.totals = replace(
+            self.totals,
+            trained=self.totals.trained + size,
+            distilled=self.totals.distilled + len(drawn.batch) - size,
         )
         parts.statistics.update(drawn.super_batch.rows[drawn.picked])
         if first and (doubt := parts.selector.doubts(drawn.student, drawn.reference)):
@@ -134,26 +134,26 @@ class _Distillation:
                 parts=drawn.gradient.parts,
                 learning_rate=step.learning_rate,
                 gradient_norm=step.gradient_norm,
-                trained=self.progress.trained,
+                trained=self.totals.trained,
                 seconds=step.seconds,
                 data_seconds=drawn.waited,
-                scored=self.progress.scored,
+                scored=self.totals.scored,
                 scale=float(drawn.gradient.student.scale),
                 bias=float(drawn.gradient.student.bias),
-                distilled=self.progress.distilled,
+                distilled=self.totals.distilled,
             )
         )
         level = self.config.curation.collapse_level
-        if level and not self.progress.collapsed and (cause := parts.statistics.collapsed(level)):
+        if level and not self.totals.collapsed and (cause := parts.statistics.collapsed(level)):
             parts.emit(Warned(step.number, cause, COLLAPSE_REMEDY))
-            self.progress = replace(self.progress, collapsed=True)
+            self.totals = replace(self.totals, collapsed=True)
 
     def skipped(self, step: Step, in_a_row: int) -> None:
         keys = tuple(self.parts.keys(self._suspects()[:_KEYS]))
         self.parts.emit(StepSkipped(step.number, f"the {_what(step)} was not finite", in_a_row, keys))
 
     def save(self, number: int) -> None:
-        self.parts.emit(CheckpointSaved(number, str(keep(self.config, self.parts, self.progress))))
+        self.parts.emit(CheckpointSaved(number, str(keep(self.config, self.parts, self.totals))))
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
         suspects = self._suspects()

@@ -13,10 +13,10 @@ from aced_sdk.cache import EmbeddingCache
 from aced_sdk.curation import DrawStatistics, Selector
 from aced_sdk.data import Pool, Source, SuperBatches
 from aced_sdk.data.source import Rows
-from aced_sdk.engine import Callback, Engine
+from aced_sdk.engine import Callback, TrainingEngine
 from aced_sdk.engine.events import Event
 from aced_sdk.files import one_line
-from aced_sdk.objectives import Objective
+from aced_sdk.objectives import WeightedLosses
 from aced_sdk.towers import DualEncoder
 
 
@@ -54,13 +54,13 @@ class Parts:
         callbacks: called with each event.
     """
 
-    engine: Engine
+    engine: TrainingEngine
     student: DualEncoder
     batches: Callable[[int], SuperBatches]
     selector: Selector
     reference: EmbeddingCache | None
     teachers: tuple[EmbeddingCache, ...]
-    objective: Objective
+    objective: WeightedLosses
     statistics: DrawStatistics
     pool: Pool
     source: Source

@@ -21,7 +21,7 @@ Total = Annotated[int, Field(strict=True, ge=0, le=2**53)]  # the range of an ev
 
 
 @dataclass(frozen=True)
-class Progress:
+class Totals:
     """Totals since step 0.
 
     Attributes:
@@ -41,7 +41,7 @@ class Progress:
     collapsed: StrictBool = False
 
 
-def keep(config: DistillConfig, parts: Parts, done: Progress) -> Path:
+def keep(config: DistillConfig, parts: Parts, done: Totals) -> Path:
     """Write a checkpoint and return its folder.
 
     Raises:
@@ -75,7 +75,7 @@ def check_pool(checkpoint: Path, pool: str) -> None:
         )
 
 
-def restore(folder: Path, parts: Parts) -> Progress:
+def restore(folder: Path, parts: Parts) -> Totals:
     """Restore all state from a checkpoint and return the totals.
 
     Raises:
@@ -91,7 +91,7 @@ def restore(folder: Path, parts: Parts) -> Progress:
             field="reference",
         )
     try:
-        done = TypeAdapter(Progress).validate_python(state)
+        done = TypeAdapter(Totals).validate_python(state)
         counts = tensors["counts"]
         # A super-batch across the end of the pool's order may contain a pair twice.
         if counts.dtype != torch.int32 or bool(((counts < 0) | (counts > 2 * done.step)).any()):

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from aced_sdk.config import DistillConfig
 from aced_sdk.data import SuperBatch
-from aced_sdk.engine import Engine
+from aced_sdk.engine import TrainingEngine
 from aced_sdk.errors import ConfigError
-from aced_sdk.objectives import LossTerms, Objective
+from aced_sdk.objectives import LossTerms, WeightedLosses
 from aced_sdk.towers import Embeddings
 from aced_sdk.training.progress import noise_state, set_noise_state
 from aced_sdk.training.scoring import cheap_places, shrunk
@@ -51,8 +51,8 @@ class Gradient:
 
 def learn(
     config: DistillConfig,
-    engine: Engine,
-    objective: Objective,
+    engine: TrainingEngine,
+    objective: WeightedLosses,
     batch: SuperBatch,
     teachers: Sequence[Embeddings],
     known: Embeddings | None = None,
@@ -107,7 +107,7 @@ def can_accumulate(config: DistillConfig, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def is_quiet(engine: Engine, batch: SuperBatch) -> bool:
+def is_quiet(engine: TrainingEngine, batch: SuperBatch) -> bool:
     """Whether training mode is deterministic (no dropout or stochastic depth): run two pairs, compare generators."""
     before = noise_state(engine.device)
     engine.forward(batch.images[:2].to(engine.device), batch.tokens[:2].to(engine.device))
@@ -125,7 +125,9 @@ def _pieces(config: DistillConfig, pairs: int) -> _Pieces:
 
 
 @torch.no_grad()
-def _first_pass(engine: Engine, batch: SuperBatch, pieces: _Pieces) -> tuple[Embeddings, list[dict[str, Tensor]]]:
+def _first_pass(
+    engine: TrainingEngine, batch: SuperBatch, pieces: _Pieces
+) -> tuple[Embeddings, list[dict[str, Tensor]]]:
     """Embed all pairs; also return the state of the generators before each piece."""
     outs, noise = [], []
     for piece in pieces:
@@ -135,7 +137,7 @@ def _first_pass(engine: Engine, batch: SuperBatch, pieces: _Pieces) -> tuple[Emb
 
 
 def _second_pass(
-    engine: Engine,
+    engine: TrainingEngine,
     batch: SuperBatch,
     pieces: _Pieces,
     noise: Sequence[dict[str, Tensor]],
@@ -160,7 +162,7 @@ def _leaves(known: Embeddings) -> list[Tensor]:
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def _embed(engine: Engine, batch: SuperBatch, places: Tensor, size: int | None) -> _Out:
+def _embed(engine: TrainingEngine, batch: SuperBatch, places: Tensor, size: int | None) -> _Out:
     images, tokens = batch.images[places].to(engine.device), batch.tokens[places].to(engine.device)
     out: _Out = engine.forward(shrunk(images, size), tokens)
     return out
@@ -176,7 +178,11 @@ def _joined(outs: Sequence[_Out], pieces: _Pieces) -> Embeddings:
 
 
 def _terms(
-    config: DistillConfig, objective: Objective, batch: SuperBatch, student: Embeddings, teachers: Sequence[Embeddings]
+    config: DistillConfig,
+    objective: WeightedLosses,
+    batch: SuperBatch,
+    student: Embeddings,
+    teachers: Sequence[Embeddings],
 ) -> LossTerms:
     """Compute all terms: those of the sub-batch on the first b pairs, those of the second batch on the next b."""
     size, captions = config.curation.sub_batch, None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Config, Optimizer, Schedule
 from aced_sdk.config import Engine as EngineConfig
-from aced_sdk.engine import Engine, Learned, Step, build_engine, take_steps
+from aced_sdk.engine import Learned, Step, TrainingEngine, build_engine, take_steps
 from aced_sdk.errors import ConfigError, DataError, EngineError
 from aced_sdk.reporting import Progress
 from aced_sdk.towers import DualEncoder
@@ -323,7 +323,7 @@ class _Learning:
         rows: list[tuple[list[int], int]],
         batch_size: int,
         seed: int,
-        engine: Engine,
+        engine: TrainingEngine,
         bar: Progress,
     ) -> None:
         self.features, self.places, self.rows = features_PTW, places, rows
