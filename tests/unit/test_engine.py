@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer, Schedule
 from aced_sdk.engine import (
-    Engine,
     Launch,
+    TrainingEngine,
     build_engine,
     checkpoints,
     factor,
@@ -47,7 +47,7 @@ class Small(nn.Module):
         return self.scale * self.layers(self.frozen(x))
 
 
-def made(kind: str, stage: int, **changes: Any) -> Engine:
+def made(kind: str, stage: int, **changes: Any) -> TrainingEngine:
     torch.manual_seed(0)
     config = EngineConfig(kind=kind, zero_stage=stage, device="cpu", **changes)
     return build_engine(Small((1,) if stage == 3 else ()), config, OPTIMIZER)  # stage 3 takes no 0-dim parameters
@@ -58,7 +58,7 @@ def data(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(6, 4, generator=generator), torch.randn(6, 1, generator=generator)
 
 
-def take(engine: Engine, steps: range, parts: int = 1) -> list[float]:
+def take(engine: TrainingEngine, steps: range, parts: int = 1) -> list[float]:
     norms = []
     for step in steps:
         x, y = data(step)
@@ -69,7 +69,7 @@ def take(engine: Engine, steps: range, parts: int = 1) -> list[float]:
     return norms
 
 
-def weights(engine: Engine) -> dict[str, Tensor]:
+def weights(engine: TrainingEngine) -> dict[str, Tensor]:
     """What is trained; under stage 3 the module itself has stubs of it."""
     return {name: tensor.clone() for name, tensor in engine.weights().items()}
 
