@@ -19,7 +19,7 @@ _ATTRIBUTE_VALUES = {*range(2, 12), 14, 15, 22, 23}  # the fields that a value c
 _DATA_TYPE, _TENSOR_NAME = 2, 8  # of TensorProto
 _REALS = {1, 10, 11, 16}  # data types: float, float16, double, bfloat16
 _DIVISIONS = (b"Div", b"Mod")
-# Operators that end the process in onnxruntime 1.32 if an input has no name. All but the norm take any number of inputs.
+# Operators that end the process in onnxruntime 1.32 if an input has no name.
 NAMED_INPUTS = frozenset(b"Concat Einsum LayerNormalization Max Mean Min SequenceConstruct Sum".split())
 # Operators whose first output may have another type than their first input.
 _OTHER_TYPE = frozenset(
