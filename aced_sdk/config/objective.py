@@ -52,7 +52,7 @@ class Objective(Config):
     """What a step minimises: weight * contrastive + the sum of lambda * distillation."""
 
     contrastive: Contrastive = Contrastive()
-    distillation: tuple[Distillation, ...] = ()
+    distillation: tuple[Distillation, ...] = Field((), max_length=64)
 
     @model_validator(mode="after")
     def _something(self) -> Self:

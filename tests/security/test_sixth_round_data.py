@@ -264,6 +264,13 @@ def test_architectures_are_finite_trees() -> None:
     assert len(config.Student(architecture=deep).hash()) == 12
 
 
+def test_an_objective_has_few_terms() -> None:
+    term = config.Distillation(weight=1.0)
+    assert len(config.Objective(distillation=(term,) * 64).distillation) == 64
+    with pytest.raises(ConfigError, match="at most 64"):
+        config.Objective(distillation=(term,) * 65)
+
+
 @pytest.mark.parametrize("field", ["sub_batch", "examples"])
 def test_sizes_of_presets_are_numbers(field: str) -> None:
     for value in (None, "x", 0, -1, float("nan"), float("inf"), 10**5000, True, [8]):
