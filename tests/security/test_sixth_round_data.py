@@ -352,7 +352,8 @@ def test_names_in_tables_are_plain() -> None:
     table = evidence._tuning({"iid": {"tried": tried, "chosen": {"a|b\n# learning_rate": 1}}})
     assert not set("<>#\n") & set(table.splitlines()[-1])
     assert len(table.splitlines()) == 3
-    assert "a b learning rate 1" in table
+    assert "a b   learning rate 1" in table
+    assert evidence._plain("iid < h_acid") == "iid < h acid"
     assert "0.25" in evidence._sweep_table({"0.25": {}}, "score")
 
 
