@@ -103,7 +103,7 @@ class Objective(Config):
     """The objective: weight * contrastive + sum of lambda * distillation."""
 
     contrastive: Contrastive = Contrastive()
-    distillation: tuple[Distillation, ...] = ()
+    distillation: tuple[Distillation, ...] = Field((), max_length=64)
 
     @model_validator(mode="after")
     def _something(self) -> Self:

@@ -137,7 +137,7 @@ def _claims(claims: Mapping[str, Any]) -> str:
 
 def _plain(name: str) -> str:
     """A name as words, without what Markdown or HTML reads as more."""
-    return re.sub(r"[^\w.,:%()/=+-]+", " ", name.replace("_", " ")).strip()
+    return re.sub(r"<(?! )|[^\w.,:%()/=+< -]", " ", name.replace("_", " ")).strip()
 
 
 def _yes(value: bool) -> str:

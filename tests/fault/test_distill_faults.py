@@ -345,8 +345,9 @@ def test_a_cache_of_another_model_is_refused(world: Path, tmp_path: Path) -> Non
 
 
 def test_a_missing_reference_is_told(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="there is no folder") as caught:
         aced.distill(config(world, tmp_path / "run", reference=aced.Frozen(model=str(tmp_path / "none"))))
+    assert caught.value.field == "reference.model"
 
 
 def test_several_processes_are_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_no_code_runs_through_the_verbs(texts: Path, tmp_path: Path) -> None:
     change(folder / CONFIG, model_cfg__text_cfg__tokenizer_kwargs={"trust_remote_code": True})
     change(folder / "text/config.json", model_type="evil", **ALL)
     assert run(evaluate, folder, ["stable_eval"], tmp_path).refused("tokenizer_kwargs.trust_remote_code")
-    pool = write_pool(tmp_path / "pool", pairs=8, shards=1)
+    pool = write_pool(tmp_path / "pool", pairs=32, shards=1)
     config = distillation(tmp_path / "run", pool, folder)
     config.to_yaml(tmp_path / "reference.yaml")
     config.replace(student=Student(architecture=f"local-dir:{folder}")).to_yaml(tmp_path / "student.yaml")

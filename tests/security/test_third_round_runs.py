@@ -114,7 +114,7 @@ def test_a_plan_embeds_few_large_pictures(world: Path, tmp_path: Path, monkeypat
         return forward(self, images, tokens)
 
     monkeypatch.setattr(towers.DualEncoder, "forward", counted)
-    monkeypatch.setitem(planning.plan.__globals__, "_MAX_PIXELS", 1)
+    monkeypatch.setitem(planning.estimate.__globals__, "_MAX_PIXELS", 1)
     settings = iid(tmp_path, world / "pool")
     aced_sdk.plan(settings)
     assert seen == [1, 1, 1]

@@ -176,7 +176,8 @@ def test_only_near_names_are_suggested() -> None:
 )
 def test_a_wrong_or_missing_method_is_named(curation: dict[str, Any], cause: str, remedy: str) -> None:
     found = mistake(curation=curation)
-    assert (found.cause, found.remedy, found.field) == (cause, remedy, "curation.method")
+    assert (found.cause, found.field) == (cause, "curation.method")
+    assert found.remedy.startswith(remedy)  # curations of other modules may follow
 
 
 def test_a_text_instead_of_a_config_is_one_mistake_with_its_fields() -> None:
