@@ -37,7 +37,7 @@ from aced_sdk.files import alone, one_line, printable, write_json
 from aced_sdk.towers import DualEncoder
 
 _LEFTOVER = re.compile(r"\.(?:cache\.json|part-[0-9]{6,}\.safetensors)\.[0-9a-f]{16}\.tmp")  # see `whole_file`
-_AHEAD = 2  # batches read ahead
+_AHEAD = 2  # batches read while one is embedded
 Read = TypeVar("Read")
 
 

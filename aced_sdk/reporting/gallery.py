@@ -102,7 +102,7 @@ class _Reader:
             try:
                 text = self.pool.text(row, self.data.max_caption_bytes)
                 header = self.pool.header(row, min(self.data.max_pixels, self.pixels))
-                self.pixels -= header.width * header.height  # also if decoding fails
+                self.pixels -= header.width * header.height  # count them even if decoding fails
                 picture = thumbnail_uri(open_picture(header, max_pixels=self.data.max_pixels))
             except (UnusablePair, ValueError, OSError):  # ValueError: a mode that cannot be converted to RGB
                 continue
