@@ -92,14 +92,18 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _comments(text: str) -> Iterator[tuple[int, str]]:
-    """Comments; neighbouring lines are one."""
+    """Comments. Lines of comments that follow one another are one; comments behind code are one each."""
     held, first, last = list[str](), 0, 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type != tokenize.COMMENT:
             continue
-        if held and token.start[0] > last + 1:
+        behind = bool(token.line[: token.start[1]].strip())
+        if held and (behind or token.start[0] > last + 1):
             yield first, " ".join(held)
             held = []
+        if behind:
+            yield token.start[0], token.string.lstrip("# ")
+            continue
         first, last = (token.start[0] if not held else first), token.start[0]
         held.append(token.string.lstrip("# "))
     if held:

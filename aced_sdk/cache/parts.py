@@ -86,7 +86,7 @@ def part_path(directory: Path, number: int) -> Path:
 
 
 def write_part(path: Path, part: Part, shard: str = "") -> None:
-    """Write a part with its checksum and the digest of its shard, whole or not at all.
+    """Write a part, its checksum and the digest of its shard, whole or not at all.
 
     Raises:
         OSError: if the disk is full or the place cannot be written to.

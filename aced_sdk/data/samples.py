@@ -86,8 +86,8 @@ def _sample(key: str, shard: int, members: dict[str, Member | None], problem: st
 def _keys(names: list[str]) -> list[tuple[str, str]]:
     """Key and extension of each name, split at the first dot of the file, or at the last one for keys with dots.
 
-    A key has a dot if a picture and a label differ only behind their last dot, or if nothing with a known extension
-    would be left of the sample that WebDataset makes of it.
+    A key has a dot in two cases: a picture and a label differ only after their last dot, or WebDataset's split would
+    leave the sample without any known extension.
     """
     first, last = [_split(name, last=False) for name in names], [_split(name, last=True) for name in names]
     dotted = {key for (short, _), (key, _) in zip(first, last, strict=True) if key != short}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of a saved folder's files. They find damage and mix-ups; they are no signature: who can write the folder can
-write its digests too."""
+"""Digests of a saved folder's files. They detect damage and mix-ups. They are no signature: anyone with write access to
+the folder can also change its digests."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _check_jpeg(content: bytes) -> None:
         at, kind = found.end(), found[1][0]
         if kind == _END:
             break
-        # libjpeg goes on right after a marker below SOF0, whatever length follows
+        # libjpeg continues right after a marker below SOF0, whatever length follows
         length = 0 if kind < _SOF0 or kind == _SOI else int.from_bytes(content[at : at + 2], "big")
         scans += kind == _SCAN
         exif += length if kind == _APP1 and content[at + 2 : at + 6] == b"Exif" else 0
