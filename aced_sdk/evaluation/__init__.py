@@ -2,10 +2,10 @@
 """Zero-shot classification, retrieval and StableEval."""
 
 from aced_sdk.evaluation.evaluate import EvaluateEvery, EvaluationReport, evaluate, main_metric
-from aced_sdk.evaluation.kinds import KINDS, Kind, run_task
+from aced_sdk.evaluation.kinds import KINDS, Kind, Task, run_task
 from aced_sdk.evaluation.metrics import class_embeddings, merged_retrieval, multilabel, retrieval, zero_shot
 from aced_sdk.evaluation.stable_eval import STABLE_EVAL, expand_names
-from aced_sdk.evaluation.tasks import Task, load_task, open_task
+from aced_sdk.evaluation.tasks import load_task, open_task
 
 __all__ = [
     "KINDS",

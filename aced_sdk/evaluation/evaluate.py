@@ -12,9 +12,9 @@ from typing import Any
 
 from aced_sdk.engine.events import Callback, Event
 from aced_sdk.errors import EvaluationError
-from aced_sdk.evaluation.kinds import run_task
+from aced_sdk.evaluation.kinds import Task, run_task
 from aced_sdk.evaluation.stable_eval import expand_names, group_of
-from aced_sdk.evaluation.tasks import Task, load_task
+from aced_sdk.evaluation.tasks import load_task
 from aced_sdk.towers import DualEncoder, load
 from aced_sdk.training.events import Evaluated, RunEnded, RunStarted, StudentStep
 

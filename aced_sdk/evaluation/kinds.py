@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +23,6 @@ from aced_sdk.evaluation.metrics import class_embeddings, merged_retrieval, mult
 from aced_sdk.files import one_line
 from aced_sdk.towers import DualEncoder
 
-if TYPE_CHECKING:
-    from aced_sdk.evaluation.tasks import Task
-
 _FIELD = "evaluation.tasks"
 _MAX_LABEL = 64  # bytes
 _MAX_CAPTION, _MAX_CAPTIONS = 4096, 100  # bytes of one, number of a picture
@@ -32,6 +30,32 @@ _MAX_MATCHES = 2**33  # pictures times captions: bytes of memory
 _MAX_SCORES = 2**29  # pictures times classes of a multilabel task, 4 bytes and more for each
 
 Collected = tuple[Tensor, list[str], Tensor]  # labels, texts and captions of a `Task`
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A held-out task, ready for one kind of preprocessing.
+
+    Attributes:
+        name: as it was asked for.
+        kind: name of its kind: zero_shot, multilabel or retrieval.
+        images: uint8 [N, 3, H, W].
+        labels: zero_shot: int64 [N], the class of each picture. multilabel: bool [N, C]. retrieval: int64 [T], the
+            picture that each caption belongs to.
+        texts: class names, or the distinct captions.
+        captions: int64 [T], the number in `texts` of each caption; empty for classification.
+        templates: prompts with `{c}` for the class; empty for retrieval.
+        skipped: reason to count of unusable samples.
+    """
+
+    name: str
+    kind: str
+    images: Tensor
+    labels: Tensor
+    texts: list[str]
+    captions: Tensor
+    templates: list[str]
+    skipped: dict[str, int]
 
 
 class Kind(Protocol):

@@ -17,7 +17,7 @@ from torch import Tensor
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.data.source import resized
 from aced_sdk.errors import DataError, EvaluationError
-from aced_sdk.evaluation.kinds import KINDS, Kind
+from aced_sdk.evaluation.kinds import KINDS, Kind, Task
 from aced_sdk.evaluation.stable_eval import folder_names
 from aced_sdk.files import ReadError, inside, memory_limit, one_line, printable, read_text
 from aced_sdk.files.reading import MIB
@@ -32,32 +32,6 @@ _MAX_PROMPT = 2 * _MAX_LINE
 _MAX_PROMPTS = 2_000_000  # ImageNet-21k with 80 templates has 1.7 million
 _MAX_LETTERS = 2**28  # of all prompts
 _MAX_SHARE = 0.75  # of the memory, for the pictures of a task
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A held-out task, ready for one kind of preprocessing.
-
-    Attributes:
-        name: as it was asked for.
-        kind: name of its kind: zero_shot, multilabel or retrieval.
-        images: uint8 [N, 3, H, W].
-        labels: zero_shot: int64 [N], the class of each picture. multilabel: bool [N, C]. retrieval: int64 [T], the
-            picture that each caption belongs to.
-        texts: class names, or the distinct captions.
-        captions: int64 [T], the number in `texts` of each caption; empty for classification.
-        templates: prompts with `{c}` for the class; empty for retrieval.
-        skipped: reason to count of unusable samples.
-    """
-
-    name: str
-    kind: str
-    images: Tensor
-    labels: Tensor
-    texts: list[str]
-    captions: Tensor
-    templates: list[str]
-    skipped: dict[str, int]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,10 @@ Transformers are quantised dynamically: matrix products per channel, activations
 gain nothing from that, so graphs that have them are quantised statically (QDQ), with the ranges that activations take
 on calibration pictures. There, only what onnxruntime runs faster in int8 than in float is quantised: dense
 convolutions and matrix products. Depthwise convolutions are several times slower in int8 on a CPU with VNNI.
+
+Weights of dynamic graphs have 7 bits (`reduce_range`). CPUs without VNNI add pairs of products in 16 bits, where sums of
+8-bit products saturate: the same graph then gives other embeddings, without an error. With 7 bits all CPUs agree. Static
+graphs keep 8 bits, since 7 cost convolutional towers too much; `verify_folder` compares them on the machine that serves.
 """
 
 from __future__ import annotations
@@ -179,6 +183,7 @@ def _quantised(
                 op_types_to_quantize=list(_DYNAMIC),
                 nodes_to_quantize=list(nodes),
                 weight_type=QuantType.QInt8,
+                reduce_range=True,
                 extra_options={"MatMulConstBOnly": True},
             )
         else:

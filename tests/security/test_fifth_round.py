@@ -16,7 +16,7 @@ from aced_sdk.cache.parts import part_path, read_part
 from aced_sdk.data import Pool
 from aced_sdk.engine import checkpoints
 from aced_sdk.errors import CacheError, ConfigError, DataError, EvaluationError
-from aced_sdk.evaluation import tasks
+from aced_sdk.evaluation import kinds, tasks
 from aced_sdk.files.writing import alone
 from aced_sdk.processing.plain import PictureError, open_picture
 from export.runtime.cleaning import clean_text
@@ -64,7 +64,7 @@ def test_multilabel_tasks_have_a_bound(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "task" / "classnames.txt").write_text("red\nblue\n")
     (tmp_path / "task" / "zeroshot_classification_templates.txt").write_text("a {c}\n")
     tiny.write_tar(tmp_path / "task" / "test" / "0.tar", [{"png": tiny.picture(0)}] * 3)
-    monkeypatch.setattr(tasks, "_MAX_SCORES", 5)
+    monkeypatch.setattr(kinds, "_MAX_SCORES", 5)
     with pytest.raises(EvaluationError, match="3 pictures and 2 classes, too many to rank"):
         tasks.load_task("task", tmp_path, tiny.encoder())
 

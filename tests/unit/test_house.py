@@ -51,6 +51,11 @@ def test_types_are_strict_and_clean(root: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_prose_of_aced_sdk_is_plain(root: Path) -> None:
+    done = run(root, sys.executable, "-m", "tools.prose", "aced_sdk")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_arrows_between_the_rooms_point_one_way(root: Path) -> None:
     done = run(root, str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
     assert done.returncode == 0, done.stdout + done.stderr
