@@ -6,9 +6,10 @@ gain nothing from that, so graphs that have them are quantised statically (QDQ),
 on calibration pictures. There, only what onnxruntime runs faster in int8 than in float is quantised: dense
 convolutions and matrix products. Depthwise convolutions are several times slower in int8 on a CPU with VNNI.
 
-Weights of dynamic graphs have 7 bits (`reduce_range`). CPUs without VNNI add pairs of products in 16 bits, where sums of
-8-bit products saturate: the same graph then gives other embeddings, without an error. With 7 bits all CPUs agree. Static
-graphs keep 8 bits, since 7 cost convolutional towers too much; `verify_folder` compares them on the machine that serves.
+Weights of dynamic graphs have 7 bits (`reduce_range`). CPUs without VNNI add pairs of products in 16 bits, and sums of
+8-bit products saturate there: the same graph gives other embeddings, without an error. With 7 bits all CPUs agree.
+Static graphs keep 8 bits, since 7 cost convolutional towers too much. `verify_folder` checks them on the machine that
+serves.
 """
 
 from __future__ import annotations
