@@ -8,22 +8,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from aced_sdk.config import DistillConfig
-from aced_sdk.curation import COLLAPSE_REMEDY, Embeddings, select_random
+from aced_sdk.curation import COLLAPSE_REMEDY, select_random
 from aced_sdk.data import SuperBatch
 from aced_sdk.engine import Learned, Step, take_steps
 from aced_sdk.engine.events import CheckpointSaved, StepSkipped, Warned
 from aced_sdk.errors import EngineError
-from aced_sdk.training.events import Selected, StudentStep
+from aced_sdk.training.drawn import Drawn, diverged, non_finite
 from aced_sdk.training.parts import Parts
 from aced_sdk.training.progress import Totals, keep, restore
 from aced_sdk.training.scoring import score
-from aced_sdk.training.step import Gradient, can_accumulate, is_quiet, learn
+from aced_sdk.training.step import can_accumulate, is_quiet, learn
 
 _KEYS = 8  # pairs named in the event of a skipped step
 
@@ -60,18 +58,6 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
             remedy="check the teachers' embeddings and the data, or lower optimizer.learning_rate",
         )
     return steps.totals
-
-
-class _Drawn(NamedTuple):
-    """The data of a step, kept for its events."""
-
-    super_batch: SuperBatch
-    picked: Tensor  # int64 [b], indices in the super-batch
-    batch: SuperBatch  # the picked pairs, then those of the second, uniformly drawn batch
-    student: Embeddings | None
-    reference: Embeddings | None
-    gradient: Gradient
-    waited: float  # seconds for data
 
 
 class _Distillation:
@@ -111,7 +97,7 @@ class _Distillation:
 
         scored = self.totals.scored + (len(super_batch) if student is not None else 0)
         self.totals = replace(self.totals, step=number, position=position, scored=scored)
-        self._drawn = _Drawn(super_batch, picked, batch, student, reference, gradient, waited)
+        self._drawn = Drawn(super_batch, picked, batch, student, reference, gradient, waited)
         return Learned(gradient.loss, has_gradient=math.isfinite(gradient.loss))
 
     def taken(self, step: Step) -> None:
@@ -126,66 +112,19 @@ class _Distillation:
         if first and (doubt := parts.selector.doubts(drawn.student, drawn.reference)):
             parts.emit(Warned(step.number, *doubt))
         if len(drawn.super_batch) > size:
-            parts.emit(self._selected(step.number))
-        parts.emit(
-            StudentStep(
-                step=step.number,
-                loss=step.loss,
-                parts=drawn.gradient.parts,
-                learning_rate=step.learning_rate,
-                gradient_norm=step.gradient_norm,
-                trained=self.totals.trained,
-                seconds=step.seconds,
-                data_seconds=drawn.waited,
-                scored=self.totals.scored,
-                scale=float(drawn.gradient.student.scale),
-                bias=float(drawn.gradient.student.bias),
-                distilled=self.totals.distilled,
-            )
-        )
+            parts.emit(drawn.selected(step.number, parts))
+        parts.emit(drawn.student_step(step, self.totals))
         level = self.config.curation.collapse_level
         if level and not self.totals.collapsed and (cause := parts.statistics.collapsed(level)):
             parts.emit(Warned(step.number, cause, COLLAPSE_REMEDY))
             self.totals = replace(self.totals, collapsed=True)
 
     def skipped(self, step: Step, in_a_row: int) -> None:
-        keys = tuple(self.parts.keys(self._suspects()[:_KEYS]))
-        self.parts.emit(StepSkipped(step.number, f"the {_what(step)} was not finite", in_a_row, keys))
+        keys = tuple(self.parts.keys(self._drawn.suspects()[:_KEYS]))
+        self.parts.emit(StepSkipped(step.number, f"the {non_finite(step)} was not finite", in_a_row, keys))
 
     def save(self, number: int) -> None:
         self.parts.emit(CheckpointSaved(number, str(keep(self.config, self.parts, self.totals))))
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
-        suspects = self._suspects()
-        more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""
-        return EngineError(
-            f"the {_what(step)} was not finite in {in_a_row} steps in a row, up to step {step.number}, "
-            f"whose pairs are {', '.join(self.parts.keys(suspects[:3]))}{more}",
-            remedy="look at these pairs, lower optimizer.learning_rate, or resume from the last checkpoint with "
-            "engine.precision fp32",
-            field="optimizer.learning_rate",
-        )
-
-    def _suspects(self) -> Tensor:
-        """Rows of the pairs with non-finite embeddings; all pairs of the step if there are none."""
-        student, rows = self._drawn.gradient.student, self._drawn.batch.rows
-        whole = (torch.isfinite(student.image) & torch.isfinite(student.text)).all(dim=1).cpu()
-        return rows if whole.all() else rows[~whole]
-
-    def _selected(self, number: int) -> Selected:
-        drawn, parts = self._drawn, self.parts
-        rows, summary = drawn.super_batch.rows[drawn.picked], parts.statistics.summary()
-        statistics = {
-            "unique_coverage": summary.unique_coverage,
-            "top_decile_share": summary.top_decile_share,
-            "effective_pool_size": summary.effective_pool_size,
-        }
-        if parts.noisy is not None:
-            statistics["noisy_selected"] = float(parts.noisy[rows].float().mean())
-            statistics["noisy_candidates"] = float(parts.noisy[drawn.super_batch.rows].float().mean())
-        scores = parts.selector.quantiles(drawn.student, drawn.reference, drawn.picked)
-        return Selected(number, tuple(rows.tolist()), tuple(drawn.super_batch.rows.tolist()), statistics, scores)
-
-
-def _what(step: Step) -> str:
-    return "gradient" if math.isfinite(step.loss) else "loss"
+        return diverged(step, in_a_row, self._drawn.suspects(), self.parts)
