@@ -113,13 +113,18 @@ class Encoded(NamedTuple):
         Both end before the last learned token.
         """
         ids: list[int] = []
-        learned: list[int] = []
-        for token, mark in zip(self.ids, self.learned, strict=True):
-            count = image_tokens if token == image_token else 1
-            ids += [token] * count
-            learned += [mark] * count
-        end = max(place for place, mark in enumerate(learned) if mark)
-        return ids[:end], [ids[place + 1] if learned[place + 1] else IGNORED for place in range(end)]
+        learned, start = b"", 0
+        for place in [place for place, token in enumerate(self.ids) if token == image_token]:
+            ids += [*self.ids[start:place], *[image_token] * image_tokens]
+            learned += self.learned[start:place] + self.learned[place : place + 1] * image_tokens
+            start = place + 1
+        ids += self.ids[start:]
+        learned += self.learned[start:]
+        end = learned.rindex(1)
+        targets = [
+            token if mark else IGNORED for token, mark in zip(ids[1 : end + 1], learned[1 : end + 1], strict=True)
+        ]
+        return ids[:end], targets
 
 
 def encode(sample: Sample, processor: LlavaProcessor, image_tokens: int) -> _Ids:
