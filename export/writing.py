@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import yaml
 from safetensors import SafetensorError
 
+from aced_sdk.config import Config
 from aced_sdk.errors import AcedError
-from aced_sdk.files import printable, read_text, whole_folder
+from aced_sdk.files import printable, read_text, sha256, whole_folder, write_json
+from export.runtime.manifest import MANIFEST, manifest_digest
 
 
 class ExportError(AcedError):
@@ -36,14 +39,35 @@ def export_folder(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def replaceable(target: Path, mark: str) -> bool:
-    """Whether nothing is there, or an older export whose config.json holds `mark`."""
-    if not target.exists():
-        return True
-    if not target.is_dir():
-        return False
-    config = target / "config.json"
-    return not any(target.iterdir()) or (config.is_file() and mark in read_text(config))
+def check_target(target: Path, file: str, mark: str = "") -> None:
+    """Refuse to replace what is no older export.
+
+    Args:
+        target: the folder to write. It may be missing or empty.
+        file: a file that an older export holds.
+        mark: a text in that file.
+
+    Raises:
+        ExportError: if something else is there.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / file).is_file() or (mark and mark not in read_text(target / file)):
+        raise ExportError(
+            f"{target} holds something else than an export", remedy="name a new or an empty folder", field="directory"
+        )
+
+
+def write_manifest(folder: Path, manifest: Config) -> None:
+    """Write `export.json` with its own digest; the last file of an ONNX folder."""
+    values = json.loads(manifest.model_dump_json())
+    write_json(folder / MANIFEST, values | {"digest": manifest_digest(values)})
+
+
+def all_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file but the manifest, by its relative name."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: sha256(folder / name) for name in names if name != MANIFEST}
 
 
 def front_matter(**values: str) -> str:

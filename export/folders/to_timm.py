@@ -21,7 +21,7 @@ from aced_sdk.towers import DualEncoder
 from aced_sdk.towers.huggingface import is_clip_vit
 from export.runtime import parity
 from export.student import Source, load_student
-from export.writing import ExportError, code_span, export_folder, front_matter, replaceable
+from export.writing import ExportError, check_target, code_span, export_folder, front_matter
 
 _SOURCE_KEY = "aced_source"
 _BOUND = 1e-5  # max-abs on normalised embeddings of the same tensors, as it is
@@ -61,8 +61,7 @@ def to_timm(student_folder: str | PathLike[str], directory: str | Path) -> TimmR
         ExportError: if the loaded folder differs from the student, or the directory holds something else.
     """
     target = Path(directory)
-    if not replaceable(target, _SOURCE_KEY):
-        raise ExportError(f"{target} holds something else", remedy="name a new or an empty folder", field="directory")
+    check_target(target, "config.json", _SOURCE_KEY)
     student, source = load_student(student_folder)
     if student.preprocess_config.resize_mode == "longest":
         raise UnsupportedError(

@@ -21,7 +21,7 @@ from export.folders.transformers_js import lay_beside
 from export.folders.transformers_models import processor, vision_model, whole_model
 from export.runtime import parity
 from export.student import load_student
-from export.writing import ExportError, export_folder, front_matter, replaceable
+from export.writing import ExportError, check_target, export_folder, front_matter
 
 Tower = Literal["both", "vision"]
 BIAS_KEY = "aced_logit_bias"
@@ -78,8 +78,7 @@ def to_transformers(
     if part not in get_args(Tower):
         raise ConfigError(f"part is {part!r}", remedy=f"give one of {', '.join(get_args(Tower))}", field="part")
     target = Path(directory)
-    if not replaceable(target, '"aced_'):
-        raise ExportError(f"{target} holds something else", remedy="name a new or an empty folder", field="directory")
+    check_target(target, "config.json", '"aced_')
     student, source = load_student(student_folder)
     siglip = _supported(student, part)
     with without_bars(), export_folder(target) as folder:

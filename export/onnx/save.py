@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from aced_sdk.errors import ConfigError, MissingPackageError, UnsupportedError
-from aced_sdk.files import printable, sha256, write_json
+from aced_sdk.files import printable
 from aced_sdk.towers import DualEncoder
 from export.onnx import check
 from export.onnx.folder import Settings, calibration_of, card, write_configs, write_graphs
@@ -23,9 +22,9 @@ from export.onnx.graphs import graph_bias
 from export.onnx.report import ExportReport, Manifest, Part, Precision
 from export.runtime import parity
 from export.runtime.errors import EncoderError
-from export.runtime.manifest import MANIFEST, check_files, manifest_digest, read_manifest
+from export.runtime.manifest import MANIFEST, check_files, read_manifest
 from export.student import known, load_student, opened
-from export.writing import ExportError, export_folder
+from export.writing import ExportError, all_digests, check_target, export_folder, write_manifest
 
 _PACKAGES = ("aced-sdk", "torch", "onnx", "onnxruntime", "open_clip_torch", "timm", "tokenizers")
 
@@ -101,10 +100,7 @@ def to_onnx(
     if find_spec("onnxscript") is None:
         raise MissingPackageError("onnxscript is not installed", remedy="install aced-sdk[export]")
     target = Path(directory)
-    if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
-        raise ExportError(
-            f"{target} holds something else than an export", remedy="name a new or an empty folder", field="directory"
-        )
+    check_target(target, MANIFEST)
     own_pictures, own_calibration = opened("pictures", pictures), opened("calibration", calibration)
     student, source = load_student(student_folder)
     settings = Settings(parts, precisions, opset, preprocess_in_graph, int8_cosine)
@@ -124,7 +120,7 @@ def to_onnx(
             versions={name: version(name) for name in _PACKAGES},
         )
         parity.write_torch(folder, check.torch_embeddings(student, parts, parity.pictures(), parity.TEXTS))
-        _write(folder, manifest)  # the runtime, which is what gets checked, reads it
+        write_manifest(folder, manifest)  # the runtime, which is what gets checked, reads it
         report = _compare(folder, manifest, student, min_cosine, own_pictures, texts)
         if tasks:
             report = report.replace(tasks=check.task_metrics(folder, graphs, student, tasks))
@@ -132,9 +128,7 @@ def to_onnx(
         if measure:
             report = _timed(folder, manifest, student, report)
         (folder / "README.md").write_text(card(manifest, report), encoding="utf-8")
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files = {name: sha256(folder / name) for name in names if name != MANIFEST}
-        _write(folder, manifest.replace(report=report, files=files))
+        write_manifest(folder, manifest.replace(report=report, files=all_digests(folder)))
     return report
 
 
@@ -189,11 +183,6 @@ def _refuse_drops(report: ExportReport, limit: float | None) -> None:
                     remedy=f"leave {precision} out, give calibration pictures or a larger int8_cosine, or accept more",
                     field="max_zero_shot_drop",
                 )
-
-
-def _write(folder: Path, manifest: Manifest) -> None:
-    values = json.loads(manifest.model_dump_json())
-    write_json(folder / MANIFEST, values | {"digest": manifest_digest(values)})
 
 
 def _compare(

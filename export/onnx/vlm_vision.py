@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,16 +20,16 @@ from torch.nn import functional
 
 from aced_sdk.config import Config
 from aced_sdk.errors import AcedError, ConfigError, MissingPackageError, ModelError, UnsupportedError
-from aced_sdk.files import ReadError, inside, printable, read_json, sha256, write_json
+from aced_sdk.files import ReadError, inside, printable, read_json, sha256
 from aced_sdk.towers.trust import bounded, check_folder, check_vision_language, weight_bytes, without_bars
 from export.onnx.graphs import check_inference, clean, float16_graph, save_graph
 from export.onnx.quantize import described, int8_graph
 from export.onnx.report import SUFFIX, Precision, Quantisation
 from export.runtime import parity
-from export.runtime.manifest import MANIFEST, check_digest, check_files, manifest_digest
+from export.runtime.manifest import MANIFEST, check_digest, check_files
 from export.runtime.sessions import session_options
 from export.student import known, opened
-from export.writing import ExportError, export_folder
+from export.writing import ExportError, all_digests, check_target, export_folder, write_manifest
 
 NAME = "onnx/vision_encoder"  # what transformers.js looks for, with a precision's suffix
 INPUT, OUTPUT = "pixel_values", "image_features"
@@ -136,10 +135,7 @@ def vlm_vision_to_onnx(
     if find_spec("onnxscript") is None:
         raise MissingPackageError("onnxscript is not installed", remedy="install aced-sdk[export]")
     target = Path(directory)
-    if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
-        raise ExportError(
-            f"{target} holds something else than an export", remedy="name a new or an empty folder", field="directory"
-        )
+    check_target(target, MANIFEST)
     source = Path(vlm_folder)
     model, image_processor = _load(source)
     images = [image for image in parity.pictures() if image.mode == "RGB"]
@@ -184,7 +180,6 @@ def vlm_vision_to_onnx(
         report = VlmVisionReport(
             graphs=tuple(graphs), largest=float(want.abs().max()), batch_sizes=_batch_sizes(len(pixels))
         )
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         manifest = VlmVisionManifest(
             source_weights_sha256=weights,
             model_type=model.config.model_type,
@@ -192,12 +187,11 @@ def vlm_vision_to_onnx(
             tokens=int(want.shape[1]),
             width=int(want.shape[2]),
             opset=opset,
-            files={name: sha256(folder / name) for name in names},
+            files=all_digests(folder),
             versions={name: version(name) for name in _PACKAGES},
             report=report,
         )
-        values = json.loads(manifest.model_dump_json())
-        write_json(folder / MANIFEST, values | {"digest": manifest_digest(values)})
+        write_manifest(folder, manifest)
     return report
 
 
