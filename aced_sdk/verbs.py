@@ -124,13 +124,13 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
     with _alone(directory):
         config = DistillConfig.from_yaml(inside(directory, CONFIG))
         resume_from = newest_intact(directory)
-        _tell_of_changes(directory, config, resume_from)
+        _warn_of_changes(directory, config, resume_from)
         if os.path.realpath(config.directory) != os.path.realpath(directory):
             config = config.replace(directory=directory)  # the folder was moved
         return _run(config, callbacks, resume_from)
 
 
-def _tell_of_changes(directory: Path, config: DistillConfig, resume_from: Path | None) -> None:
+def _warn_of_changes(directory: Path, config: DistillConfig, resume_from: Path | None) -> None:
     """Warn if the config was changed or the checkpoints are missing.
 
     Raises:
@@ -165,35 +165,25 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
         thread_limit(config.engine.threads),
     ):
         writer.truncate_after(step_of(resume_from) if resume_from else -1)
-        evaluated = _evaluated(events)
+        rows = [row for row in read_events(events) if row["event"] == "evaluated"]  # of an interrupted run
+        metrics = {task: values for row in rows for task, values in row["metrics"].items()}
+
+        def remember(event: Event) -> None:
+            if isinstance(event, Evaluated):
+                metrics.update(event.metrics)
+
         inputs = open_inputs(config, resume_from)
-        listeners: list[Callback] = [writer, bar, evaluated, *callbacks]
-        first = _evaluation(config, inputs.student, listeners)
+        listeners: list[Callback] = [writer, bar, remember, *callbacks]
+        evaluators = _evaluators(config, inputs.student, listeners)
         cost = estimate(config, inputs.pool, inputs.student, inputs.frozen)
         parts = assemble(config, inputs, bar.watch)
-        parts.callbacks += [*first, *listeners]
+        del inputs  # frees the frozen models; training reads their cached embeddings
+        parts.callbacks += [*evaluators, *listeners]
         run = train_and_save(config, parts, resume_from, {"plan": str(cost)})
-    return replace(run, metrics=run.metrics | {"evaluation": evaluated.metrics})
+    return replace(run, metrics=run.metrics | {"evaluation": metrics})
 
 
-class _Evaluated:
-    """A callback that keeps the last metrics of each task."""
-
-    def __init__(self, metrics: dict[str, dict[str, float]]) -> None:
-        self.metrics = metrics
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Evaluated):
-            self.metrics.update(event.metrics)
-
-
-def _evaluated(events: Path) -> _Evaluated:
-    """Start with the metrics that an interrupted run has logged."""
-    rows = [row for row in read_events(events) if row["event"] == "evaluated"]
-    return _Evaluated({task: metrics for row in rows for task, metrics in row["metrics"].items()})
-
-
-def _evaluation(config: DistillConfig, student: DualEncoder, listeners: Sequence[Callback]) -> list[Callback]:
+def _evaluators(config: DistillConfig, student: DualEncoder, listeners: Sequence[Callback]) -> list[Callback]:
     """The callback that evaluates during training; empty without tasks. The tasks are loaded now."""
     held_out = config.evaluation
     if not held_out.tasks or held_out.data_root is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every export begins with: the student, the pictures and the choices that a caller gives."""
+"""Read the arguments of an export: the student, pictures, and names of parts and precisions."""
 
 from __future__ import annotations
 

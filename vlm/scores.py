@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of a vision-language model, as `vlm.evaluate` returns them and a model card lists them."""
+"""Scores of a vision-language model, as returned by `vlm.evaluate` and listed in model cards."""
 
 from __future__ import annotations
 

@@ -34,13 +34,13 @@ from aced_sdk.engine import (
     thread_limit,
 )
 from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
-from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
-from aced_sdk.files import printable, read_json, tensor_digest, write_json
+from aced_sdk.errors import EngineError, UnsupportedError
 from aced_sdk.reporting import JsonlWriter, Progress
 from aced_sdk.reporting.progress import say
+from vlm.binding import binding, check_same, claim
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data.pictures import Features, check_fit
-from vlm.data.rows import Batch, Batches, Row, Rows, collate, fingerprint, make_rows, shares
+from vlm.data.rows import Batch, Batches, Row, Rows, collate, make_rows, shares
 from vlm.data.samples import Sample
 from vlm.data.skips import Skips
 from vlm.model.adapters import base_of, check_adapters, check_saved, has_adapter, prepare, shown, snapshot, table
@@ -174,11 +174,11 @@ def tune(
         if isinstance(stage, Adapt) and stage.lora:
             check_adapters(base, stage.lora)
     ranks = Ranks(launch, pick_device(config.engine, launch.local_rank))
-    mine = _binding(config, rows, base)
+    mine = binding(config, rows, base)
     first = ranks.first(mine)
-    ranks.together(lambda: _check_same(mine, first, ranks.rank))
+    ranks.together(lambda: check_same(mine, first, ranks.rank))
     ranks.in_first(lambda: check_savable(base, processor))
-    ranks.in_first(lambda: _claim(folder, mine))
+    ranks.in_first(lambda: claim(folder, mine))
     features = Features(base, processor, pictures, config.feature_cache_mb)
     total = sum(stage.steps for stage in config.stages)
     tuned: Any = base
@@ -231,48 +231,6 @@ def _check_engine(config: TuneConfig, launch: Launch) -> None:
             f"the plain engine has no ZeRO stage {config.engine.zero_stage}",
             remedy="set engine.kind to 'deepspeed'",
             field="engine.kind",
-        )
-
-
-def _binding(config: TuneConfig, rows: Sequence[Row], base: PreTrainedModel) -> dict[str, object]:
-    """What a directory is bound to: config, data and vision tower."""
-    return {
-        "format": 1,
-        "stages": [stage.model_dump(mode="json") for stage in config.stages],
-        "seed": config.seed,
-        "share": config.share,
-        "data": fingerprint(rows),
-        "tower": tensor_digest(base.model.vision_tower.state_dict()),
-    }
-
-
-def _check_same(mine: dict[str, object], first: dict[str, object], rank: int) -> None:
-    if different := [key for key in mine if first[key] != mine[key]]:
-        raise ConfigError(
-            f"process {rank} was given other {', '.join(different)} than process 0",
-            remedy="call vlm.tune with the same arguments in every process",
-        )
-
-
-def _claim(folder: Path, mine: dict[str, object]) -> None:
-    """Bind the directory to this run, or refuse it."""
-    target = folder / "tune.json"
-    if not target.is_file():
-        write_json(target, mine)
-        return
-    try:
-        other = dict(read_json(target))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{target} cannot be read: {printable(error)}",
-            remedy="restore it, or name another directory",
-            field="directory",
-        ) from None
-    if different := [key for key in mine if other.get(key) != mine[key]]:
-        raise ConfigError(
-            f"{folder} holds a tuning run with other {', '.join(different)}",
-            remedy="name another directory, or remove it",
-            field="directory",
         )
 
 

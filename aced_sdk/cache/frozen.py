@@ -19,6 +19,7 @@ from aced_sdk.errors import CacheError, ModelError
 from aced_sdk.towers import DualEncoder, load
 
 Watch = Callable[[int, int], None]
+_BATCH = 256  # pairs per forward pass
 
 
 class FrozenSource(Protocol):
@@ -112,9 +113,11 @@ def build_frozen(config: Frozen | Stored, field: str) -> FrozenSource:
 
 
 def open_or_write(
-    source: FrozenSource, pool: Pool, data: Data, progress: Watch | None = None, batch_size: int = 256
+    source: FrozenSource, pool: Pool, data: Data, device: torch.device, progress: Watch | None = None
 ) -> EmbeddingCache:
-    """Open the cache of a pool's embeddings; missing parts are written first.
+    """Open the cache of a pool's embeddings; missing parts are written first, on `device`.
+
+    The source is moved back to the CPU afterwards.
 
     Raises:
         CacheError: if the folder contains a cache of another model or pool.
@@ -124,4 +127,7 @@ def open_or_write(
     try:
         return open_cache(directory, source.fingerprint, pool)
     except CacheError:  # missing or incomplete; `write` refuses the cache of another model or pool
-        return source.write(pool, directory, data, batch_size, progress, None)
+        try:
+            return source.to(device).write(pool, directory, data, _BATCH, progress, None)
+        finally:
+            source.to(torch.device("cpu"))

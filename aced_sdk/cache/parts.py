@@ -119,13 +119,7 @@ def read_part(directory: Path, number: int, rows: int, manifest: CacheManifest, 
             part = Part(*(stream.get_tensor(name) for name in ("image", "text", "usable")))
             digests = (stream.metadata() or {}).get("sha256", "")
             whole, usable, shard = (*digests.split(" ", 2), "", "", "")[:3]
-    except (
-        OSError,
-        RuntimeError,
-        MemoryError,
-        ReadError,
-        SafetensorError,
-    ) as error:  # the second: no memory to map it into
+    except (OSError, RuntimeError, MemoryError, ReadError, SafetensorError) as error:  # two of them: no memory
         raise CacheError(f"the embeddings {shown} cannot be read: {printable(error)}", remedy=_AGAIN) from error
     if shard not in ("", manifest.shards[number][1]):  # parts of equal sizes can be mixed up
         raise CacheError(f"{shown} is of another shard", remedy=_AGAIN)

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import UnionType
@@ -159,8 +159,16 @@ def named(target: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def unknown(what: str, value: object, known: Iterable[str], field: str) -> ConfigError:
+    """Return the error for an unknown name. It suggests a similar name, or lists the known ones."""
+    names = list(known)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
+    hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(names)}"
+    return ConfigError(f"unknown {what} '{one_line(value, 80)}'", remedy=hint, field=field)
+
+
 # Pydantic adds the members of unions to the path of a field.
-_NO_PLACES = re.compile(r"iid|static|independent|joint|Frozen|Stored|tuple\[.*|dict\[.*|str")
+_NO_PLACES = re.compile(r"Frozen|Stored|tuple\[.*|dict\[.*|str")
 
 
 def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
@@ -211,6 +219,12 @@ def _mistake(found: dict[str, Any], place: list[str], kind: type[BaseModel]) -> 
         return ConfigError(f"unknown field '{place[-1]}'", remedy=hint, field=field)
     if found["type"] == "missing":
         return ConfigError(f"'{field}' is missing", remedy="give it a value", field=field)
+    if found["type"] in ("union_tag_invalid", "union_tag_not_found"):  # such as a stage of tuning
+        name = found["ctx"]["discriminator"].strip("'")
+        if found["type"] == "union_tag_not_found":
+            return ConfigError(f"'{name}' is missing", remedy="give it a value", field=f"{field}.{name}")
+        known = re.findall(r"'([^']*)'", found["ctx"]["expected_tags"])
+        return unknown(name, found["ctx"]["tag"], known, f"{field}.{name}")
     if found["type"] in ("model_type", "model_attributes_type"):
         cause = f"'{field}' takes a mapping of fields (got {_shown(found.get('input'))})"
         names = sorted(_fields(kind, place))

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from aced_sdk.config.base import Component
+from aced_sdk.config.base import Component, unknown
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import one_line
 
 Score = Literal["learnability", "easy_reference", "hard_learner"]
 LossForm = Literal["sigmoid", "softmax"]
@@ -212,15 +210,15 @@ def _of_method(value: Any) -> Any:
     Raises:
         ConfigError: if the method is missing or unknown.
     """
+    if isinstance(value, Curation) and not value.method:
+        raise ConfigError("the base class selects nothing", remedy="use one of its subclasses, such as Iid()")
     if not isinstance(value, Mapping):
         return value
     if "method" not in value:
         raise ConfigError("'method' is missing", remedy=f"use one of {', '.join(Curation.methods)}", field="method")
-    method = one_line(value["method"], 80)
+    method = str(value["method"])
     if method not in Curation.methods:
-        near = difflib.get_close_matches(method, Curation.methods, n=1, cutoff=0.6)
-        hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(Curation.methods)}"
-        raise ConfigError(f"unknown method '{method}'", remedy=hint, field="method")
+        raise unknown("method", method, Curation.methods, "method")
     return Curation.methods[method](**value)
 
 

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from aced_sdk.config.base import Config
+from aced_sdk.config.base import Config, unknown
 from aced_sdk.config.curation import LossForm
 from aced_sdk.errors import ConfigError
-from aced_sdk.files import one_line
 
 Repeated = Literal["negatives", "masked", "positives"]
 
@@ -79,13 +77,7 @@ class Distillation(Config):
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.loss not in DISTILLATION_LOSSES:
-            near = difflib.get_close_matches(self.loss, DISTILLATION_LOSSES, n=1, cutoff=0.6)
-            known = ", ".join(DISTILLATION_LOSSES)
-            raise ConfigError(
-                f"unknown distillation loss '{one_line(self.loss, 80)}'",
-                remedy=f"did you mean '{near[0]}'?" if near else f"use one of {known}",
-                field="loss",
-            )
+            raise unknown("distillation loss", self.loss, DISTILLATION_LOSSES, "loss")
         for name in _ALL:
             if getattr(self, name) is not None and name not in DISTILLATION_LOSSES[self.loss].settings:
                 raise ConfigError(

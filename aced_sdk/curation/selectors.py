@@ -110,22 +110,18 @@ class IndependentSelector(Selector):
 
     config: Scored
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        config = self.config
+        return {"size": config.sub_batch, "score": config.score, "loss": config.loss, "gain": config.gain}
+
     def select(
         self,
         student: Embeddings | None,
         reference: Embeddings | None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        config = self.config
-        return select_independent(
-            student,
-            reference,
-            size=config.sub_batch,
-            score=config.score,
-            loss=config.loss,
-            gain=config.gain,
-            generator=generator,
-        )
+        return select_independent(student, reference, **self._settings, generator=generator)
 
     @torch.no_grad()
     def doubts(self, student: Embeddings | None, reference: Embeddings | None) -> tuple[str, str] | None:
@@ -153,17 +149,8 @@ class JointSelector(IndependentSelector):
         reference: Embeddings | None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        config = self.config
-        return select_joint(
-            student,
-            reference,
-            size=config.sub_batch,
-            num_chunks=config.num_chunks,
-            score=config.score,
-            loss=config.loss,
-            gain=config.gain,
-            generator=generator,
-        )
+        chunks = self.config.num_chunks
+        return select_joint(student, reference, **self._settings, num_chunks=chunks, generator=generator)
 
 
 def select_random(size: int, of: int, generator: torch.Generator | None = None) -> Tensor:

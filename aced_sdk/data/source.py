@@ -135,12 +135,13 @@ class Decoding:
         """Resized uint8 picture and caption per row; None for an unusable pair, which is counted."""
         pairs = list(self._threads.map(self._one, [int(row) for row in rows]))
         for row, pair in zip(rows, pairs, strict=True):
-            if not self._met[row]:
-                self._met[row] = True
-                self.seen += 1
-                if isinstance(pair, str):
-                    self.skipped[pair] += 1
-                    self._first = self._first or self.pool.name(int(row))
+            if self._met[row]:
+                continue
+            self._met[row] = True
+            self.seen += 1
+            if isinstance(pair, str):
+                self.skipped[pair] += 1
+                self._first = self._first or self.pool.name(int(row))
         least = min(1000, len(self.pool))
         check_skipped(self.skipped, self.seen, self.config.max_bad_fraction, least, self._first)
         return [None if isinstance(pair, str) else pair for pair in pairs]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of evaluation task: how a label is read, how labels are collected, and which metrics are computed.
+"""The kinds of evaluation tasks: how labels are read and which metrics are computed.
 
-A new kind is a class here or in a file of its own, added to `KINDS` under the word in `dataset_type.txt`.
+To add a kind, write a class with the interface of `Kind`, and add it to `KINDS`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class ZeroShot:
 
     name = "zero_shot"
     has_classes = True
+    score = staticmethod(zero_shot)
 
     def check_size(self, name: str, pictures: int, classes: int) -> None:
         """Any size."""
@@ -104,13 +105,14 @@ class ZeroShot:
         return torch.stack([torch.as_tensor(label) for label in labels]), classes, torch.empty(0, dtype=torch.int64)
 
     def metrics(self, encoder: DualEncoder, images: Tensor, task: Task) -> dict[str, float]:
-        return zero_shot(images, finite(class_embeddings(encoder, task.texts, task.templates), task), task.labels)
+        return self.score(images, finite(class_embeddings(encoder, task.texts, task.templates), task), task.labels)
 
 
 class Multilabel(ZeroShot):
     """Classification with several classes per picture: KEY.npy, one number per class."""
 
     name = "multilabel"
+    score = staticmethod(multilabel)
 
     def check_size(self, name: str, pictures: int, classes: int) -> None:
         if pictures * classes > _MAX_SCORES:
@@ -131,9 +133,6 @@ class Multilabel(ZeroShot):
             return torch.from_numpy(values > 0)
         except BROKEN_ARRAY as error:
             raise UnusablePair("no classes") from error
-
-    def metrics(self, encoder: DualEncoder, images: Tensor, task: Task) -> dict[str, float]:
-        return multilabel(images, finite(class_embeddings(encoder, task.texts, task.templates), task), task.labels)
 
 
 class Retrieval:

@@ -14,7 +14,7 @@ from aced_sdk.processing.transforms import Preprocess
 
 
 class Processor:
-    """What a dual encoder does to pictures and texts before its towers.
+    """Convert pictures and texts to the inputs of a dual encoder.
 
     Args:
         preprocess: geometry and normalisation of pictures.

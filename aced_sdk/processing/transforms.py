@@ -67,10 +67,9 @@ class Preprocess(Config):
         geometry = whole.transforms[:-2]  # the last two are ToTensor and Normalize, done on the device later
 
         def resize(image: Image.Image) -> Tensor:
-            blown_up = (
-                self._resized_pixels(*image.size) > MAX_PIXELS
-            )  # the short side of a long strip has to grow a lot
-            if blown_up or (self.resize_mode == "longest" and not self._has_pixels(*image.size)):
+            # Resizing the short side of a long strip would enlarge it a lot.
+            too_large = self._resized_pixels(*image.size) > MAX_PIXELS
+            if too_large or (self.resize_mode == "longest" and not self._has_pixels(*image.size)):
                 raise PictureError("too long and thin", f"{image.width} x {image.height}")
             image = to_rgb(image)
             for step in geometry:

@@ -15,12 +15,7 @@ from aced_sdk.config import LossForm
 from aced_sdk.errors import InputError, ModelError
 from aced_sdk.files import tensor_digest
 from aced_sdk.processing.plain import PictureError
-from aced_sdk.processing.plain.inputs import (
-    Picture,
-    at_least_one,
-    open_input,
-    picture_batches,
-)
+from aced_sdk.processing.plain.inputs import Picture, at_least_one, open_input, picture_batches
 from aced_sdk.processing.processor import Processor
 from aced_sdk.processing.transforms import Preprocess
 from aced_sdk.towers.embeddings import Embeddings

@@ -74,7 +74,7 @@ class Inputs:
 
     @property
     def frozen(self) -> list[FrozenSource]:
-        """The sources without duplicates."""
+        """The sources of different embeddings."""
         named = (self.reference, *self.teachers)
         return list({source.fingerprint: source for source in named if source is not None}.values())
 
@@ -109,7 +109,6 @@ def open_inputs(config: DistillConfig, resume_from: Path | None = None) -> Input
     if resume_from is not None:
         check_pool(resume_from, pool.fingerprint)
     student = build(config.student, config.seed)
-    build_objective(config.objective)
     can_accumulate(config, student)
     if config.curation.scoring_side is not None:
         check_size(student, config.curation.scoring_side, field="curation.scoring_size")
@@ -136,12 +135,13 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
         ConfigError: if a step draws more pairs than are usable.
     """
     pool, student, data = inputs.pool, inputs.student, config.data
-    device = pick_device(config.engine, 0)
+    device, progress = pick_device(config.engine, 0), partial(watch, "cache embeddings")
     caches = {
-        source.fingerprint: open_or_write(source.to(device), pool, data, partial(watch, "cache embeddings"))
-        for source in inputs.frozen
+        frozen: open_or_write(frozen, pool, data, device, progress)
+        for frozen in dict.fromkeys((inputs.reference, *inputs.teachers))
+        if frozen is not None
     }
-    reference = None if inputs.reference is None else caches[inputs.reference.fingerprint]
+    reference = None if inputs.reference is None else caches[inputs.reference]
     source: Source
     if data.prepared is not None:
         source = prepare(pool, student.processor, data, data.prepared, partial(watch, "resize pictures"))
@@ -159,7 +159,7 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
         batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
         selector=selector,
         reference=reference if config.curation.needs_reference and not config.curation.filters_pool else None,
-        teachers=tuple(caches[teacher.fingerprint] for teacher in inputs.teachers),
+        teachers=tuple(caches[teacher] for teacher in inputs.teachers),
         objective=build_objective(config.objective),
         statistics=DrawStatistics(len(pool)),
         pool=pool,

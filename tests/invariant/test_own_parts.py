@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A curation of a user's own: one file, and no change to the library."""
+"""Custom curations need no change to the library; a run frees its frozen models before training."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -13,11 +15,12 @@ from torch import Tensor
 
 import aced_sdk as aced
 from aced_sdk import towers
+from aced_sdk.cache import frozen
 from aced_sdk.config.curation import Curation
 from aced_sdk.curation import Embeddings, Selector
 from aced_sdk.engine.events import Event
 from aced_sdk.errors import ConfigError
-from aced_sdk.training.events import Selected
+from aced_sdk.training.events import Selected, StudentStep
 
 
 class Last(Curation):
@@ -66,3 +69,35 @@ def test_the_base_of_curations_cannot_be_used_itself() -> None:
             directory=Path("run"),
             curation={"method": ""},  # type: ignore[arg-type]
         )
+    with pytest.raises(ConfigError, match="the base class selects nothing"):
+        aced.DistillConfig(
+            student=aced.Student(architecture="ViT-B-32"),
+            data=aced.Data(shards="x.tar"),
+            schedule=aced.Schedule(steps=1),
+            directory=Path("run"),
+            curation=Curation(),
+        )
+
+
+def test_frozen_models_are_freed_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, reference = write_pool(tmp_path / "pool", pairs=48), towers.save(encoder(1), tmp_path / "reference")
+    loaded: list[weakref.ref[towers.DualEncoder]] = []
+    real = frozen.load
+
+    def load(name: str) -> towers.DualEncoder:
+        model = real(name)
+        loaded.append(weakref.ref(model))
+        return model
+
+    alive: list[bool] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, StudentStep):
+            gc.collect()
+            alive.append(any(model() is not None for model in loaded))
+
+    monkeypatch.setattr(frozen, "load", load)
+    aced.distill(distillation(tmp_path / "run", pool, reference), callbacks=[look])
+    assert len(loaded) == 1  # the reference is the teacher, too
+    assert alive
+    assert not any(alive)

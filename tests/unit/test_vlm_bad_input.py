@@ -13,6 +13,7 @@ from tiny import encoder
 
 import vlm
 from aced_sdk import towers
+from aced_sdk.config import Engine
 from aced_sdk.errors import AcedError, ConfigError, DataError, EvaluationError
 from vlm.data.pictures import same_picture
 from vlm.data.rows import make_rows
@@ -221,3 +222,12 @@ def test_a_decoder_is_not_taught_nothing() -> None:
         with pytest.raises(DataError, match="nothing can be learned from conversation 'bad'"):
             vlm.lit_decoder(encoder(), [good, bad], plan)
     assert vlm.lit_decoder(encoder(), [good], plan).answer([], []) == []
+
+
+def test_an_unknown_stage_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"stages.0.stage: unknown stage 'algn' \(did you mean 'align'\?\)"):
+        vlm.TuneConfig(**{"stages": [{"stage": "algn"}]})
+    with pytest.raises(ConfigError, match=r"stages\.0\.stage: 'stage' is missing"):
+        vlm.TuneConfig(**{"stages": [{}]})
+    with pytest.raises(ConfigError, match="tuning has a micro_batch in each stage"):
+        vlm.TuneConfig(stages=(vlm.Align(steps=1),), engine=Engine(kind="single", micro_batch=4))

@@ -97,20 +97,26 @@ def messages(sample: Sample) -> list[dict[str, Any]]:
 
 
 class Encoded(NamedTuple):
-    """A conversation's tokens, one token for each picture.
+    """The tokens of a conversation, with one token for each picture.
 
     Attributes:
         ids: int32 [T].
-        learned: per token 1 if it is to be learned, else 0.
+        learned: uint8 [T], 1 for tokens that the loss is computed on.
     """
 
     ids: array[int]
     learned: bytes
 
     def expand(self, image_token: int, image_tokens: int) -> _Ids:
-        """Token ids with all tokens of each picture, and per place the token to predict there or -100.
+        """Repeat each picture's token, and compute targets.
 
-        Both end before the last learned token.
+        Args:
+            image_token: id of the picture's token.
+            image_tokens: tokens of one picture.
+
+        Returns:
+            Token ids, and for each of them the next token if it is learned, else -100. Both end before the last
+            learned token.
         """
         ids: list[int] = []
         learned, start = b"", 0
@@ -189,7 +195,7 @@ def _check_words(sample: Sample) -> None:
 
 @dataclass(frozen=True)
 class _Group:
-    """Conversations of one row: what they share, and their numbers."""
+    """The conversations of a row: their common pictures, the length of their common prefix, and their indices."""
 
     pictures: tuple[int, ...]
     prefix: int
@@ -197,11 +203,11 @@ class _Group:
 
 
 class Rows(Sequence[Row]):
-    """Rows made on demand; held are one token for each picture and two small numbers for each other token.
+    """A sequence of rows. Rows are built when they are read; only compact tokens are held in memory.
 
     Args:
-        conversations: all that are trained on.
-        groups: which of them make up each row.
+        conversations: all conversations.
+        groups: the conversations of each row.
         image_token: id of the picture's token.
         image_tokens: tokens of one picture.
     """
@@ -344,14 +350,14 @@ def _pack(rows: Sequence[Row], count: int) -> tuple[int, list[list[int]]]:
 
 
 class Batches:
-    """The batches of a stage: a function of position alone, so that a resumed run continues with the next one.
+    """The batches of a stage. A batch depends only on its position, so a resumed run continues with the next one.
 
-    Every epoch has an order of its own, which is drawn once.
+    The rows are shuffled once per epoch.
 
     Args:
-        rows: what is trained on.
-        batch_size: rows of a batch, at most all.
-        seed: of the orders.
+        rows: the training data.
+        batch_size: rows per batch; at most all rows.
+        seed: seed of the shuffles.
     """
 
     def __init__(self, rows: Sequence[Row], batch_size: int, seed: str) -> None:
