@@ -8,12 +8,11 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +38,7 @@ from aced_sdk.files.reading import MIB
 from aced_sdk.processing.plain import PictureError, open_picture, read_header, to_rgb
 from aced_sdk.processing.plain.inputs import MAX_CHARACTERS
 from aced_sdk.processing.plain.pictures import webp_size
+from aced_sdk.processing.plain.room import Room
 from aced_sdk.processing.processor import Processor
 
 _IMAGES, _TOKENS, _USABLE, _MANIFEST = "images.npy", "tokens.npy", "usable.npy", "manifest.json"
@@ -48,7 +48,7 @@ _AGAIN = "delete that folder and start again: it is made anew"
 
 # Pixels of the large pictures that threads work on at a time: each takes up to 16 bytes.
 _LARGE = 2**23
-_MAX_IN_WORK = 2**26
+_IN_WORK = Room(2**26)
 
 Rows = NDArray[np.int64]
 
@@ -165,12 +165,17 @@ def resized(pool: Pool, row: int, processor: Processor, max_pixels: int) -> Tens
     try:
         content = pool.encoded(row)
         canvas = math.prod(webp_size(content) or (0,))  # reserved when the header is read
-        with _IN_WORK.turn(min(canvas, max_pixels)):
+        with _turn(min(canvas, max_pixels)):
             header = read_header(content, max_pixels=max_pixels)
-            with _IN_WORK.turn(0 if canvas else header.width * header.height):
+            with _turn(0 if canvas else header.width * header.height):
                 return processor.resize(to_rgb(open_picture(header, max_pixels=max_pixels)))
     except PictureError as error:
         raise UnusablePair(error.reason) from error
+
+
+def _turn(pixels: int) -> AbstractContextManager[None]:
+    """Reserve the pixels of a large picture while it is decoded; small ones do not wait."""
+    return _IN_WORK.of(pixels) if pixels > _LARGE else nullcontext()
 
 
 def check_skipped(skipped: Counter[str], seen: int, bound: float, least: int = 1, first: str = "") -> None:
@@ -195,34 +200,6 @@ def check_skipped(skipped: Counter[str], seen: int, bound: float, least: int = 1
             remedy="repair the shards, or raise the bound if that is expected",
             field="data.max_bad_fraction",
         )
-
-
-class _Turns:
-    """Lets threads work on large pictures while these have at most `most` pixels together, or on a single one."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._pixels = 0
-        self._changed = Condition()
-
-    @contextmanager
-    def turn(self, pixels: int) -> Iterator[None]:
-        """Wait until a picture of so many pixels fits; small ones do not wait."""
-        if pixels <= _LARGE:
-            yield
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: self._pixels + pixels <= max(self._most, pixels))
-            self._pixels += pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._pixels -= pixels
-                self._changed.notify_all()
-
-
-_IN_WORK = _Turns(_MAX_IN_WORK)
 
 
 class Prepared:

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from threading import Condition, Lock, Semaphore, Thread
+from threading import Lock, Semaphore, Thread
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aced_sdk.processing.plain.inputs import Picture, at_least_one, read_input_header
+from aced_sdk.processing.plain.room import Room
 from export.runtime.encoder import Floats, OnnxEncoder
 from export.runtime.errors import ClosedError, FolderError, InputError, QueueFullError
 
@@ -71,7 +71,7 @@ class Batcher:
         # Threads of its own rather than a semaphore: malloc keeps what each thread that ever decoded has freed.
         self._decoders = ThreadPoolExecutor(decoding, "batcher-decoder")
 
-        room = _Room(max_decoded)
+        room = Room(max_decoded)
 
         def decode(picture: Picture) -> NDArray[Any]:
             header = read_input_header(picture, "images[0]", encoder.max_pixels)
@@ -138,27 +138,6 @@ class Batcher:
 
 def _closed() -> ClosedError:
     return ClosedError("the batcher is closed", remedy="make a new one")
-
-
-class _Room:
-    """A number of bytes that threads share: each waits until what it needs is free."""
-
-    def __init__(self, size: int) -> None:
-        self._size = self._free = size
-        self._freed = Condition()
-
-    @contextmanager
-    def of(self, need: int) -> Iterator[None]:
-        need = min(need, self._size)
-        with self._freed:
-            self._freed.wait_for(lambda: self._free >= need)
-            self._free -= need
-        try:
-            yield
-        finally:
-            with self._freed:
-                self._free += need
-                self._freed.notify_all()
 
 
 class _Request(NamedTuple):

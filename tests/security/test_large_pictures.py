@@ -15,8 +15,8 @@ from PIL import Image
 
 from aced_sdk.config import Data
 from aced_sdk.data import Decoding, Pool, source
-from aced_sdk.data.source import _Turns
 from aced_sdk.processing.plain import open_picture
+from aced_sdk.processing.plain.room import Room
 from tests import tiny
 from tests.security.sandbox import Outcome, run
 from tests.security.test_third_round_data import tar
@@ -97,7 +97,7 @@ def test_large_pictures_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(source, "open_picture", decode)
-    monkeypatch.setattr(source, "_IN_WORK", _Turns(2 * 9 * 10**6))
+    monkeypatch.setattr(source, "_IN_WORK", Room(2 * 9 * 10**6))
     stream = io.BytesIO()
     Image.new("L", (3000, 3000)).save(stream, "WEBP", quality=1, method=0)
     for name, picture in (("png", png(3000)), ("webp", stream.getvalue())):
@@ -109,20 +109,20 @@ def test_large_pictures_are_decoded_in_turn(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_large_pictures_wait_for_their_turn() -> None:
-    turns, first, second = _Turns(10**8), threading.Event(), threading.Event()
+    turns, first, second = Room(10**8), threading.Event(), threading.Event()
 
     def work() -> None:
-        with turns.turn(6 * 10**7):
+        with turns.of(6 * 10**7):
             second.set()
 
-    with turns.turn(6 * 10**7):
+    with turns.of(6 * 10**7):
         thread = threading.Thread(target=work)
         thread.start()
-        with turns.turn(10**6):  # small
+        with turns.of(10**6):  # small
             first.set()
         assert first.is_set()
         assert not second.wait(0.1)
     thread.join(5)
     assert second.is_set()
-    with turns.turn(10**9):  # alone
+    with turns.of(10**9):  # alone
         pass
