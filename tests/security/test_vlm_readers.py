@@ -19,9 +19,9 @@ import vlm
 from aced_sdk.errors import AcedError, ConfigError, DataError
 from tests.security.sandbox import run
 from tests.tiny import picture, write_tar
+from vlm.binding import claim
 from vlm.cli import _line
 from vlm.data.pictures import check_shapes, open_picture
-from vlm.tuning import _claim
 
 Json = dict[str, Any]
 
@@ -301,4 +301,4 @@ def test_strips_are_not_blown_up(tmp_path: Path) -> None:
 def test_a_run_file_that_is_no_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tune.json").write_bytes(content)
     with pytest.raises(ConfigError, match="cannot be read"):
-        _claim(tmp_path, {"format": 1})
+        claim(tmp_path, {"format": 1})
