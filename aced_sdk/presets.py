@@ -236,20 +236,20 @@ def relational_kd(weight: float = 1.0, **options: Unpack[Options]) -> Preset:
     return _preset("relational_kd", options, Iid(), _kd(weight, loss="relational"))
 
 
-def static(share: float = 0.2, **options: Unpack[Options]) -> Preset:
-    """Uniform draws from the top fraction `share` of the pool by the reference's pair score, filtered once.
+def static(keep_fraction: float = 0.2, **options: Unpack[Options]) -> Preset:
+    """Uniform draws from the top fraction `keep_fraction` of the pool by the reference's pair score, filtered once.
 
     Not in the paper: the baseline for online curation. Cost: 1.
     """
-    return _preset("static", options, StaticFilter(share=share))
+    return _preset("static", options, StaticFilter(keep_fraction=keep_fraction))
 
 
-def static_kd(share: float = 0.2, weight: float = 1.0, **options: Unpack[Options]) -> Preset:
+def static_kd(keep_fraction: float = 0.2, weight: float = 1.0, **options: Unpack[Options]) -> Preset:
     """The static filter with Softmax-KD: the strongest simple baseline for `aced`.
 
     Not in the paper. Cost: 1.
     """
-    return _preset("static_kd", options, StaticFilter(share=share), _kd(weight))
+    return _preset("static_kd", options, StaticFilter(keep_fraction=keep_fraction), _kd(weight))
 
 
 # -- active curation --------------------------------------------------------------------------------------------------

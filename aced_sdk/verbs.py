@@ -189,7 +189,7 @@ def _evaluators(config: DistillConfig, student: DualEncoder, listeners: Sequence
     if not held_out.tasks or held_out.data_root is None:
         return []
     tasks = [
-        load_task(name, held_out.data_root, student, max_bad_fraction=held_out.max_bad_fraction)
+        load_task(name, held_out.data_root, student, max_unusable_fraction=held_out.max_unusable_fraction)
         for name in expand_names(held_out.tasks)
     ]
     return [EvaluateEvery(student, tasks, held_out.every or config.schedule.steps, listeners)]

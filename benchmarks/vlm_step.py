@@ -75,7 +75,7 @@ class Bench:
 
         config = vlm.TuneConfig(
             stages=(self.stage(name, rows),),
-            share=share,
+            conversations_per_row=share,
             feature_cache_mb=memory,
             engine=Engine(kind="single", device="cpu", threads=self.arguments.threads, checkpoint_every=10**6),
         )

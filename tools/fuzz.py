@@ -189,26 +189,28 @@ def targets(world: World) -> dict[str, Target]:
 
     def load_llava(folder: Path, dice: random.Random) -> str:
         (folder / "d.json").write_bytes(written(several(llava, dice), dice))
-        return skipped(vlm.load_llava(folder / "d.json", world.folder, max_bad_fraction=0.7))
+        return skipped(vlm.load_llava(folder / "d.json", world.folder, max_unusable_fraction=0.7))
 
     def load_messages(folder: Path, dice: random.Random) -> str:
-        return skipped(vlm.load_messages(several([row] * 3, dice), max_bad_fraction=0.7))
+        return skipped(vlm.load_messages(several([row] * 3, dice), max_unusable_fraction=0.7))
 
     def load_coco(folder: Path, dice: random.Random) -> str:
         (folder / "d.json").write_bytes(written(several(captions, dice), dice))
-        return skipped(vlm.load_coco_captions(folder / "d.json", world.folder, max_bad_fraction=0.7))
+        return skipped(vlm.load_coco_captions(folder / "d.json", world.folder, max_unusable_fraction=0.7))
 
     def load_vqa(folder: Path, dice: random.Random) -> str:
         (folder / "q.json").write_bytes(written(several(asked, dice), dice))
         (folder / "a.json").write_bytes(written(several(answered, dice), dice))
         return skipped(
-            vlm.load_vqav2(folder / "q.json", folder / "a.json", world.folder, image_name="a.png", max_bad_fraction=0.7)
+            vlm.load_vqav2(
+                folder / "q.json", folder / "a.json", world.folder, image_name="a.png", max_unusable_fraction=0.7
+            )
         )
 
     def load_webdataset(folder: Path, dice: random.Random) -> str:
         talk = {"json": written(several({"conversations": turns}, dice), dice)} if dice.random() < 0.5 else {}
         (folder / "0.tar").write_bytes(world.tar(dice, talk))
-        return skipped(vlm.load_webdataset([folder / "0.tar"], folder / "pictures", max_bad_fraction=0.7))
+        return skipped(vlm.load_webdataset([folder / "0.tar"], folder / "pictures", max_unusable_fraction=0.7))
 
     def task(folder: Path, dice: random.Random) -> str:
         kind = dice.choice(("classification", "multilabel", "retrieval"))
@@ -225,13 +227,13 @@ def targets(world: World) -> dict[str, Target]:
             (folder / name).write_bytes(content)
         (folder / "test").mkdir()
         (folder / "test" / "0.tar").write_bytes(world.tar(dice, {"cls": b"1", "npy": array.getvalue()}))
-        loaded = load_task(folder.name, folder.parent, world.encoder, max_bad_fraction=0.7)
+        loaded = load_task(folder.name, folder.parent, world.encoder, max_unusable_fraction=0.7)
         return "skipped" if loaded.skipped else "read"
 
     def tokens(folder: Path, dice: random.Random) -> str:
         (folder / "0.tar").write_bytes(world.tar(dice, {}))
         pool = Pool([folder / "0.tar"], caption_lines="first" if dice.random() < 0.5 else "join")
-        decoder = Decoding(pool, world.encoder.processor, Data(shards=("x",), max_bad_fraction=0.7))
+        decoder = Decoding(pool, world.encoder.processor, Data(shards=("x",), max_unusable_fraction=0.7))
         decoder.fetch(np.arange(len(decoder.pool)))
         return "skipped" if decoder.skipped else "read"
 

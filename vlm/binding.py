@@ -22,7 +22,7 @@ def binding(config: TuneConfig, rows: Sequence[Row], base: PreTrainedModel) -> d
         "format": 1,
         "stages": [stage.model_dump(mode="json") for stage in config.stages],
         "seed": config.seed,
-        "share": config.share,
+        "conversations_per_row": config.conversations_per_row,
         "data": fingerprint(rows),
         "tower": tensor_digest(base.model.vision_tower.state_dict()),
     }

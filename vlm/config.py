@@ -51,7 +51,9 @@ class Lora(Config):
 class _Stage(Config):
     steps: int = Field(gt=0, description="optimiser steps")
     batch_size: int = Field(
-        8, gt=0, description="rows a step; a row: pictures with up to `TuneConfig.share` conversations about them"
+        8,
+        gt=0,
+        description="rows per step; a row has the pictures of up to `conversations_per_row` conversations",
     )
     micro_batch: int | None = Field(
         None, gt=0, description="rows a forward pass; None: all. Saves memory, changes nothing"
@@ -82,12 +84,12 @@ class TuneConfig(Config):
 
     stages: tuple[Annotated[Align | Adapt, Field(discriminator="stage")], ...] = Field(min_length=1)
     seed: int = Field(0, ge=0, description="of the adapters' first weights, the order of the data and dropout")
-    share: int = Field(
+    conversations_per_row: int = Field(
         4,
         gt=0,
         description="conversations about the same pictures that share one pass over them; saves time, changes no loss",
     )
-    max_bad_fraction: float = Field(
+    max_unusable_fraction: float = Field(
         0.02, ge=0, le=1, description="largest fraction of conversations left out: nothing to learn, too long"
     )
     feature_cache_mb: int = Field(1024, ge=0, description="MiB to keep the frozen tower's features of pictures in")

@@ -142,7 +142,7 @@ def tune(
     Args:
         model: what `build` or `load` gave; changed in place.
         processor: its processor.
-        data: conversations; those that are too long or teach nothing are left out, up to `config.max_bad_fraction`.
+        data: conversations. Up to `config.max_unusable_fraction` are left out if too long or without a target.
         config: stages and engine.
         directory: checkpoints, `events.jsonl` and `tune.json`.
         callbacks: receive every event.
@@ -168,8 +168,10 @@ def tune(
     folder = Path(directory)
     limit = reads(base.config.text_config)
     skips = Skips()
-    rows, pictures = make_rows(data, processor, base.config.image_seq_length, config.share, limit, skips)
-    skips.check(len(data), config.max_bad_fraction)
+    rows, pictures = make_rows(
+        data, processor, base.config.image_seq_length, config.conversations_per_row, limit, skips
+    )
+    skips.check(len(data), config.max_unusable_fraction)
     for stage in config.stages:
         if isinstance(stage, Adapt) and stage.lora:
             check_adapters(base, stage.lora)

@@ -179,7 +179,7 @@ def check_usable(cache: EmbeddingCache, skipped: Counter[str], data: Data) -> No
     """
     unusable = int((~cache.usable).sum())
     reasons = skipped if skipped.total() == unusable else Counter(unusable=unusable)
-    check_skipped(reasons, len(cache.usable), data.max_bad_fraction)
+    check_skipped(reasons, len(cache.usable), data.max_unusable_fraction)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class StaticFilter(Curation):
     target: ClassVar[str] = "aced_sdk.curation.selectors:StaticSelector"
 
     method: Literal["static"] = "static"
-    share: float = Field(0.2, gt=0, le=1, description="fraction of the pool that is kept")
+    keep_fraction: float = Field(0.2, gt=0, le=1, description="fraction of the pool that is kept")
     loss: SelectionLoss = Field("auto", description=f"form of the reference's pair score; {_AUTO}")
 
     @property
@@ -112,7 +112,7 @@ class Scored(Curation):
         description="image size in pixels for scoring; None: the student's own. "
         "A smaller size is cheaper; the student is then trained at both sizes, so that its scores are valid",
     )
-    scoring_share: float = Field(
+    scoring_fraction: float = Field(
         0.5, gt=0, lt=1, description="fraction of each sub-batch that is trained at scoring_size"
     )
     collapse_margin: float = Field(
@@ -157,7 +157,7 @@ class Scored(Curation):
 
     @property
     def cheap_fraction(self) -> float:
-        return 0.0 if self.scoring_side is None else self.scoring_share
+        return 0.0 if self.scoring_side is None else self.scoring_fraction
 
     @property
     def filter_ratio(self) -> float:

@@ -63,6 +63,6 @@ class Engine(Config):
     scoring_batch: int = Field(1024, gt=0, description="examples per forward pass for scoring")
     checkpoint_every: int = Field(100, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="number of newest checkpoints to keep")
-    max_bad_steps: int = Field(
+    max_nonfinite_steps: int = Field(
         3, ge=0, description="consecutive non-finite steps (loss or gradient) that are skipped before the run fails"
     )

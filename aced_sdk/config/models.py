@@ -80,7 +80,7 @@ class Data(Config):
         description="folder for resized uint8 pictures and tokens, written once and memory-mapped; "
         "for pools that fit on disk",
     )
-    max_bad_fraction: float = Field(0.02, ge=0, le=1, description="fail if more than this fraction is unusable")
+    max_unusable_fraction: float = Field(0.02, ge=0, le=1, description="fail if more than this fraction is unusable")
     max_pixels: int = Field(100_000_000, gt=0, description="pictures with more pixels are skipped and counted")
     max_caption_bytes: int = Field(
         4096, gt=0, description="pairs with longer captions are skipped and counted: long words are slow to tokenize"

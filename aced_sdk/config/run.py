@@ -24,7 +24,7 @@ class Evaluation(Config):
         None, description="folder with one folder per task, in CLIP_benchmark's WebDataset layout"
     )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    max_bad_fraction: float = Field(0.02, ge=0, le=1, description="fail if more than this fraction is unusable")
+    max_unusable_fraction: float = Field(0.02, ge=0, le=1, description="fail if more than this fraction is unusable")
 
     @model_validator(mode="after")
     def _root(self) -> Self:

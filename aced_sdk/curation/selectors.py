@@ -101,7 +101,7 @@ class StaticSelector(Selector):
     config: StaticFilter
 
     def keep(self, reference: Callable[[], Embeddings], pairs: int) -> Tensor:
-        kept = static_filter(reference(), self.config.share, self.config.loss)
+        kept = static_filter(reference(), self.config.keep_fraction, self.config.loss)
         return kept.cpu().sort().values
 
 
@@ -191,12 +191,12 @@ def pair_scores(reference: Embeddings, loss: SelectionLoss = "auto") -> Tensor:
     return scores
 
 
-def static_filter(reference: Embeddings, share: float, loss: SelectionLoss = "auto") -> Tensor:
+def static_filter(reference: Embeddings, keep_fraction: float, loss: SelectionLoss = "auto") -> Tensor:
     """Filter a pool offline: keep the top fraction by the reference's pair score.
 
     Args:
         reference: embeddings of the whole pool.
-        share: fraction to keep, in (0, 1]; round(share * N) pairs, at least one.
+        keep_fraction: fraction to keep, in (0, 1]; round(keep_fraction * N) pairs, at least one.
         loss: loss of the pair score.
 
     Returns:
@@ -205,8 +205,10 @@ def static_filter(reference: Embeddings, share: float, loss: SelectionLoss = "au
     Raises:
         CurationError: if the fraction is out of range, or as `pair_scores`.
     """
-    if not 0 < share <= 1:
-        raise CurationError(f"share is {share}", remedy="use a fraction above 0 and at most 1", field="share")
+    if not 0 < keep_fraction <= 1:
+        raise CurationError(
+            f"keep_fraction is {keep_fraction}", remedy="use a fraction above 0 and at most 1", field="keep_fraction"
+        )
     scores = pair_scores(reference, loss)
-    kept = max(1, round(share * len(scores)))
+    kept = max(1, round(keep_fraction * len(scores)))
     return torch.sort(scores, descending=True, stable=True).indices[:kept]

@@ -44,13 +44,13 @@ class DrawSummary:
     Attributes:
         draws: trained examples, including repeats.
         unique_coverage: fraction of the pool drawn at least once.
-        top_decile_share: fraction of the draws of the most drawn 10 % of the pool; 0.1 if all counts are equal.
+        top_decile_fraction: fraction of the draws of the most drawn 10 % of the pool; 0.1 if all counts are equal.
         effective_pool_size: exp(entropy) of the draws, in pairs; the size of the pool if all counts are equal.
     """
 
     draws: int
     unique_coverage: float
-    top_decile_share: float
+    top_decile_fraction: float
     effective_pool_size: float
 
 
@@ -117,7 +117,7 @@ class DrawStatistics:
         return DrawSummary(
             draws=draws,
             unique_coverage=(pairs - int(self._tally[0])) / pairs,
-            top_decile_share=int(times @ in_top) / draws,
+            top_decile_fraction=int(times @ in_top) / draws,
             effective_pool_size=draws * math.exp(-float(often @ (times * np.log(np.maximum(times, 1)))) / draws),
         )
 

@@ -101,7 +101,7 @@ class Decoding:
         skipped: how many of them are unusable, by reason.
 
     Raises:
-        DataError: in `fetch`, when more than `max_bad_fraction` of at least 1,000 pairs, or of the whole pool, are
+        DataError: in `fetch`, when more than `max_unusable_fraction` of at least 1,000 pairs, or of the whole pool, are
             unusable.
     """
 
@@ -143,7 +143,7 @@ class Decoding:
                 self.skipped[pair] += 1
                 self._first = self._first or self.pool.name(int(row))
         least = min(1000, len(self.pool))
-        check_skipped(self.skipped, self.seen, self.config.max_bad_fraction, least, self._first)
+        check_skipped(self.skipped, self.seen, self.config.max_unusable_fraction, least, self._first)
         return [None if isinstance(pair, str) else pair for pair in pairs]
 
     def _one(self, row: int) -> tuple[Tensor, str] | str:
@@ -198,7 +198,7 @@ def check_skipped(skipped: Counter[str], seen: int, bound: float, least: int = 1
         raise DataError(
             f"{count} of {seen} pairs are unusable ({reasons}{example})",
             remedy="repair the shards, or raise the bound if that is expected",
-            field="data.max_bad_fraction",
+            field="data.max_unusable_fraction",
         )
 
 
@@ -320,7 +320,7 @@ def prepare(
                 usable[batch.rows.numpy()] = True
                 if progress:
                     progress(int(rows[-1]) + 1, count)
-            check_skipped(decoder.skipped, count, config.max_bad_fraction)
+            check_skipped(decoder.skipped, count, config.max_unusable_fraction)
             images.flush()
             np.save(temporary / _TOKENS, tokens)
             np.save(temporary / _USABLE, usable)

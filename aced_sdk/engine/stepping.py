@@ -88,7 +88,7 @@ def take_steps(
         done: steps taken before a resume.
 
     Raises:
-        EngineError: `training.diverged`, after more than `config.max_bad_steps` consecutive skipped steps.
+        EngineError: `training.diverged`, after more than `config.max_nonfinite_steps` consecutive skipped steps.
     """
     in_a_row = 0
     for number in range(done + 1, schedule.steps + 1):
@@ -103,7 +103,7 @@ def take_steps(
         else:
             in_a_row += 1
             training.skipped(step, in_a_row)
-            if in_a_row > config.max_bad_steps:
+            if in_a_row > config.max_nonfinite_steps:
                 raise training.diverged(step, in_a_row)
         if number == schedule.steps or (in_a_row == 0 and number % config.checkpoint_every == 0):
             training.save(number)

@@ -66,7 +66,7 @@ def evaluate(
     tasks: str | Sequence[str] = ("stable_eval",),
     data_root: str | Path = ".",
     *,
-    max_bad_fraction: float = 0.02,
+    max_unusable_fraction: float = 0.02,
 ) -> EvaluationReport:
     """Zero-shot classification and retrieval on held-out tasks.
 
@@ -76,7 +76,7 @@ def evaluate(
         data_root: tasks in CLIP_benchmark's WebDataset layout (`classnames.txt`, `test/*.tar` with KEY.png and KEY.cls;
             `dataset_type.txt` = retrieval with KEY.txt, or multilabel with KEY.npy). Folders may have the names under
             which CLIP_benchmark and DataComp publish them (`wds_vtab-pets`).
-        max_bad_fraction: largest share of a task's samples that may be unusable.
+        max_unusable_fraction: largest share of a task's samples that may be unusable.
 
     Raises:
         EvaluationError: if a task is missing or cannot be used, or too many of its samples are unusable.
@@ -85,7 +85,7 @@ def evaluate(
     if not names:
         raise EvaluationError("no task is named", remedy="name tasks, or 'stable_eval'", field="tasks")
     encoder = folder_or_model if isinstance(folder_or_model, DualEncoder) else load(folder_or_model)
-    loaded = [load_task(name, Path(data_root), encoder, max_bad_fraction=max_bad_fraction) for name in names]
+    loaded = [load_task(name, Path(data_root), encoder, max_unusable_fraction=max_unusable_fraction) for name in names]
     return EvaluationReport({t.name: run_task(encoder, t) for t in loaded}, {t.name: t.skipped for t in loaded})
 
 

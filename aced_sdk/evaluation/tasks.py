@@ -93,7 +93,7 @@ def load_task(
     data_root: Path,
     encoder: DualEncoder,
     max_pixels: int = 100_000_000,
-    max_bad_fraction: float = 0.02,
+    max_unusable_fraction: float = 0.02,
 ) -> Task:
     """Read a task's test split and resize its pictures for `encoder`.
 
@@ -102,7 +102,7 @@ def load_task(
         data_root: as in `open_task`.
         encoder: whose preprocessing is used.
         max_pixels: larger pictures are skipped.
-        max_bad_fraction: largest share of unusable samples; above it there is no figure.
+        max_unusable_fraction: largest share of unusable samples; above it there is no figure.
 
     Raises:
         EvaluationError: as `open_task`, or if too many samples are unusable.
@@ -121,12 +121,12 @@ def load_task(
             skipped[str(reason)] += 1
             continue
         own.append(label)
-    if not own or skipped.total() > max_bad_fraction * len(pool):
+    if not own or skipped.total() > max_unusable_fraction * len(pool):
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(4))
         raise EvaluationError(
             f"{skipped.total()} of {len(pool)} samples of the task '{one_line(name)}' are unusable ({reasons})",
-            remedy=f"{_RESTORE}, or raise max_bad_fraction if that is expected",
-            field="evaluation.max_bad_fraction",
+            remedy=f"{_RESTORE}, or raise max_unusable_fraction if that is expected",
+            field="evaluation.max_unusable_fraction",
         )
     labels, texts, captions = kind.collect(name, own, opened.classes)
     return Task(name, kind.name, images[: len(own)], labels, texts, captions, opened.templates, dict(skipped))

@@ -49,7 +49,7 @@ _SHARES = (
         "Fraction of pairs marked as noisy, among the selected pairs and among all candidates.",
     ),
     (
-        {"unique_coverage": "drawn at least once", "top_decile_share": "draws of the most drawn tenth"},
+        {"unique_coverage": "drawn at least once", "top_decile_fraction": "draws of the most drawn tenth"},
         "Coverage of the pool over steps",
         "Fraction of the pool drawn at least once, and fraction of the draws of its most drawn tenth "
         "(10 % if all counts are equal).",

@@ -63,7 +63,7 @@ class Drawn:
         rows, summary = self.super_batch.rows[self.picked], parts.statistics.summary()
         statistics = {
             "unique_coverage": summary.unique_coverage,
-            "top_decile_share": summary.top_decile_share,
+            "top_decile_fraction": summary.top_decile_fraction,
             "effective_pool_size": summary.effective_pool_size,
         }
         if parts.noisy is not None:

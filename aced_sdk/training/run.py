@@ -33,7 +33,7 @@ from aced_sdk.training.step import can_accumulate
 
 CONFIG = "config.yaml"
 STUDENT = "student"
-_SKIPPED = "check the shards; data.max_bad_fraction limits the unusable pairs"
+_SKIPPED = "check the shards; data.max_unusable_fraction limits the unusable pairs"
 _LINES = "if each line is a separate caption, set data.caption_lines to 'first'"
 Watch = Callable[[str, int, int], None]
 
@@ -264,11 +264,11 @@ def _usable(config: DistillConfig, pool: Pool, source: Source, caches: list[Embe
     rows, total = source.usable(), len(pool)
     for cache in caches:
         rows = rows[cache.usable.numpy()[rows]]
-    if total - len(rows) > config.data.max_bad_fraction * total:
+    if total - len(rows) > config.data.max_unusable_fraction * total:
         raise DataError(
             f"{total - len(rows)} of {total} pairs are unusable",
             remedy="repair the shards, or raise the limit if this is expected",
-            field="data.max_bad_fraction",
+            field="data.max_unusable_fraction",
         )
     return rows
 

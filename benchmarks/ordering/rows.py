@@ -39,7 +39,7 @@ class Knobs:
     Attributes:
         weight: lambda of its distillation term.
         gain: of its sampler.
-        share: that its static filter keeps.
+        keep_fraction: that its static filter keeps.
         f: filter ratio.
         chunks: n of the joint sampler.
         learning_rate: peak.
@@ -47,7 +47,7 @@ class Knobs:
 
     weight: float = 5.0
     gain: float = 1.0
-    share: float = 0.2
+    keep_fraction: float = 0.2
     f: float = 0.8
     chunks: int = 16
     learning_rate: float = 1e-3
@@ -77,8 +77,8 @@ CHOICES: dict[str, tuple[dict[str, float], ...]] = {
     "h_acid": _GAINS,
     "aced": _weights(1, 5, 20),
     "aced_iid_distill": _weights(1, 5, 20),
-    "static": tuple({"share": value} for value in (0.1, 0.2, 0.4)),
-    "static_kd": tuple({"share": value} for value in (0.1, 0.2, 0.4)),
+    "static": tuple({"keep_fraction": value} for value in (0.1, 0.2, 0.4)),
+    "static_kd": tuple({"keep_fraction": value} for value in (0.1, 0.2, 0.4)),
     "trusted": _RATES,
 }
 ROWS = tuple(CHOICES)
@@ -109,8 +109,8 @@ def method(row: str, knobs: Knobs, form: SelectionLoss = "auto") -> tuple[Curati
         "aced_cheap": joint.replace(scoring_size=SIDE // 2),
         "aced_iid_distill": joint,
         "h_acid_independent": aced.Independent(sub_batch=b, super_batch=super_batch, gain=knobs.gain),
-        "static": aced.StaticFilter(sub_batch=b, share=knobs.share),
-        "static_kd": aced.StaticFilter(sub_batch=b, share=knobs.share),
+        "static": aced.StaticFilter(sub_batch=b, keep_fraction=knobs.keep_fraction),
+        "static_kd": aced.StaticFilter(sub_batch=b, keep_fraction=knobs.keep_fraction),
     }
     loss = _LOSS_OF.get(row)
     if loss is None:
@@ -160,7 +160,7 @@ class Job:
         size = curation.scoring_side
         if isinstance(curation, aced.Joint) and size is not None:
             share = _pass_at(size)
-            trained *= 1 - curation.scoring_share * (1 - share)
+            trained *= 1 - curation.scoring_fraction * (1 - share)
             scored *= share
         return trained + scored
 

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--easy-questions", type=int, default=1000, help="of easy-vqa's test questions, asked")
     parser.add_argument("--captions", type=int, default=1000, help="held-out pictures to caption")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a step")
-    parser.add_argument("--share", type=int, default=8, help="questions about a picture in one row")
+    parser.add_argument("--conversations-per-row", type=int, default=8, help="questions about a picture in one row")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--directory", type=Path, default=Path("runs/vlm-quality"), help="models, pages, checkpoints")
@@ -58,7 +58,7 @@ def main() -> None:
             arguments.align_steps,
             arguments.adapt_steps,
             batch_size=arguments.batch_size,
-            share=arguments.share,
+            conversations_per_row=arguments.conversations_per_row,
             seed=seed,
             precision=arguments.precision,
             threads=arguments.threads,
@@ -77,7 +77,7 @@ def main() -> None:
         "align_steps": arguments.align_steps,
         "adapt_steps": arguments.adapt_steps,
         "batch_size": arguments.batch_size,
-        "share": arguments.share,
+        "conversations_per_row": arguments.conversations_per_row,
         "precision": arguments.precision,
         "rows": {
             row: {figure: asdict(spread([one[figure] for one in runs])) for figure in FIGURES}

@@ -24,7 +24,14 @@ ASKED: dict[str, tuple[Metric, int]] = {
 
 
 def tuning(
-    align_steps: int, adapt_steps: int, *, batch_size: int, share: int, seed: int, precision: str, threads: int
+    align_steps: int,
+    adapt_steps: int,
+    *,
+    batch_size: int,
+    conversations_per_row: int,
+    seed: int,
+    precision: str,
+    threads: int,
 ) -> vlm.TuneConfig:
     """Projector first, then projector and low-rank adapters."""
     return vlm.TuneConfig.model_validate(
@@ -36,7 +43,7 @@ def tuning(
                 ),
             ),
             "seed": seed,
-            "share": share,
+            "conversations_per_row": conversations_per_row,
             "engine": aced.Engine.model_validate(
                 {"kind": "single", "precision": precision, "threads": threads, "checkpoint_every": 100}
             ),

@@ -94,7 +94,7 @@ def methods(settings: Settings) -> dict[str, tuple[Curation, aced.Objective]]:
         "i_acid": (easy, task),
         "h_acid": (learnable, task),
         "aced": (learnable, distil),
-        "static": (aced.StaticFilter(sub_batch=b, share=SHARE), task),
+        "static": (aced.StaticFilter(sub_batch=b, keep_fraction=SHARE), task),
     }
 
 

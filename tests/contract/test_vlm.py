@@ -181,11 +181,13 @@ def test_smollm2_answers_where_it_is_in_the_cache(folders: tuple[Path, Path]) ->
 def test_packed_and_shared_rows_have_transformers_own_loss(model: Model) -> None:
     llava, processor = model
     data = samples(1)
-    rows, pictures = make_rows(data, processor, 9, share=2, limit=128)
+    rows, pictures = make_rows(data, processor, 9, conversations_per_row=2, limit=128)
     longest = max(len(encode(sample, processor, 9)[0]) for sample in data)
-    assert list(make_rows(data, processor, 9, share=2, limit=longest)[0]) == list(rows)  # exactly the limit fits
+    assert list(make_rows(data, processor, 9, conversations_per_row=2, limit=longest)[0]) == list(
+        rows
+    )  # exactly the limit fits
     with pytest.raises(DataError, match=f"has {longest} tokens, the language model reads {longest - 1}"):
-        make_rows(data, processor, 9, share=2, limit=longest - 1)
+        make_rows(data, processor, 9, conversations_per_row=2, limit=longest - 1)
     assert [row.samples for row in rows] == [2, 2, 2]
     batch = collate(rows, pad=0)
     features = Features(llava, processor, pictures, 1).of(batch.pictures)
@@ -204,7 +206,9 @@ def test_micro_batches_do_not_change_the_training(folders: tuple[Path, Path], tm
     weights = []
     for micro in (None, 1):
         llava, processor = vlm.build(*folders)
-        plan = vlm.TuneConfig(stages=[vlm.Align(steps=3, batch_size=5, micro_batch=micro, learning_rate=1e-3)], share=2)
+        plan = vlm.TuneConfig(
+            stages=[vlm.Align(steps=3, batch_size=5, micro_batch=micro, learning_rate=1e-3)], conversations_per_row=2
+        )
         # answers of different lengths: the mean over tokens is not the mean over micro-batches
         data = [*samples(), vlm.Sample("long", (("what is this ?", "a picture of blue"),), samples()[0].images)]
         vlm.tune(llava, processor, data, plan, directory=tmp_path / str(micro))

@@ -63,7 +63,7 @@ def own_loss(llava: Any, processor: Any, data: list[vlm.Sample]) -> torch.Tensor
 
 
 def packed_loss(llava: Any, processor: Any, data: list[vlm.Sample]) -> torch.Tensor:
-    rows, pictures = make_rows(data, processor, llava.config.image_seq_length, share=4, limit=128)
+    rows, pictures = make_rows(data, processor, llava.config.image_seq_length, conversations_per_row=4, limit=128)
     batch = collate(rows, pad=0)
     features = Features(llava, processor, pictures, 1).of(batch.pictures)
     loss: torch.Tensor = AnswerLoss(llava)(
@@ -92,7 +92,7 @@ def test_short_conversations_without_pictures_are_packed(model: Model) -> None:
     _, processor = model
     short = [vlm.Sample(str(n), (("what is it ?", "red"),)) for n in range(12)]
     long = vlm.Sample("long", (("what is it ? " * 12, "blue"),))
-    rows, _ = make_rows([*short, long], processor, 9, share=4, limit=128)
+    rows, _ = make_rows([*short, long], processor, 9, conversations_per_row=4, limit=128)
     ids = collate(rows, pad=0).ids
     used = sum(len(row.ids) for row in rows)
     assert len(rows) == 13

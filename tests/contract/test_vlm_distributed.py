@@ -83,7 +83,7 @@ def tuned(folder: Path, out: Path, options: dict[str, Any], rank: int, hear: Any
         data = [
             replace(sample, images=tuple(folder / "gone" / Path(str(i)).name for i in sample.images)) for sample in data
         ]
-    config = vlm.TuneConfig(stages=stages, engine=engine, share=2)
+    config = vlm.TuneConfig(stages=stages, engine=engine, conversations_per_row=2)
     callbacks = [lambda event: hear(event, model)]
     result = vlm.tune(model, processor, data, config, directory=out / "run", callbacks=callbacks)
     if rank == 0 and lora:

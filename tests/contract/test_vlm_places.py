@@ -62,7 +62,7 @@ def test_conversations_have_transformers_own_loss_wherever_their_pictures_are(
         for part in (placed(), *([one] for one in placed())):
             ours, theirs = packed_loss(llava, processor, part), own_loss(llava, processor, part)
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
-    rows, _ = make_rows(placed(), processor, 9, share=4, limit=256)
+    rows, _ = make_rows(placed(), processor, 9, conversations_per_row=4, limit=256)
     assert [row.samples for row in rows] == [2, 2, 1, 1, 1, 1]  # whoever has the same tokens before shares them
 
 
@@ -224,7 +224,7 @@ def test_tuning_leaves_out_and_counts_bad_conversations(
         vlm.Sample("odd", ((QUESTION, "red \ud800"),)),
     ]
     data = [*samples(20), *bad]
-    plan = vlm.TuneConfig(stages=[vlm.Align(steps=1)], max_bad_fraction=0.05)
+    plan = vlm.TuneConfig(stages=[vlm.Align(steps=1)], max_unusable_fraction=0.05)
     result = vlm.tune(llava, processor, data, plan, directory=tmp_path / "run")
     assert [name in text for name, text in zip(("empty", "long", "odd"), result.skipped, strict=True)] == [True] * 3
     words = "3 of 123 conversations are left out: 1 empty answer, 1 too long, 1 unpaired surrogate"
@@ -232,7 +232,9 @@ def test_tuning_leaves_out_and_counts_bad_conversations(
     left = make_rows(data, processor, 9, 4, 128, Skips())[0]
     assert list(left) == list(make_rows(samples(20), processor, 9, 4, 128)[0])
     with pytest.raises(DataError, match=r"3 of 123 conversations cannot be used .*the first: .*'empty'"):
-        vlm.tune(llava, processor, data, plan.model_copy(update={"max_bad_fraction": 0.02}), directory=tmp_path / "b")
+        vlm.tune(
+            llava, processor, data, plan.model_copy(update={"max_unusable_fraction": 0.02}), directory=tmp_path / "b"
+        )
     assert not (tmp_path / "b").exists()
 
 
@@ -243,9 +245,9 @@ def test_evaluate_leaves_out_what_cannot_be_read(model: Any, tmp_path: Path) -> 
         vlm.Sample("torn", ((QUESTION, "red"),), (tmp_path / "torn.png",)),
         vlm.Sample("floats", ((QUESTION, "red"),), (Image.new("F", (24, 24)),)),
     ]
-    with pytest.raises(DataError, match=r"3 of \d+ conversations cannot be used .*'words'.*max_bad_fraction"):
+    with pytest.raises(DataError, match=r"3 of \d+ conversations cannot be used .*'words'.*max_unusable_fraction"):
         vlm.evaluate(*model, [*samples(), *odd], max_new_tokens=2)
-    scores = vlm.evaluate(*model, [*samples(), *odd], max_new_tokens=2, max_bad_fraction=0.5)
+    scores = vlm.evaluate(*model, [*samples(), *odd], max_new_tokens=2, max_unusable_fraction=0.5)
     assert scores.reasons == {"unpaired surrogate": 1, "unreadable picture": 1, "samples of 32 bits": 1}
     expected = vlm.evaluate(*model, samples(), max_new_tokens=2)
     assert (scores.total, scores.samples) == (expected.total, expected.samples)

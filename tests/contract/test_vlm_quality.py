@@ -32,7 +32,7 @@ def asked(folder: Path, kind: str) -> tuple[Sample, ...]:
 
 
 def tiny_tuning(steps: int) -> vlm.TuneConfig:
-    return tuning(1, steps, batch_size=16, share=4, seed=0, precision="fp32", threads=1)
+    return tuning(1, steps, batch_size=16, conversations_per_row=4, seed=0, precision="fp32", threads=1)
 
 
 def test_one_model_from_build_to_page(tmp_path: Path) -> None:

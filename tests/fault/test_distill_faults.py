@@ -103,7 +103,7 @@ def test_single_bad_pairs_are_replaced(tmp_path: Path) -> None:
         seen.extend(event.candidates if event.name == "selected" else ())  # type: ignore[attr-defined]
 
     curation = aced.Joint(sub_batch=8, super_batch=16, num_chunks=4, score="hard_learner")
-    made = iid(tmp_path / "run", pool, max_bad_fraction=0.2, max_pixels=50_000).replace(curation=curation)
+    made = iid(tmp_path / "run", pool, max_unusable_fraction=0.2, max_pixels=50_000).replace(curation=curation)
     run = aced.distill(made, callbacks=[listen])
     assert run.step == 6
     assert len(seen) == 96
@@ -116,7 +116,7 @@ def test_single_bad_pairs_are_replaced(tmp_path: Path) -> None:
 
 def test_what_was_left_out_beforehand_is_told(tmp_path: Path) -> None:
     pool = write_pool(tmp_path / "pool", pairs=64, broken={5: {"png": b"?", "txt": b"x"}})
-    aced.distill(iid(tmp_path / "run", pool, prepared=tmp_path / "p", max_bad_fraction=0.2))
+    aced.distill(iid(tmp_path / "run", pool, prepared=tmp_path / "p", max_unusable_fraction=0.2))
     first = next(row for row in read_events(tmp_path / "run" / "events.jsonl") if row["event"] == "warned")
     assert first["cause"] == "1 of 64 pairs are unusable and left out"
 
@@ -128,7 +128,7 @@ def test_too_many_bad_pairs_stop_the_run(tmp_path: Path, prepared: bool) -> None
     made = iid(tmp_path / "run", pool, prepared=tmp_path / "p" if prepared else None)
     with pytest.raises(DataError, match="pairs are unusable") as caught:
         aced.distill(made.replace(curation=aced.Iid(sub_batch=64), schedule=aced.Schedule(steps=40)))
-    assert caught.value.field == "data.max_bad_fraction"
+    assert caught.value.field == "data.max_unusable_fraction"
     assert "unreadable picture" in caught.value.cause
     towers.save(encoder(1), tmp_path / "reference")
     for attempt in range(2):  # the second finds the cache complete, and must stop all the same
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_is_skipped(
 ) -> None:
     poison(monkeypatch, {2, 3, 5})
     heard: list[Event] = []
-    engine = aced.Engine(kind=kind, device="cpu", max_bad_steps=2, micro_batch=micro_batch)
+    engine = aced.Engine(kind=kind, device="cpu", max_nonfinite_steps=2, micro_batch=micro_batch)
     run = aced.distill(config(world, tmp_path / "run", engine=engine), callbacks=[heard.append])
     skipped = [(event.step, event.in_a_row) for event in heard if isinstance(event, StepSkipped)]
     assert skipped == [(2, 1), (3, 2), (5, 1)]
@@ -206,7 +206,7 @@ def test_pairs_whose_embeddings_are_broken_are_named_first(
 
     monkeypatch.setattr(towers.DualEncoder, "forward", poisoned)
     heard: list[Event] = []
-    engine = aced.Engine(kind="single", device="cpu", micro_batch=micro_batch, max_bad_steps=0)
+    engine = aced.Engine(kind="single", device="cpu", micro_batch=micro_batch, max_nonfinite_steps=0)
     made = config(world, tmp_path / "run", curation=aced.Iid(sub_batch=16), engine=engine)
     with pytest.raises(EngineError, match="whose pairs are 000037"):
         aced.distill(made, callbacks=[heard.append])
@@ -228,7 +228,7 @@ def test_losses_that_stay_not_finite_stop_the_run(world: Path, tmp_path: Path, m
     told = r"not finite in 2 steps in a row, up to step 5, whose pairs are \d{6}, \d{6}, \d{6} and 5 more"
     with pytest.raises(EngineError, match=told) as caught:
         aced.distill(config(world, tmp_path / "run", engine=aced.Engine(
-            kind="single", device="cpu", checkpoint_every=2, max_bad_steps=1)))  # fmt: skip
+            kind="single", device="cpu", checkpoint_every=2, max_nonfinite_steps=1)))  # fmt: skip
     assert caught.value.field == "optimizer.learning_rate"
     assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [2]
     for tensor in load_file(checkpoints(tmp_path / "run")[0] / "weights.safetensors").values():

@@ -207,12 +207,12 @@ def test_unreadable_pictures_are_counted_up_to_the_bound(tmp_path: Path) -> None
     whole = (tmp_path / "3.png").read_bytes()
     (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    read = vlm.load_llava(tmp_path / "data.json", tmp_path, max_bad_fraction=0.1)
+    read = vlm.load_llava(tmp_path / "data.json", tmp_path, max_unusable_fraction=0.1)
     assert (len(read), len(read.skipped)) == (9, 1)
     assert "conversation '3'" in read.skipped[0]
     (tmp_path / "4.png").unlink()
     with pytest.raises(DataError, match=r"2 of 10 conversations cannot be used.*conversation '3'"):
-        vlm.load_llava(tmp_path / "data.json", tmp_path, max_bad_fraction=0.1)
+        vlm.load_llava(tmp_path / "data.json", tmp_path, max_unusable_fraction=0.1)
 
 
 def test_a_conversation_longer_than_the_model_reads(model: Any, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_sixteen_bits_keep_their_range_and_more_are_counted_as_bad(
         turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "grey"}]
         entries.append({"id": str(number), "image": path.name, "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    read = vlm.load_llava(tmp_path / "data.json", tmp_path, max_bad_fraction=0.5)
+    read = vlm.load_llava(tmp_path / "data.json", tmp_path, max_unusable_fraction=0.5)
     assert (len(read), read.reasons) == (2, {"samples of 32 bits": 2})
     with pytest.raises(DataError, match=r"2 of 4 conversations cannot be used \(2 samples of 32 bits\).*'2'"):
         vlm.load_llava(tmp_path / "data.json", tmp_path)

@@ -147,7 +147,7 @@ def test_there_is_a_gradient_to_compare(name: str) -> None:
 @pytest.mark.parametrize("size", [None, 4])
 def test_dropout_is_the_same_in_both_passes(name: str, size: int | None) -> None:
     objective, seed = OBJECTIVES[name], 3
-    curation = {"scoring_size": size, "scoring_share": 0.25}
+    curation = {"scoring_size": size, "scoring_fraction": 0.25}
     found, other = learned(objective, 8, 2, seed, dropout=0.4, **curation)
     # The same micro-batches, all graphs kept, one backward pass through all of them.
     module = Towers(seed, 0.4).train()

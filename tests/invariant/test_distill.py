@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(world: Path, directory: Path, **changes: Any) -> DistillConfig:
     made = distillation(directory, world / "pool", world / "reference")
-    data = made.data.replace(max_bad_fraction=0.1)
+    data = made.data.replace(max_unusable_fraction=0.1)
     reference = made.reference and made.reference.replace(cache=world / "cache")
     return made.replace(**({"data": data, "reference": reference} | changes))
 
@@ -96,7 +96,7 @@ def test_broken_off_and_resumed_is_as_never_broken_off(world: Path, tmp_path: Pa
         "aced": {},
         "iid": {"curation": aced.Iid(sub_batch=8), "objective": aced.Objective(), "reference": None},
         "independent": {"curation": aced.Independent(sub_batch=8, super_batch=24)},
-        "static": {"curation": aced.StaticFilter(sub_batch=8, share=0.5)},
+        "static": {"curation": aced.StaticFilter(sub_batch=8, keep_fraction=0.5)},
         "dropout": {"student": aced.Student(architecture=DROPPED)},
         "bf16": {"engine": engine(precision="bf16")},
         "deepspeed": {"engine": engine("deepspeed")},
@@ -268,7 +268,7 @@ def test_cheap_scoring_trains_its_share_at_the_scoring_size(
         towers.DualEncoder, "encode_image", lambda self, x, *a: (scored.append(tuple(x.shape)), encode(self, x, *a))[1]
     )
     monkeypatch.setattr(Trainee, "forward", lambda self, x, t: (trained.append(tuple(x.shape)), forward(self, x, t))[1])
-    curation = aced.Joint(sub_batch=8, super_batch=16, num_chunks=4, scoring_size=8, scoring_share=share)
+    curation = aced.Joint(sub_batch=8, super_batch=16, num_chunks=4, scoring_size=8, scoring_fraction=share)
     assert cheap_places(curation, 16).nonzero().flatten().tolist() == cheap + [8 + place for place in cheap]
     made = config(world, tmp_path / "run", curation=curation, schedule=aced.Schedule(steps=1))
     assert aced.distill(made).metrics["scored"] == 16
@@ -316,7 +316,7 @@ def test_several_teachers_each_teach_their_term(world: Path, tmp_path: Path) -> 
 
 
 def test_a_static_filter_draws_only_the_top_share(world: Path, tmp_path: Path) -> None:
-    made = config(world, tmp_path / "run", curation=aced.StaticFilter(sub_batch=8, share=0.2))
+    made = config(world, tmp_path / "run", curation=aced.StaticFilter(sub_batch=8, keep_fraction=0.2))
     heard: list[Event] = []
     aced.distill(made.replace(schedule=aced.Schedule(steps=4)), callbacks=[heard.append])
     state = towers.read_manifest(tmp_path / "run" / "student").facts

@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pool = tiny.write_pool(root / "pool", 40)
     folder = root / "run"
     tiny.distillation(folder, pool, root / "reference").to_yaml(folder / "config.yaml")
-    names = ("unique_coverage", "top_decile_share", "effective_pool_size", "noisy_selected", "noisy_candidates")
+    names = ("unique_coverage", "top_decile_fraction", "effective_pool_size", "noisy_selected", "noisy_candidates")
     scores = {"candidates": (-5.0, -4.0, -3.0, -2.0, -1.0), "picked": (-2.0, -1.5, -1.0, -0.5, 0.0)}
     with JsonlWriter(folder / "events.jsonl") as log:
         log(RunStarted(0, 2, "abc", {"pairs": 40}))

@@ -191,7 +191,7 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
 def _fetch(folder: Path, **changes: Any) -> tuple[int, Counter[str]]:
     """How many pairs of a pool were usable, and why the others were not."""
     pool = Pool([folder])
-    decoder = Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_bad_fraction=0.5, **changes))
+    decoder = Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_unusable_fraction=0.5, **changes))
     batch = decoder.fetch(np.arange(len(pool)))
     known_noisy(pool)
     return len(batch), decoder.skipped
@@ -279,7 +279,7 @@ def test_a_member_of_gigabytes_is_not_read(tmp_path: Path, extension: str) -> No
 def _batch(folder: Path) -> int:
     pool = Pool([folder])
     batches = SuperBatches(
-        Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_bad_fraction=1)), 4, seed=0
+        Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_unusable_fraction=1)), 4, seed=0
     )
     try:
         return len(next(batches)[0])
@@ -334,7 +334,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
 def _stored(folder: Path) -> str:
     pool = Pool([folder / "pool"])
     try:
-        write_stored(Stored(scale=10.0), pool, folder / "c", Data(shards=("unused",), max_bad_fraction=0))
+        write_stored(Stored(scale=10.0), pool, folder / "c", Data(shards=("unused",), max_unusable_fraction=0))
     except DataError as error:
         return str(error)
     return ""
@@ -365,7 +365,7 @@ def task(root: Path, kind: str = "classification") -> Path:
 
 
 def _task(root: Path, name: str = "t") -> tuple[int, dict[str, int]]:
-    loaded = load_task(name, root, tiny.encoder(), max_bad_fraction=1)
+    loaded = load_task(name, root, tiny.encoder(), max_unusable_fraction=1)
     return len(loaded.images), loaded.skipped
 
 

@@ -60,7 +60,7 @@ def plain(width: int, height: int, mode: str = "RGB", kind: str = "PNG") -> byte
 
 
 def store(shard: str, target: str) -> int:
-    data = Data(shards=(shard,), max_bad_fraction=0.5)
+    data = Data(shards=(shard,), max_unusable_fraction=0.5)
     return int(write_stored(Stored(scale=1.0), Pool([shard]), Path(target), data).usable.sum())
 
 
@@ -101,7 +101,7 @@ def write_task(
 
 
 def skipped(root: str) -> dict[str, int]:
-    return load_task("t", Path(root), tiny.encoder(), max_bad_fraction=0.5).skipped
+    return load_task("t", Path(root), tiny.encoder(), max_unusable_fraction=0.5).skipped
 
 
 DEEP = npy("(" * 90 + ")" * 90)

@@ -313,7 +313,7 @@ def test_a_file_that_is_one_hole_has_no_digest(tmp_path: Path) -> None:
 def test_right_answers_and_kinds(fields: dict[str, Any], words: str) -> None:
     turns = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red"}]
     plain = {"messages": turns}
-    read = vlm.load_messages([plain, plain | fields], max_bad_fraction=0.5)
+    read = vlm.load_messages([plain, plain | fields], max_unusable_fraction=0.5)
     assert len(read) == 1
     assert words in read.skipped[0]
 
@@ -323,7 +323,7 @@ def test_captions_of_a_picture_are_not_too_long_together(tmp_path: Path) -> None
     images = [{"id": n, "file_name": "a.png"} for n in (1, 2)]
     captions = [{"image_id": 1, "caption": "red"}] + [{"image_id": 2, "caption": "red " * 200_000}] * 2
     write(tmp_path / "c.json", {"images": images, "annotations": captions})
-    read = vlm.load_coco_captions(tmp_path / "c.json", tmp_path, max_bad_fraction=0.5)
+    read = vlm.load_coco_captions(tmp_path / "c.json", tmp_path, max_unusable_fraction=0.5)
     assert len(read) == 1
     assert "more than 1,048,576 characters" in read.skipped[0]
 

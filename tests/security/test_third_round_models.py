@@ -322,4 +322,4 @@ def test_broken_lines_are_read_quickly(tmp_path: Path) -> None:
 def _skipped(path: Path) -> dict[str, int]:
     import vlm
 
-    return dict(vlm.load_llava(path, path.parent, max_bad_fraction=1.0).reasons)
+    return dict(vlm.load_llava(path, path.parent, max_unusable_fraction=1.0).reasons)

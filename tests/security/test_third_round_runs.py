@@ -147,7 +147,7 @@ def test_a_file_that_is_nearly_all_a_hole_has_no_digest(tmp_path: Path) -> None:
     ("kind", "values", "field"),
     [
         (config.Schedule, {"steps": True}, "steps"),
-        (config.Data, {"shards": ("x",), "max_bad_fraction": True}, "max_bad_fraction"),
+        (config.Data, {"shards": ("x",), "max_unusable_fraction": True}, "max_unusable_fraction"),
         (config.Engine, {"threads": False}, "threads"),
         (config.Frozen, {"model": "x", "cache": ""}, "cache"),
     ],

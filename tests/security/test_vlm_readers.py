@@ -54,12 +54,12 @@ def read_all(folder: Path, names: list[str], form: str) -> tuple[list[str], list
     root = folder / "pictures"
     if form == "llava":
         (folder / "data.json").write_text(json.dumps([entry(n, name) for n, name in enumerate(names)]))
-        read = vlm.load_llava(folder / "data.json", root, max_bad_fraction=1)
+        read = vlm.load_llava(folder / "data.json", root, max_unusable_fraction=1)
     elif form == "coco":
         images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
         captions = [{"image_id": n, "caption": "noise"} for n in range(len(names))]
         (folder / "data.json").write_text(json.dumps({"images": images, "annotations": captions}))
-        read = vlm.load_coco_captions(folder / "data.json", root, max_bad_fraction=1)
+        read = vlm.load_coco_captions(folder / "data.json", root, max_unusable_fraction=1)
     else:
         asked = [{"question_id": n, "image_id": name, "question": "What?"} for n, name in enumerate(names)]
         facts = {"answer_type": "other", "multiple_choice_answer": "noise", "answers": [{"answer": "noise"}] * 4}
@@ -67,7 +67,7 @@ def read_all(folder: Path, names: list[str], form: str) -> tuple[list[str], list
         (folder / "questions.json").write_text(json.dumps({"questions": asked}))
         (folder / "answers.json").write_text(json.dumps({"annotations": answered}))
         read = vlm.load_vqav2(
-            folder / "questions.json", folder / "answers.json", root, image_name="{image_id}", max_bad_fraction=1
+            folder / "questions.json", folder / "answers.json", root, image_name="{image_id}", max_unusable_fraction=1
         )
     return [Path(str(sample.images[0])).name for sample in read], list(read.skipped)
 
@@ -216,7 +216,7 @@ def test_planted_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
 
 
 def _load_tar(folder: Path) -> list[str]:
-    return list(vlm.load_webdataset([folder / "a.tar"], folder / "out", max_bad_fraction=1).skipped)
+    return list(vlm.load_webdataset([folder / "a.tar"], folder / "out", max_unusable_fraction=1).skipped)
 
 
 def test_bad_samples_are_counted(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
 
 
 def settings(pool: Pool) -> Data:
-    return Data(shards=tuple(str(shard) for shard in pool.shards), max_bad_fraction=0.1)
+    return Data(shards=tuple(str(shard) for shard in pool.shards), max_unusable_fraction=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +223,11 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path, tower: DualEncoder
 def test_too_many_bad_pairs_stop_even_a_small_pool_and_again_when_resumed(
     tmp_path: Path, tower: DualEncoder, pool: Pool
 ) -> None:
-    strict = settings(pool).replace(max_bad_fraction=0.02)
+    strict = settings(pool).replace(max_unusable_fraction=0.02)
     for _ in range(2):
         with pytest.raises(DataError, match="2 of 66 pairs are unusable") as caught:
             write_cache(tower, pool, tmp_path / "c", strict)
-        assert caught.value.field == "data.max_bad_fraction"
+        assert caught.value.field == "data.max_unusable_fraction"
 
 
 def test_the_verb_takes_a_folder_and_finds_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +318,7 @@ def test_odd_stored_embeddings_are_unusable_pairs_and_bounded(tmp_path: Path, re
     cache = write_stored(STORED, pool, tmp_path / "c", settings(pool))
     assert torch.nonzero(~cache.usable).flatten().tolist() == [5]
     with pytest.raises(DataError, match=f"1 of 32 pairs are unusable \\(1 {reason}"):
-        write_stored(STORED, pool, tmp_path / "d", settings(pool).replace(max_bad_fraction=0.0))
+        write_stored(STORED, pool, tmp_path / "d", settings(pool).replace(max_unusable_fraction=0.0))
 
 
 @pytest.mark.parametrize("kind", ["object array", "zero augmentation", "single vectors", "no archive", "raw member"])

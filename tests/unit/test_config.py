@@ -49,7 +49,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name() -> None:
         ({"curation": {"method": "joint", "sub_batch": 16, "super_batch": 40}}, "curation.super_batch"),
         ({"curation": {"method": "independent", "sub_batch": 16, "super_batch": 40}}, "curation.super_batch"),
         ({"curation": {"method": "joint", "gain": float("nan")}}, "curation.gain"),
-        ({"curation": {"method": "static", "share": 1.5}}, "curation.share"),
+        ({"curation": {"method": "static", "keep_fraction": 1.5}}, "curation.keep_fraction"),
         ({"objective": {"distillation": [{}, {"weight": -1}]}}, "objective.distillation.1.weight"),
         ({"objective": {"contrastive": {"weight": 0}}}, "objective.contrastive.weight"),
         ({"data": {"shards": []}}, "data.shards"),

@@ -149,7 +149,7 @@ def test_other_selectors_refuse() -> None:
         select_independent(STUDENT, REFERENCE, size=0)
     with pytest.raises(CurationError, match="cannot draw 9 of 8 items"):
         select_random(9, 8)
-    with pytest.raises(CurationError, match="share"):
+    with pytest.raises(CurationError, match="keep_fraction"):
         static_filter(REFERENCE, 0.0)
     with pytest.raises(CurationError, match="not finite"):
         static_filter(with_nan(REFERENCE), 0.5)
@@ -250,7 +250,7 @@ def test_draw_statistics() -> None:
     summary = statistics.summary()
     assert summary.draws == 6
     assert summary.unique_coverage == 3 / 20
-    assert summary.top_decile_share == 5 / 6
+    assert summary.top_decile_fraction == 5 / 6
     entropy = -(4 / 6 * math.log(4 / 6) + 2 * (1 / 6) * math.log(1 / 6))
     assert summary.effective_pool_size == pytest.approx(math.exp(entropy))
     assert statistics.counts.dtype == np.int32
@@ -263,7 +263,7 @@ def test_an_even_draw_uses_the_whole_pool() -> None:
     summary = statistics.summary()
     assert summary.effective_pool_size == pytest.approx(50)
     assert summary.unique_coverage == 1
-    assert summary.top_decile_share == pytest.approx(0.1)
+    assert summary.top_decile_fraction == pytest.approx(0.1)
 
 
 def test_draw_statistics_go_on_from_a_checkpoint() -> None:

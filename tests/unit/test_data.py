@@ -151,7 +151,7 @@ def test_epochs_and_seeds_order_the_pool_differently() -> None:
 
 
 def test_super_batches_replace_what_is_unusable_and_count_it(broken_pool: Pool, tower: DualEncoder) -> None:
-    decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_bad_fraction=0.5))
+    decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_unusable_fraction=0.5))
     batches = SuperBatches(decoder, 16, seed=0)
     seen: list[int] = []
     position = 0
@@ -173,7 +173,7 @@ def test_a_small_pool_with_too_many_unusable_pairs_ends_the_run(broken_pool: Poo
     assert len(broken_pool) < 1000
     bound = (len(BROKEN) - 1) / 64
     batches = SuperBatches(
-        Decoding(broken_pool, tower.processor, settings(broken_pool, max_bad_fraction=bound)), 16, seed=0
+        Decoding(broken_pool, tower.processor, settings(broken_pool, max_unusable_fraction=bound)), 16, seed=0
     )
     with pytest.raises(DataError, match=rf"{len(BROKEN)} of 64 pairs are unusable .*the first is") as caught:
         list(islice(batches, 8))  # the pool is read twice; each pair counts once
@@ -186,7 +186,7 @@ def test_super_batches_go_on_from_a_position_as_if_never_stopped(
     broken_pool: Pool, tower: DualEncoder, stop: int
 ) -> None:
     def take(position: int, count: int) -> tuple[list[torch.Tensor], int]:
-        decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_bad_fraction=0.5))
+        decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_unusable_fraction=0.5))
         batches = SuperBatches(decoder, 16, seed=1, position=position)
         taken = []
         for _ in range(count):
@@ -203,7 +203,7 @@ def test_super_batches_go_on_from_a_position_as_if_never_stopped(
 
 
 def test_prepared_pictures_and_tokens_equal_decoded_ones(broken_pool: Pool, tower: DualEncoder, tmp_path: Path) -> None:
-    data = settings(broken_pool, max_bad_fraction=0.5)
+    data = settings(broken_pool, max_unusable_fraction=0.5)
     heard: list[tuple[int, int]] = []
     prepared = prepare(broken_pool, tower.processor, data, tmp_path, lambda done, of: heard.append((done, of)))
     assert heard[-1] == (64, 64)
@@ -236,7 +236,7 @@ def test_a_small_pool_with_too_many_bad_pairs_is_not_prepared(
 ) -> None:
     with pytest.raises(DataError, match="5 of 64 pairs are unusable") as caught:
         prepare(broken_pool, tower.processor, settings(broken_pool), tmp_path)
-    assert caught.value.field == "data.max_bad_fraction"
+    assert caught.value.field == "data.max_unusable_fraction"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -142,7 +142,7 @@ def test_a_class_is_the_normalised_mean_of_its_prompts(tower: DualEncoder) -> No
 
 
 def test_a_classification_task_is_read_and_what_is_broken_is_counted(tmp_path: Path, tower: DualEncoder) -> None:
-    task = load_task("shapes", classification(tmp_path, broken=True), tower, max_bad_fraction=0.2)
+    task = load_task("shapes", classification(tmp_path, broken=True), tower, max_unusable_fraction=0.2)
     assert (task.kind, task.texts, task.templates) == ("zero_shot", CLASSES, TEMPLATES)
     assert task.labels.tolist() == [n % 6 for n in range(20)]
     assert task.images.shape == (20, 3, 16, 16)
@@ -150,7 +150,7 @@ def test_a_classification_task_is_read_and_what_is_broken_is_counted(tmp_path: P
 
 
 def test_a_retrieval_task_has_a_text_a_line_and_none_of_a_broken_picture(tmp_path: Path, tower: DualEncoder) -> None:
-    task = load_task("captions", captions(tmp_path), tower, max_bad_fraction=0.2)
+    task = load_task("captions", captions(tmp_path), tower, max_unusable_fraction=0.2)
     assert task.texts == ["a red cat", "a boat", "a small boat", "a tree", "a house", "stars"]
     assert task.captions.tolist() == [0, 1, 2, 3, 0, 4, 3, 5]
     assert task.labels.tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
@@ -221,7 +221,7 @@ def test_published_folders_are_found_and_belong_to_their_groups(tmp_path: Path, 
 
 def test_a_report_tells_tasks_groups_and_the_mean(tmp_path: Path, tower: DualEncoder) -> None:
     root = captions(classification(classification(tmp_path, "cifar10"), "shapes", broken=True))
-    report = aced.evaluate(tower, ["cifar10", "shapes", "captions"], root, max_bad_fraction=0.2).to_dict()
+    report = aced.evaluate(tower, ["cifar10", "shapes", "captions"], root, max_unusable_fraction=0.2).to_dict()
     assert set(report) == {"tasks", "main", "grouped", "mean", "skipped"}
     names = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)]
     assert set(report["tasks"]["captions"]) == {prefix + name for prefix in ("", "merged_") for name in names}
@@ -264,7 +264,7 @@ def test_too_many_unusable_samples_give_no_figure(tmp_path: Path, tower: DualEnc
     root = classification(tmp_path, broken=True)
     with pytest.raises(EvaluationError, match=r"3 of 23 samples of the task 'shapes' are unusable") as caught:
         aced.evaluate(tower, ["shapes"], root)
-    assert caught.value.field == "evaluation.max_bad_fraction"
+    assert caught.value.field == "evaluation.max_unusable_fraction"
     write_tar(root / "blank" / "test" / "0.tar", [{"png": picture(0), "txt": b"a cat\n \n\n"}] * 1)
     (root / "blank" / "dataset_type.txt").write_text("retrieval")
     assert load_task("blank", root, tower).texts == ["a cat"]
@@ -289,7 +289,7 @@ def test_a_multilabel_task_has_an_array_of_classes_per_picture(tmp_path: Path, t
     folder = classification(tmp_path) / "shapes"
     (folder / "dataset_type.txt").write_text("multilabel\n")
     write_tar(folder / "test" / "0.tar", samples)
-    task = load_task("shapes", tmp_path, tower, max_bad_fraction=0.5)
+    task = load_task("shapes", tmp_path, tower, max_unusable_fraction=0.5)
     assert task.labels.tolist() == (rows > 0).tolist()
     assert task.skipped == {"no classes": 4}
     assert set(run_task(tower, task)) == {"mean_average_precision"}

@@ -116,7 +116,7 @@ def test_flexi_aceds_scoring_is_cheap_and_its_price_is_the_docstrings() -> None:
     assert isinstance(preset.curation, aced.Joint)
     whole, small = preset.student.profile().macs, preset.student.profile(preset.curation.scoring_size).macs
     assert small / whole == pytest.approx(0.286, abs=0.001)
-    share, ratio = preset.curation.scoring_share, preset.curation.candidates / preset.curation.sub_batch
+    share, ratio = preset.curation.scoring_fraction, preset.curation.candidates / preset.curation.sub_batch
     cost = (ratio * small / whole + 3 * (1 - share + share * small / whole)) / 3
     assert cost == pytest.approx(1.12, abs=0.005)
     assert "0.286" in str(presets.flexi_aced.__doc__)
@@ -150,7 +150,7 @@ def test_options_are_sizes_or_fields() -> None:
     assert presets.aced(schedule=aced.Schedule(steps=7)).schedule.steps == 7
     assert presets.aced(teacher=None).teachers == (presets.aced().reference,)
     assert presets.softmax_kd(weight=2.0).objective.distillation[0].weight == 2.0
-    assert presets.static(share=0.1).curation == aced.StaticFilter(sub_batch=32_768, share=0.1)
+    assert presets.static(keep_fraction=0.1).curation == aced.StaticFilter(sub_batch=32_768, keep_fraction=0.1)
     student = aced.Student(architecture=ARCHITECTURE, init_scale=20.0)
     other = presets.aced(student=student).replace(seed=1)
     assert (other.student.init_scale, other.student.profile().macs) == (20.0, encoder().profile().macs)
@@ -164,7 +164,7 @@ def test_options_are_sizes_or_fields() -> None:
 def test_a_preset_plans_and_runs(name: str, world: presets.Options, tmp_path: Path) -> None:
     options: dict[str, Any] = {**world, "directory": tmp_path / "run"}
     if name == "static_kd":
-        options["share"] = 0.5
+        options["keep_fraction"] = 0.5
     config = make(name)(**options)
     plan = aced.plan(config)
     scores = config.curation.needs_student

@@ -325,7 +325,7 @@ def test_scores_coverage_and_a_collapse_are_drawn(tmp_path: Path) -> None:
     with JsonlWriter(tmp_path / "events.jsonl") as writer:
         writer(RunStarted(0, steps=20, config_hash="abc", facts={"pairs": 500}))
         for number in range(1, 21):
-            shares = {"unique_coverage": 0.1, "top_decile_share": 0.9, "effective_pool_size": 40.0, "odd": 1.0}
+            shares = {"unique_coverage": 0.1, "top_decile_fraction": 0.9, "effective_pool_size": 40.0, "odd": 1.0}
             # A log of an older version, then a newer one.
             scores = {} if number < 5 else {"candidates": (-5, -4, -3, -2, -1), "picked": (-2.0, -1.5, -1, -0.5, 0)}
             writer(Selected(number, (1,), (1, 2), shares, scores))

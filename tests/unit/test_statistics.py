@@ -53,7 +53,7 @@ def test_measures_kept_up_step_by_step_are_those_of_the_counts(data: st.DataObje
     assert statistics.counts.tolist() == counts.tolist()
     assert summary.draws == counts.sum()
     assert summary.unique_coverage == (counts > 0).sum() / pairs
-    assert summary.top_decile_share == np.sort(counts)[-top:].sum() / counts.sum()
+    assert summary.top_decile_fraction == np.sort(counts)[-top:].sum() / counts.sum()
     assert summary.effective_pool_size == pytest.approx(float(np.exp(-(share * np.log(share)).sum())), rel=1e-12)
 
 

@@ -112,7 +112,7 @@ def test_data_that_holds_no_samples(tmp_path: Path) -> None:
     student = towers.save(encoder(1), tmp_path / "student")
     model = processor = cast("Any", None)  # refused before they are used
     for read in (
-        lambda: make_rows(data[1:], processor, image_tokens=4, share=1, limit=8),
+        lambda: make_rows(data[1:], processor, image_tokens=4, conversations_per_row=1, limit=8),
         lambda: vlm.evaluate(model, processor, data[1:]),
         lambda: vlm.lit_decoder(student, data[1:]),
         lambda: vlm.rank_encoders({"a": student}, data[:1], data[1:]),

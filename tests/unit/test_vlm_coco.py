@@ -80,7 +80,7 @@ def test_missing_pictures_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of 2 conversations cannot be used.*conversation '7'.*b\.jpg"):
         vlm.load_coco_captions(path, tmp_path)
-    read = vlm.load_coco_captions(path, tmp_path, max_bad_fraction=0.5)
+    read = vlm.load_coco_captions(path, tmp_path, max_unusable_fraction=0.5)
     assert ([one.key for one in read], len(read.skipped)) == (["3"], 1)
     with pytest.raises(DataError, match=r"nothing\.json cannot be read.*field: annotations"):
         vlm.load_coco_captions(tmp_path / "nothing.json", tmp_path)

@@ -159,8 +159,8 @@ def test_one_bad_row_is_left_out_and_counted(tmp_path: Path, read: Reader, reaso
     assert (len(samples), samples.reasons) == (59, {reason: 1})
     assert len(samples.skipped) == 1
     assert "30" in samples.skipped[0] or "'bad'" in samples.skipped[0]
-    with pytest.raises(DataError, match=rf"1 of 60 .*\(1 {reason}\); the first: .*field: max_bad_fraction"):
-        read(tmp_path, rows, max_bad_fraction=0.0)
+    with pytest.raises(DataError, match=rf"1 of 60 .*\(1 {reason}\); the first: .*field: max_unusable_fraction"):
+        read(tmp_path, rows, max_unusable_fraction=0.0)
     with pytest.raises(DataError, match=rf"2 of 12 .*\(2 {reason}\)"):
         read(tmp_path, [*rows[:10], rows[30], rows[30]])
 
@@ -182,10 +182,10 @@ def test_reasons_of_words_and_pictures_are_counted_together(tmp_path: Path) -> N
     entries[3]["image"] = "gone.png"
     entries[4]["conversations"][1]["value"] = ""
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    samples = vlm.load_llava(tmp_path / "data.json", tmp_path, max_bad_fraction=0.05)
+    samples = vlm.load_llava(tmp_path / "data.json", tmp_path, max_unusable_fraction=0.05)
     assert samples.reasons == {"empty answer": 1, "unreadable picture": 1}
     with pytest.raises(DataError, match=r"2 of 48 conversations cannot be used"):
-        vlm.load_llava(tmp_path / "data.json", tmp_path, max_bad_fraction=0.03)
+        vlm.load_llava(tmp_path / "data.json", tmp_path, max_unusable_fraction=0.03)
 
 
 def coco(folder: Path, count: int) -> Json:

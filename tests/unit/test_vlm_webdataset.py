@@ -71,7 +71,7 @@ def test_bad_samples_are_counted_up_to_the_limit(tmp_path: Path) -> None:
     good = {f"{n}.png": png("red") for n in range(3)} | {f"{n}.txt": b"fine" for n in range(3)}
     bad = {"x.png": png("red"), "y.txt": b"no picture", "z.png": b"no png", "z.txt": b"torn"}
     shard = tar(tmp_path / "0.tar", good | bad)
-    samples = vlm.load_webdataset([shard], tmp_path / "pictures", max_bad_fraction=0.5)
+    samples = vlm.load_webdataset([shard], tmp_path / "pictures", max_unusable_fraction=0.5)
     assert len(samples) == 3
     assert len(samples.skipped) == 3
     assert samples.reasons == {"no caption": 1, "no picture": 1, "unreadable picture": 1}

@@ -34,7 +34,7 @@ def make(folder: Path, expected: Expectations) -> None:
     picked = [generator.choice(captions, generator.integers(1, 4)) for _ in range(50)]
     _write(root / "retrieval", [{"txt": "\n".join(lines).encode()} for lines in picked], repeat=5)
     report = aced.evaluate(
-        folder / "students" / "clip", ("classes", "multilabel", "retrieval"), root, max_bad_fraction=0
+        folder / "students" / "clip", ("classes", "multilabel", "retrieval"), root, max_unusable_fraction=0
     )
     for task, metrics in report.tasks.items():
         for metric, value in metrics.items():

@@ -23,7 +23,7 @@ def load_coco_captions(
     *,
     prompt: str = CAPTION_PROMPT,
     each_caption: bool = False,
-    max_bad_fraction: float = 0.02,
+    max_unusable_fraction: float = 0.02,
 ) -> Samples:
     """Read `captions_*.json`: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
 
@@ -36,8 +36,9 @@ def load_coco_captions(
         prompt: the question that the captions answer.
         each_caption: False gives a sample for each picture, with all its captions as right answers: for scores. True
             gives a sample for each caption: for training.
-        max_bad_fraction: largest fraction of the file's entries, and of the samples, that may be left out because they
-            are malformed, empty, or have no readable picture; `Samples.skipped` and `Samples.reasons` list them.
+        max_unusable_fraction: largest fraction of the file's entries, and of the samples, that may be left out
+            because they are malformed, empty, or have no readable picture; `Samples.skipped` and `Samples.reasons` list
+            them.
 
     Raises:
         DataError: for another form of file, one id for two pictures, or too many bad entries; the first is named.
@@ -61,7 +62,7 @@ def load_coco_captions(
                 )
             check_words(f"a caption of picture {identity}", [("", text)], 1)
             captions[identity].append(text)
-    skips.check(len(content["images"]) + len(content["annotations"]), max_bad_fraction)
+    skips.check(len(content["images"]) + len(content["annotations"]), max_unusable_fraction)
     samples = []
     for identity, texts in captions.items():
         groups = [[text] for text in texts] if each_caption else [texts]
@@ -69,7 +70,7 @@ def load_coco_captions(
             key = f"{identity}-{number}" if each_caption else str(identity)
             with skips.counting():
                 samples.append(Sample(key, ((prompt, group[0]),), (images[identity],), "caption", tuple(group)))
-    read = readable(samples, skips, len(samples) + skips.reasons.total(), max_bad_fraction, Path(image_root))
+    read = readable(samples, skips, len(samples) + skips.reasons.total(), max_unusable_fraction, Path(image_root))
     bare = tuple(f"picture {identity} has no caption" for identity in images if identity not in captions)
     return Samples(read.samples, read.skipped + bare, read.reasons)
 
@@ -80,7 +81,7 @@ def load_vqav2(
     image_root: str | Path,
     *,
     image_name: str | None = None,
-    max_bad_fraction: float = 0.02,
+    max_unusable_fraction: float = 0.02,
 ) -> Samples:
     """Read VQAv2's two files; a sample's `answers` are all annotators', its `kind` is VQAv2's `answer_type`.
 
@@ -91,7 +92,7 @@ def load_vqav2(
         image_root: folder of the pictures.
         image_name: a picture's name there; None is COCO's of 2014, `COCO_<data_subtype>_{image_id:012d}.jpg`. Pictures
             of 2017 have `{image_id:012d}.jpg`.
-        max_bad_fraction: as in `load_coco_captions`.
+        max_unusable_fraction: as in `load_coco_captions`.
 
     Raises:
         DataError: for another form of file, several entries for one question, or too many bad entries: malformed, a
@@ -123,8 +124,8 @@ def load_vqav2(
     for entry in asking:
         with skips.counting():
             samples.append(_answered(entry, replies, name, Path(image_root), annotations))
-    skips.check(len(asked["questions"]) + len(answered["annotations"]), max_bad_fraction)
-    return readable(samples, skips, len(samples) + skips.reasons.total(), max_bad_fraction, Path(image_root))
+    skips.check(len(asked["questions"]) + len(answered["annotations"]), max_unusable_fraction)
+    return readable(samples, skips, len(samples) + skips.reasons.total(), max_unusable_fraction, Path(image_root))
 
 
 def _unmatched(key: object, file: str | Path) -> Unusable:

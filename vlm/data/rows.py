@@ -238,7 +238,7 @@ def make_rows(
     samples: Sequence[Sample],
     processor: LlavaProcessor,
     image_tokens: int,
-    share: int,
+    conversations_per_row: int,
     limit: int,
     skips: Skips | None = None,
 ) -> tuple[Rows, list[Picture]]:
@@ -248,7 +248,7 @@ def make_rows(
         samples: conversations.
         processor: as in `tokens_of`.
         image_tokens: tokens that one picture takes.
-        share: conversations about the same pictures that may come into one row.
+        conversations_per_row: conversations about the same pictures that may come into one row.
         limit: tokens that the language model can read.
         skips: counts the conversations that are left out because nothing can be learned from them or they are too long;
             None: they are refused.
@@ -284,7 +284,7 @@ def make_rows(
             conversations.append(held)
     groups = []
     for (shown, prefix, _), held_numbers in together.items():
-        size = share if prefix else 1
+        size = conversations_per_row if prefix else 1
         groups += [
             _Group(shown, prefix, tuple(held_numbers[start : start + size]))
             for start in range(0, len(held_numbers), size)

@@ -112,7 +112,7 @@ class Samples(Sequence[Sample]):
         return self.samples[index]
 
 
-def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: float = 0.02) -> Samples:
+def load_llava(json_path: str | Path, image_root: str | Path, max_unusable_fraction: float = 0.02) -> Samples:
     """Read LLaVA's JSON: `[{"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}]}]`.
 
     JSON Lines, one conversation per line, are read too. `image` may be a list or missing; `kind` and `answers` (a list
@@ -121,7 +121,7 @@ def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: 
     Args:
         json_path: a UTF-8 file of at most 4 GiB.
         image_root: folder that `image` is relative to.
-        max_bad_fraction: largest fraction of conversations that may be left out because they are malformed or a
+        max_unusable_fraction: largest fraction of conversations that may be left out because they are malformed or a
             picture is unreadable; `Samples.skipped` and `Samples.reasons` list them.
 
     Raises:
@@ -131,16 +131,16 @@ def load_llava(json_path: str | Path, image_root: str | Path, max_bad_fraction: 
     for index, entry in enumerate(entries):
         with skips.counting():
             samples.append(from_llava(entry, index, root))
-    return readable(samples, skips, len(entries), max_bad_fraction, root)
+    return readable(samples, skips, len(entries), max_unusable_fraction, root)
 
 
-def load_messages(rows: Iterable[Mapping[str, Any]], max_bad_fraction: float = 0.02) -> Samples:
+def load_messages(rows: Iterable[Mapping[str, Any]], max_unusable_fraction: float = 0.02) -> Samples:
     """Rows `{"messages": [{"role", "content"}], "images": [...]}` with content a text or a list of
     `{"type": "image"}` and `{"type": "text", "text"}`.
 
     Args:
         rows: what trl's trainers take; `kind`, `answers` and `id` are optional.
-        max_bad_fraction: as in `load_llava`.
+        max_unusable_fraction: as in `load_llava`.
 
     Raises:
         DataError: if the rows are no list of rows, or too many are bad; the first is named.
@@ -156,7 +156,7 @@ def load_messages(rows: Iterable[Mapping[str, Any]], max_bad_fraction: float = 0
         count += 1
         with skips.counting():
             samples.append(from_messages(row, index))
-    return readable(samples, skips, count, max_bad_fraction)
+    return readable(samples, skips, count, max_unusable_fraction)
 
 
 def from_messages(row: Mapping[str, Any], index: int | str) -> Sample:
@@ -323,7 +323,7 @@ def _not_json(path: str | Path, error: ReadError, field: str) -> DataError:
 
 
 def readable(
-    samples: Sequence[Sample], skips: Skips, total: int, max_bad_fraction: float, root: Path | None = None
+    samples: Sequence[Sample], skips: Skips, total: int, max_unusable_fraction: float, root: Path | None = None
 ) -> Samples:
     """The samples whose pictures can be read; the others are left out and counted.
 
@@ -331,11 +331,11 @@ def readable(
         samples: conversations.
         skips: what was left out before.
         total: conversations, with those left out.
-        max_bad_fraction: as in `load_llava`.
+        max_unusable_fraction: as in `load_llava`.
         root: pictures that are files must be in this folder; None: anywhere.
 
     Raises:
-        DataError: if more than `max_bad_fraction` of all are left out, or nothing is left.
+        DataError: if more than `max_unusable_fraction` of all are left out, or nothing is left.
     """
     verdicts: dict[str, Unusable | None] = {}
     kept = []
@@ -352,7 +352,7 @@ def readable(
                     reason=complaint.reason,
                 )
             kept.append(sample)
-    skips.check(total, max_bad_fraction)
+    skips.check(total, max_unusable_fraction)
     if not kept:
         raise DataError("there are no conversations", remedy="check the data", field="data")
     return Samples(tuple(kept), tuple(skips.messages), dict(skips.reasons))

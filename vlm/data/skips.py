@@ -45,22 +45,22 @@ class Skips:
             self.reasons[error.reason] += 1
             self._first = self._first or error
 
-    def check(self, total: int, max_bad_fraction: float) -> None:
+    def check(self, total: int, max_unusable_fraction: float) -> None:
         """Refuse the data if too much of it was left out.
 
         Args:
             total: conversations, with those left out.
-            max_bad_fraction: largest fraction of them that may be left out.
+            max_unusable_fraction: largest fraction of them that may be left out.
 
         Raises:
             DataError: above it, or if nothing is left; it counts the reasons and quotes the first conversation.
         """
         count = len(self.messages)
-        if self._first and (count > max_bad_fraction * total or count >= total):
+        if self._first and (count > max_unusable_fraction * total or count >= total):
             raise DataError(
                 f"{count} of {total} conversations cannot be used ({self}); the first: {self._first.cause}",
-                remedy=f"{self._first.remedy}; max_bad_fraction is the largest fraction that is left out",
-                field=self._first.field or "max_bad_fraction",
+                remedy=f"{self._first.remedy}; max_unusable_fraction is the largest fraction that is left out",
+                field=self._first.field or "max_unusable_fraction",
             ) from self._first
 
     def __str__(self) -> str:

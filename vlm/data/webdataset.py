@@ -25,7 +25,7 @@ def load_webdataset(
     folder: str | Path,
     *,
     prompt: str = CAPTION_PROMPT,
-    max_bad_fraction: float = 0.02,
+    max_unusable_fraction: float = 0.02,
 ) -> Samples:
     """Read tars of KEY.png|jpg|webp|bmp with KEY.txt, a caption, or KEY.json, a conversation.
 
@@ -36,8 +36,8 @@ def load_webdataset(
         shards: tar files, folders of tars, or patterns with braces.
         folder: pictures are unpacked here under names made of their contents; those already there are kept.
         prompt: the question that captions answer.
-        max_bad_fraction: largest fraction of samples that may be left out because they are malformed, or have no words
-            or no readable picture; `Samples.skipped` and `Samples.reasons` list them.
+        max_unusable_fraction: largest fraction of samples that may be left out because they are malformed, or have
+            no words or no readable picture; `Samples.skipped` and `Samples.reasons` list them.
 
     Raises:
         DataError: for a missing or broken tar, too many bad samples (the first is named), or a folder that cannot be
@@ -62,7 +62,7 @@ def load_webdataset(
                     remedy="free some space, or name a folder that can be written; what is there is kept",
                     field="folder",
                 ) from error
-    return readable(samples, skips, len(pool), max_bad_fraction, Path(folder))
+    return readable(samples, skips, len(pool), max_unusable_fraction, Path(folder))
 
 
 def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:

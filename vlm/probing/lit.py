@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _SPECIAL = ("<pad>", "<start>", "<end>", "<answer>")
 _PAD, _START, _END, _ANSWER = range(len(_SPECIAL))
 _AT_ONCE = 64  # pictures in a forward pass of the tower
-_ENGINE = EngineConfig(kind="single", device="cpu", max_bad_steps=0)
+_ENGINE = EngineConfig(kind="single", device="cpu", max_nonfinite_steps=0)
 
 
 class LitDecoder(Config):

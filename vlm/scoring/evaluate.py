@@ -41,7 +41,7 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
-    max_bad_fraction: float = 0.02,
+    max_unusable_fraction: float = 0.02,
 ) -> Scores:
     """Ask every question of the data and score the answers.
 
@@ -60,12 +60,12 @@ def evaluate(
         seed: of the draw and the deal.
         max_new_tokens: longest answer, tokens; None: 12, or 40 for captions.
         batch_size: questions decoded together.
-        max_bad_fraction: largest fraction of the conversations that may be left out because their words or a picture
-            cannot be read; they are counted in `Scores.reasons`.
+        max_unusable_fraction: largest fraction of the conversations that may be left out because their words or a
+            picture cannot be read; they are counted in `Scores.reasons`.
 
     Raises:
         ConfigError, DataError, ModelError: as `answer`; ConfigError also for a limit below 1; DataError also if more
-            than `max_bad_fraction` are left out.
+            than `max_unusable_fraction` are left out.
         EvaluationError: if there is nothing to ask, only one picture to deal, or annotators' answers are missing.
         UnsupportedError: for another metric.
     """
@@ -90,7 +90,7 @@ def evaluate(
                     open_picture(image)
             kept.append(sample)
     if chosen:
-        chosen = list(readable(kept, skips, len(chosen), max_bad_fraction))
+        chosen = list(readable(kept, skips, len(chosen), max_unusable_fraction))
     asked = [
         (sample, question, reply, turn) for sample in chosen for turn, (question, reply) in enumerate(sample.turns)
     ]
