@@ -172,7 +172,7 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
             if isinstance(event, Evaluated):
                 metrics.update(event.metrics)
 
-        inputs = open_inputs(config, resume_from)
+        inputs = open_inputs(config, resume_from, partial(bar.watch, "index the pool"))
         listeners: list[Callback] = [writer, bar, remember, *callbacks]
         evaluators = _evaluators(config, inputs.student, listeners)
         cost = estimate(config, inputs.pool, inputs.student, inputs.frozen)
@@ -244,13 +244,13 @@ def cache_embeddings(
     if not isinstance(data, Data):
         given = [data] if isinstance(data, str | PathLike) else data
         data = Data(shards=tuple(fspath(shard) for shard in given))
-    pool = Pool(data.shards, caption_lines=data.caption_lines)
     source: FrozenSource
     if isinstance(model, DualEncoder):
         source = FrozenModel.of(model)
     else:
         config = model if isinstance(model, Stored) else Frozen(model=fspath(model))
         source = config.build().to(pick_device(Engine(), 0))
-    target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
     with RunBar("cache embeddings") as bar:
+        pool = Pool(data.shards, caption_lines=data.caption_lines, progress=partial(bar.watch, "index the pool"))
+        target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
         return source.write(pool, target, data, batch_size, partial(bar.watch, "cache embeddings"), dtype)

@@ -100,7 +100,7 @@ def write_cache(
         image, text = encoder.encode_image(batch.images).cpu(), encoder.encode_text(distinct).cpu()[inverse]
         finite = (image.isfinite() & text.isfinite()).all(dim=1)
         if not finite.all():
-            key = one_line(pool.samples[int(batch.rows[~finite][0])].key)
+            key = one_line(pool.key(int(batch.rows[~finite][0])))
             raise ModelError(
                 f"the frozen model's embeddings of {int((~finite).sum())} pairs are not finite, of {key} for one",
                 remedy="check the model's weights",

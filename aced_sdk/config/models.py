@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from aced_sdk.config.base import Component, Config, JsonObject
 from aced_sdk.config.curation import LossForm
+from aced_sdk.errors import ConfigError
 
 CaptionLines = Literal["join", "first"]
 
@@ -18,6 +19,9 @@ CaptionLines = Literal["join", "first"]
 def _several(value: Any) -> Any:
     """Convert a single path to a tuple."""
     return (fspath(value),) if isinstance(value, str | PathLike) else value
+
+
+Weight = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class Student(Config):
@@ -90,4 +94,30 @@ class Data(Config):
         description="for captions of several lines: 'join' reads all lines as one text; 'first' reads the first line, "
         "for pools with one caption per line",
     )
+    order: Literal["full", "windows"] = Field(
+        "full",
+        description="full: one permutation of all pairs per epoch, for storage with fast random access; "
+        "windows: shards in shuffled order, a few at a time, for slow or remote storage",
+    )
+    window: int = Field(4, gt=0, le=10_000, description="shards that are shuffled together; for order 'windows'")
+    lanes: int | None = Field(
+        None,
+        gt=0,
+        le=4096,
+        description="parallel sequences of the order; a divisor of the pairs drawn per step and a multiple of the "
+        "ranks. None: the largest power of two up to 64 that fits",
+    )
+    weights: tuple[Weight, ...] | None = Field(
+        None, description="proportions in which the entries of `shards` are read; None: by their number of pairs"
+    )
     workers: int = Field(2, ge=1, le=1024, description="threads that read and decode pairs ahead")
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.shards):
+            raise ConfigError(
+                f"{len(self.weights)} weights for {len(self.shards)} entries of shards",
+                remedy="give each entry one weight",
+                field="weights",
+            )
+        return self

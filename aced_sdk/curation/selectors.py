@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from aced_sdk.towers.embeddings import Embeddings
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """The quantiles returned by `Selector.quantiles`."""
 
+_FOR_QUANTILES = 8192  # pairs that they are computed from
+
 
 class Selector:
     """Select the sub-batch of each step. This base class trains on all drawn candidates (`Iid`).
@@ -32,17 +33,21 @@ class Selector:
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    def keep(self, reference: Callable[[], Embeddings], pairs: int) -> Tensor:
-        """Choose the pairs of the pool that may be drawn, once before training.
+    @property
+    def keep_fraction(self) -> float:
+        """Fraction of the pool that may be drawn, chosen once before training by `pool_scores`; 1: all."""
+        return 1.0
+
+    def pool_scores(self, reference: Embeddings) -> Tensor:
+        """Score pairs of the pool for `keep_fraction`; higher scores are kept.
 
         Args:
-            reference: returns the reference's embeddings of all pairs.
-            pairs: number of pairs.
+            reference: the reference's embeddings of K pairs.
 
         Returns:
-            int64 [K], indices of the kept pairs, ascending.
+            float32 [K].
         """
-        return torch.arange(pairs)
+        return torch.zeros(len(reference))
 
     def select(
         self,
@@ -79,7 +84,7 @@ class Selector:
         """Quantiles of the scores of all candidates and of the picked pairs, for the log.
 
         The score of a pair is its log-weight before the first pick, without the gain: the diagonal of the joint score
-        (JEST, arXiv 2406.17711, section 3). Takes O(N D) for N candidates.
+        (JEST, arXiv 2406.17711, section 3). Of more than 8192 pairs, an even sample is scored.
 
         Args:
             student: as for `select`.
@@ -100,9 +105,12 @@ class StaticSelector(Selector):
 
     config: StaticFilter
 
-    def keep(self, reference: Callable[[], Embeddings], pairs: int) -> Tensor:
-        kept = static_filter(reference(), self.config.keep_fraction, self.config.loss)
-        return kept.cpu().sort().values
+    @property
+    def keep_fraction(self) -> float:
+        return self.config.keep_fraction
+
+    def pool_scores(self, reference: Embeddings) -> Tensor:
+        return pair_scores(reference, self.config.loss)
 
 
 class IndependentSelector(Selector):
@@ -131,10 +139,13 @@ class IndependentSelector(Selector):
     def quantiles(
         self, student: Embeddings | None, reference: Embeddings | None, picked: Tensor
     ) -> dict[str, tuple[float, ...]]:
-        scores = weights_of(student, reference, self.config.score, self.config.loss).current()
-        at = scores.new_tensor(QUANTILES)
-        both = torch.stack([torch.quantile(part, at) for part in (scores, scores[picked.to(scores.device)])])
-        candidates, chosen = both.tolist()  # synchronise the device once
+        pairs = len(student if student is not None else reference if reference is not None else picked)
+        levels = []
+        for places in (_spread(torch.arange(pairs)), _spread(picked.cpu())):
+            own, known = (m if m is None else m[places.to(m.image.device)] for m in (student, reference))
+            scores = weights_of(own, known, self.config.score, self.config.loss).current()
+            levels.append(torch.quantile(scores, scores.new_tensor(QUANTILES)))
+        candidates, chosen = torch.stack(levels).tolist()  # synchronise the device once
         return {"candidates": tuple(candidates), "picked": tuple(chosen)}
 
 
@@ -151,6 +162,13 @@ class JointSelector(IndependentSelector):
     ) -> Tensor:
         chunks = self.config.num_chunks
         return select_joint(student, reference, **self._settings, num_chunks=chunks, generator=generator)
+
+
+def _spread(places: Tensor) -> Tensor:
+    """At most `_FOR_QUANTILES` of these places, evenly spread."""
+    if len(places) <= _FOR_QUANTILES:
+        return places
+    return places[torch.linspace(0, len(places) - 1, _FOR_QUANTILES).long()]
 
 
 def select_random(size: int, of: int, generator: torch.Generator | None = None) -> Tensor:

@@ -11,11 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from aced_sdk.data.permutation import Permutation
 from aced_sdk.errors import CurationError
 
 COLLAPSE_REMEDY = "lower curation.gain or the filter ratio (a smaller curation.super_batch), or enlarge the pool"
 """Remedy for `DrawStatistics.collapsed`."""
 
+MAX_COUNTED = 2**22
+"""Pairs with a draw count of their own; of larger pools, a fixed random sample of so many pairs is counted."""
+
+_SAMPLE = 0x5A3D  # key of the sample
 _MANY = 1e6  # above this many draws per pair, random variation is negligible
 
 
@@ -55,10 +60,10 @@ class DrawSummary:
 
 
 class DrawStatistics:
-    """Draw counts of a pool, int32 [num_pairs].
+    """Draw counts of a pool, or of a sample of `MAX_COUNTED` pairs of a larger one.
 
     Args:
-        num_pairs: pairs in the pool.
+        num_pairs: N, pairs in the pool.
 
     Raises:
         CurationError: if the pool is empty.
@@ -67,7 +72,11 @@ class DrawStatistics:
     def __init__(self, num_pairs: int) -> None:
         if num_pairs < 1:
             raise CurationError(f"the pool has {num_pairs} pairs", remedy="use a pool with pairs", field="num_pairs")
-        self._count(np.zeros(num_pairs, dtype=np.int32))
+        self.num_pairs = num_pairs
+        counted = min(num_pairs, MAX_COUNTED)
+        self._place = Permutation(num_pairs, _SAMPLE) if num_pairs > counted else None  # below `counted`: in the sample
+        self._draws = 0
+        self._count(np.zeros(counted, dtype=np.int32))
 
     def _count(self, counts: npt.NDArray[np.int32]) -> None:
         self._counts = counts
@@ -76,7 +85,7 @@ class DrawStatistics:
 
     @property
     def counts(self) -> npt.NDArray[np.int32]:
-        """Draw count of each pair, a read-only view."""
+        """int32 [min(N, MAX_COUNTED)]: draw counts, by row for a pool without a sample; a read-only view."""
         view = self._counts.view()
         view.flags.writeable = False
         return view
@@ -88,12 +97,16 @@ class DrawStatistics:
             CurationError: if a row is outside the pool.
         """
         drawn = rows.detach().cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
-        if drawn.size and not (drawn.min() >= 0 and drawn.max() < len(self._counts)):
+        if drawn.size and not (drawn.min() >= 0 and drawn.max() < self.num_pairs):
             raise CurationError(
-                f"rows {drawn.min()} to {drawn.max()} were drawn from a pool of {len(self._counts)}",
+                f"rows {drawn.min()} to {drawn.max()} were drawn from a pool of {self.num_pairs}",
                 remedy="count rows of the pool, not of the super-batch",
                 field="rows",
             )
+        self._draws += drawn.size
+        if self._place is not None:
+            places = self._place(drawn.astype(np.int64))
+            drawn = places[places < len(self._counts)]
         pairs, times = np.unique(drawn, return_counts=True)
         before = self._counts[pairs]
         after = before + times.astype(np.int32)
@@ -105,20 +118,24 @@ class DrawStatistics:
         np.add.at(self._tally, after, 1)
 
     def summary(self) -> DrawSummary:
-        """Summarise all draws so far; zeros before the first. Takes O(draws of the most drawn pair)."""
+        """Summarise all draws so far; zeros before the first. Takes O(draws of the most drawn pair).
+
+        From a sample, the effective pool size is that of the sample, scaled to the pool.
+        """
         pairs = len(self._counts)
         times = np.flatnonzero(self._tally)[::-1]  # most drawn first
         often = self._tally[times]
         draws = int(times @ often)
         if draws == 0:
-            return DrawSummary(0, 0.0, 0.0, 0.0)
+            return DrawSummary(self._draws, 0.0, 0.0, 0.0)
         top = max(1, round(pairs / 10))
         in_top = np.diff(np.minimum(np.cumsum(often), top), prepend=0)
+        effective = draws * math.exp(-float(often @ (times * np.log(np.maximum(times, 1)))) / draws)
         return DrawSummary(
-            draws=draws,
+            draws=self._draws,
             unique_coverage=(pairs - int(self._tally[0])) / pairs,
             top_decile_fraction=int(times @ in_top) / draws,
-            effective_pool_size=draws * math.exp(-float(often @ (times * np.log(np.maximum(times, 1)))) / draws),
+            effective_pool_size=effective * self.num_pairs / pairs,
         )
 
     def collapsed(self, below: float) -> str | None:
@@ -131,7 +148,7 @@ class DrawStatistics:
         Args:
             below: threshold of the effective pool size, as a fraction of `even_pool_size`.
         """
-        summary, pairs = self.summary(), len(self._counts)
+        summary, pairs = self.summary(), self.num_pairs
         if summary.draws < pairs:
             return None
         even = even_pool_size(summary.draws, pairs)
@@ -143,8 +160,8 @@ class DrawStatistics:
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state for a checkpoint: {"counts": int32 [num_pairs]}, a copy."""
-        return {"counts": torch.from_numpy(self._counts.copy())}
+        """The state for a checkpoint, a copy: {"counts": int32 [min(N, MAX_COUNTED)], "draws": int64 []}."""
+        return {"counts": torch.from_numpy(self._counts.copy()), "draws": torch.tensor(self._draws)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the state of a checkpoint.
@@ -160,4 +177,5 @@ class DrawStatistics:
                 remedy="resume with the data that the run was started with",
                 field="counts",
             )
+        self._draws = int(state["draws"])
         self._count(counts.cpu().numpy().astype(np.int32, copy=True))

@@ -1,36 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs in WebDataset tars, addressed by row: an index of offsets makes any order and an exact resume cheap."""
+"""Pairs in WebDataset tars, addressed by row. Each shard's index makes any order and an exact resume cheap."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from aced_sdk.config import CaptionLines
-from aced_sdk.data.samples import IMAGES, Sample, group
-from aced_sdk.data.tars import Member, TarError, UnsupportedTar, entries
+from aced_sdk.data.index import Identity, IndexFileError, Rows, ShardIndex, map_index
+from aced_sdk.data.indexing import MAX_METADATA, parse_metadata
+from aced_sdk.data.opening import Opened, open_indexes
+from aced_sdk.data.samples import IMAGES
+from aced_sdk.data.shards import shard_paths, wrong
+from aced_sdk.data.tars import BLOCK, Member, TarError, check_header
 from aced_sdk.errors import DataError
-from aced_sdk.files import ReadError, expand, open_regular, parse_json, printable, sha256
-from aced_sdk.files.reading import MIB
+from aced_sdk.files import open_regular, printable
 from aced_sdk.processing.plain import PictureError, open_picture, read_header
 from aced_sdk.processing.plain.pictures import MAX_BYTES
 
-MAX_SHARDS = 1_000_000
-_MAX_PATTERN = 50_000  # letters
-_MAX_LETTERS = 500_000_000  # of all names that a pattern gives
 MAX_CAPTION = 64 * 1024  # bytes; `Data.max_caption_bytes` is lower
-_MAX_METADATA = MIB
-_MAX_NESTED_VALUES = 10_000  # lists and mappings in one KEY.json
+_MAPPED = 16_384  # indexes mapped at a time; Linux allows a process 65,530 maps
 
 
 class UnusablePair(Exception):
@@ -38,46 +35,53 @@ class UnusablePair(Exception):
 
 
 class Pool:
-    """All samples of some shards in a fixed order; a row number always names the same sample.
+    """All pairs of some shards in a fixed order; a row number always names the same pair.
+
+    Shards without an index are indexed first (`open_indexes`). Opening a pool then takes time and memory for each
+    shard, not for each pair.
 
     Args:
         shards: tar files, folders of tars, or patterns with braces such as `cc12m/{00000..00012}.tar`.
         patterns: False takes braces and `~` for letters of a name.
         caption_lines: as `Data.caption_lines`.
+        progress: called with the number of shards indexed, and of those to index.
+
+    Attributes:
+        shards: the tar files, in order.
+        sources: number of tar files behind each entry of `shards` as given.
 
     Raises:
-        DataError: if a shard is missing, is no tar, is cut off or is named twice, or if there is no sample at all.
+        DataError: if a shard is missing, is no tar, is cut off or is named twice, if an index beside a shard is
+            damaged, or if there is no pair at all.
     """
 
     def __init__(
-        self, shards: Sequence[str | Path], *, patterns: bool = True, caption_lines: CaptionLines = "join"
+        self,
+        shards: Sequence[str | Path],
+        *,
+        patterns: bool = True,
+        caption_lines: CaptionLines = "join",
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.shards = shard_paths(shards, patterns=patterns)
+        groups = shard_paths(shards, patterns=patterns)
+        self.sources = [len(group) for group in groups]
+        self.shards = [shard for group in groups for shard in group]
         self.caption_lines = caption_lines
-        self.samples: list[Sample] = []
-        self._versions: list[tuple[int, ...]] = []
-        files: dict[tuple[int, int], Path] = {}
-        for number, path in enumerate(self.shards):
-            facts = _facts(path)
-            known = files.setdefault((facts.st_dev, facts.st_ino), path)
-            if facts.st_ino and known is not path:  # some network file systems have no inodes
-                cause = f"the shard {printable(path)} is named twice"
-                raise _wrong(cause if known == path else f"{cause}, also as {printable(known)}", "name each shard once")
-            # Tools that copy or unpack keep the time of change (mtime); ctime and inode still differ.
-            self.samples += _index(path, number, facts.st_size, (*_version(facts), facts.st_ctime_ns))
-            self._versions.append(_version(facts))
-        if not self.samples:
+        self._opened: list[Opened] = open_indexes(self.shards, progress)
+        self._ends = np.cumsum([opened.header.rows for opened in self._opened], dtype=np.int64)
+        self._index = lru_cache(_MAPPED)(self._map)
+        if not len(self):
             raise DataError(
                 "the shards hold no samples", remedy="name tars with KEY.png|jpg|webp and KEY.txt", field="data.shards"
             )
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return int(self._ends[-1])
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """Hex digest of each shard's bytes, in order; read once."""
-        return tuple(sha256(shard) for shard in self.shards)
+        """Hex digest of each shard's bytes, in order, as their indexes store it."""
+        return tuple(opened.header.digest for opened in self._opened)
 
     @cached_property
     def bindings(self) -> tuple[str, ...]:
@@ -89,46 +93,103 @@ class Pool:
         """Hex digest of the `bindings` in order."""
         return hashlib.sha256("".join(self.bindings).encode()).hexdigest()
 
+    @property
+    def knows_noisy(self) -> bool:
+        """Whether any KEY.json says if its caption is noisy."""
+        return any(opened.header.marked for opened in self._opened)
+
     def shard_rows(self) -> Iterator[tuple[Path, range]]:
         """Each shard with its rows."""
         start = 0
-        for number, shard in enumerate(self.shards):
-            end = start
-            while end < len(self.samples) and self.samples[end].shard == number:
-                end += 1
+        for shard, end in zip(self.shards, self._ends.tolist(), strict=True):
             yield shard, range(start, end)
             start = end
 
+    @property
+    def shard_ends(self) -> Rows:
+        """int64 [shards]: the row after the last one of each shard."""
+        return self._ends
+
+    def locate(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The shard of each row and its number in that shard, int64 [K] each."""
+        shards = np.searchsorted(self._ends, rows, side="right")
+        return shards, rows - np.append(0, self._ends)[shards]
+
+    def noisy(self, rows: Rows) -> NDArray[np.bool_]:
+        """bool [K]: whether the pair's caption is marked as wrong (`"noisy": true` in KEY.json)."""
+        shards, local = self.locate(rows)
+        order = shards.argsort(kind="stable")
+        found = np.empty(len(rows), dtype=np.bool_)
+        numbers, starts = np.unique(shards[order], return_index=True)
+        for number, places in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            found[places] = self._index(number).noisy(local[places])
+        return found
+
+    def key(self, row: int) -> str:
+        """The key of a pair: folder and name without the extension."""
+        index, local, _ = self._place(row)
+        return index.key(local)
+
+    def members(self, row: int) -> dict[str, Member]:
+        """The files of a pair by extension."""
+        index, local, _ = self._place(row)
+        return index.members(local)
+
     def name(self, row: int) -> str:
         """A pair's key and shard, for messages."""
-        sample = self.samples[row]
-        return f"{printable(sample.key)} in {printable(self.shards[sample.shard])}"
+        index, local, shard = self._place(row)
+        return f"{printable(index.key(local))} in {printable(self.shards[shard])}"
 
     def read(self, row: int, extension: str, limit: int = MAX_BYTES) -> bytes | None:
-        """The bytes of one member; None if the sample has none of that extension.
+        """The bytes of one member; None if the pair has none of that extension.
 
         Raises:
-            UnusablePair: if it has more than `limit` bytes, or the sample has a `problem`.
+            UnusablePair: if it has more than `limit` bytes, or its files cannot be told apart.
             ReadError: if the shard cannot be read any more.
-            DataError: if the shard was cut off, altered or replaced since it was opened.
+            DataError: if the shard was cut off, altered or replaced since it was opened, or its index does not fit it.
         """
-        sample = self.samples[row]
-        if sample.problem:
-            raise UnusablePair(sample.problem)
-        member = sample.members.get(extension)
+        index, local, shard = self._place(row)
+        if problem := index.problem(local):
+            raise UnusablePair(problem)
+        member = index.members(local).get(extension)
         if member is None:
             return None
         if member.size > limit:
             raise UnusablePair(f"KEY.{extension} has too many bytes")
-        with open_regular(self.shards[sample.shard]) as stream:
-            version = _version(os.fstat(stream.fileno()))
-            stream.seek(member.offset)
-            content = stream.read(member.size)
-        if len(content) < member.size or version != self._versions[sample.shard]:
-            what = "cut off" if len(content) < member.size else "altered or replaced"
-            shard = printable(self.shards[sample.shard])
-            raise _wrong(f"the shard {shard} was {what} while it was in use", "restore it, and start again")
+        with open_regular(self.shards[shard]) as stream:
+            now = Identity.of(os.fstat(stream.fileno()))
+            self._check(shard, now)
+            start = member.offset - BLOCK
+            stream.seek(start if 0 <= start <= now.size else now.size)
+            content = stream.read(BLOCK + member.size)
+        header, content = content[:BLOCK], content[BLOCK:]
+        if len(content) < member.size or not _is_header(header, member.size):
+            raise wrong(
+                f"the index of the shard {printable(self.shards[shard])} does not fit its bytes",
+                f"delete {printable(self._opened[shard].path)}: it is made again",
+            )
         return content
+
+    def _check(self, shard: int, now: Identity) -> None:
+        then = self._opened[shard].header.identity
+        if (now.size, now.mtime, now.inode) != (then.size, then.mtime, then.inode):
+            what = "cut off" if now.size < then.size else "altered or replaced"
+            path = printable(self.shards[shard])
+            raise wrong(f"the shard {path} was {what} while it was in use", "restore it, and start again")
+
+    def _place(self, row: int) -> tuple[ShardIndex, int, int]:
+        """The index of a row's shard, its number in the shard, and the shard's number."""
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return self._index(shard), row - (int(self._ends[shard - 1]) if shard else 0), shard
+
+    def _map(self, shard: int) -> ShardIndex:
+        opened = self._opened[shard]
+        if opened.content is not None:
+            return ShardIndex(opened.header, opened.content)
+        try:
+            return map_index(opened.path, opened.header)
+        except IndexFileError as error:
+            raise wrong(f"the index {printable(opened.path)} {error}", "start again: it is made anew") from None
 
     def image(self, row: int, max_pixels: int) -> Image.Image:
         """The decoded picture.
@@ -154,10 +215,10 @@ class Pool:
         Raises:
             UnusablePair: if there is none, or it has too many bytes.
         """
-        sample = self.samples[row]
-        extension = next((e for e in sample.members if e in IMAGES), None)
+        index, local, _ = self._place(row)
+        extension = next((e for e in index.members(local) if e in IMAGES), None)
         if extension is None:
-            raise UnusablePair(sample.problem or "no picture")
+            raise UnusablePair(index.problem(local) or "no picture")
         return self.read(row, extension) or b""
 
     def text(self, row: int, max_bytes: int = MAX_CAPTION) -> str:
@@ -201,138 +262,13 @@ class Pool:
     def metadata(self, row: int) -> dict[str, Any]:
         """KEY.json, or an empty mapping where there is none or it is broken: metadata never decides training."""
         try:
-            content = self.read(row, "json", _MAX_METADATA) or b"{}"
-            if content.count(b"[") + content.count(b"{") > _MAX_NESTED_VALUES:
-                return {}
-            value = parse_json(content, "KEY.json")
-        except (ReadError, UnusablePair):
+            return parse_metadata(self.read(row, "json", MAX_METADATA) or b"{}")
+        except UnusablePair:
             return {}
-        return value if isinstance(value, dict) else {}
-
-    def marks(self, name: str) -> list[bool | None]:
-        """For each row whether `name` in its KEY.json is true; None where there is no such name."""
-        known: dict[tuple[int, Member], bool | None] = {}
-        values: list[bool | None] = []
-        for row, sample in enumerate(self.samples):
-            member = sample.members.get("json")
-            if member is None or sample.problem:
-                values.append(None)
-                continue
-            place = (sample.shard, member)
-            if place not in known:  # links share one
-                value = self.metadata(row).get(name)
-                known[place] = None if value is None else value is True
-            values.append(known[place])
-        return values
 
 
-def shard_paths(shards: Sequence[str | Path], *, patterns: bool = True) -> list[Path]:
-    """Tar files behind names, folders and (with `patterns`) brace patterns, in order.
-
-    Raises:
-        DataError: if one does not exist, braces do not match, or there are more than `MAX_SHARDS`.
-    """
-    paths: list[Path] = []
-    for shard in map(str, shards):
-        for path in _names(shard, MAX_SHARDS - len(paths)) if patterns else [Path(shard)]:
-            try:
-                path = path.absolute()  # the working folder may change while the pool is read
-            except OSError as error:
-                raise _wrong(f"the working folder cannot be read: {error.strerror}", "change to another one") from None
-            if os.path.isdir(path):
-                found = sorted(path.glob("*.tar"))
-                if not found:
-                    raise _wrong(f"the folder {printable(path)} holds no tars", "name a folder of .tar shards")
-                paths += found
-            elif os.path.isfile(path):
-                paths.append(path)
-            else:
-                raise _wrong(f"there is no shard {printable(path)}", "check the path or the brace pattern")
-    return paths
-
-
-def _names(shard: str, room: int) -> Iterator[Path]:
-    """The names of a brace pattern, at most `room`."""
-    from braceexpand import braceexpand
-
+def _is_header(header: bytes, size: int) -> bool:
     try:
-        if len(shard) > _MAX_PATTERN:
-            raise _wrong(f"{printable(shard, 100)} has more than {_MAX_PATTERN:,} letters", "name a folder of shards")
-        if _expansions(shard) > room or _expansions(shard) * len(shard) > _MAX_LETTERS:
-            cause = f"{printable(shard)} names more than {MAX_SHARDS:,} shards"
-            raise _wrong(cause, "correct the pattern, or join small shards")
-        for name in braceexpand(shard):
-            yield expand(name)
-    except ReadError as error:
-        raise _wrong(error.cause, error.remedy) from None
-    except ValueError as error:
-        cause = f"the braces of {printable(shard)} do not match: {printable(error)}"
-        raise _wrong(cause, "write {00000..00012}") from None
-
-
-_GROUP = re.compile(r"\{([^{}]*)\}")
-# As braceexpand has them: `$` also matches before a line break at the end.
-_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$")
-_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?$")
-_COUNTED = re.compile("\0(\\d+)\0")
-_MAX_NESTED = 50
-
-
-def _expansions(pattern: str) -> int:
-    """How many names a brace pattern gives (of a range of letters: at most); nothing is expanded.
-
-    The innermost braces are replaced by their count between NULs, until none is left.
-    """
-
-    def counted(text: str) -> int:
-        product = 1
-        for number in _COUNTED.findall(text):
-            product = min(product * int(number), MAX_SHARDS + 1)  # a product of many has a million digits
-        return product
-
-    def group(found: re.Match[str]) -> str:
-        if numbers := _NUMBERS.match(found[1]):
-            first, last, step = (int(number or 1) for number in numbers.groups())
-            count = abs(last - first) // max(step, 1) + 1
-        else:
-            count = 52 if _LETTERS.match(found[1]) else sum(counted(part) for part in found[1].split(","))
-        return f"\0{min(count, MAX_SHARDS + 1)}\0"
-
-    pattern = re.sub(r"\\.", "", str(expand(pattern)), flags=re.DOTALL)
-    for _ in range(_MAX_NESTED):
-        pattern, groups = _GROUP.subn(group, pattern)
-        if not groups:
-            return counted(pattern)
-    raise ValueError(f"they are nested more than {_MAX_NESTED} deep")
-
-
-def _wrong(cause: str, remedy: str) -> DataError:
-    return DataError(cause, remedy=remedy, field="data.shards")
-
-
-def _facts(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:  # a broken link
-        raise _wrong(f"cannot read the shard {printable(path)}: {error.strerror}", "restore it") from None
-
-
-def _version(facts: os.stat_result) -> tuple[int, ...]:
-    """What differs once a shard is altered or replaced."""
-    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)  # a run plans, caches and trains over the same shards, and a process may make many runs
-def _index(path: Path, number: int, size: int, _version: tuple[int, ...]) -> tuple[Sample, ...]:
-    """The samples of a tar; size and version are those of the file that was read."""
-    files: list[tuple[int, str, Member | None]] = []
-    try:
-        with open_regular(path) as stream:
-            files.extend(entries(stream, size))
-    except UnsupportedTar as error:
-        raise _wrong(f"the shard {printable(path)} {error.args[0]}", error.args[1]) from error
-    except (TarError, ReadError, OSError) as error:
-        cause = f"the shard {printable(path)} is broken or cut off after {len(files)} files: {error}"
-        raise _wrong(cause, "fetch or write it again, or leave it out") from error
-    tars = groupby(files, key=itemgetter(0))
-    return tuple(sample for _, tar in tars for sample in group([(name, place) for _, name, place in tar], number))
+        return check_header(header, size)
+    except TarError:
+        return False

@@ -86,8 +86,8 @@ class Source(Protocol):
     seen: int
     skipped: Counter[str]
 
-    def usable(self) -> Rows:
-        """Rows that may be asked for; a decoding source learns of broken ones only when it meets them."""
+    def usable(self, block: slice) -> NDArray[np.bool_]:
+        """Whether each row of a block may be asked for; a decoding source learns of broken ones when it meets them."""
 
     def fetch(self, rows: Rows) -> SuperBatch:
         """The usable pairs among `rows`, in order."""
@@ -112,11 +112,11 @@ class Decoding:
         self.seen = 0
         self.skipped: Counter[str] = Counter()
         self._first = ""  # names the first unusable pair
-        self._met = np.zeros(len(pool), dtype=np.bool_)
+        self._met = np.zeros(len(pool) // 8 + 1, dtype=np.uint8)  # one bit for each pair
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
 
-    def usable(self) -> Rows:
-        return np.arange(len(self.pool), dtype=np.int64)
+    def usable(self, block: slice) -> NDArray[np.bool_]:
+        return np.ones(block.stop - block.start, dtype=np.bool_)
 
     def fetch(self, rows: Rows) -> SuperBatch:
         pairs = self.decode(rows)
@@ -135,9 +135,10 @@ class Decoding:
         """Resized uint8 picture and caption per row; None for an unusable pair, which is counted."""
         pairs = list(self._threads.map(self._one, [int(row) for row in rows]))
         for row, pair in zip(rows, pairs, strict=True):
-            if self._met[row]:
+            bit = np.uint8(1 << (int(row) & 7))
+            if self._met[row >> 3] & bit:
                 continue
-            self._met[row] = True
+            self._met[row >> 3] |= bit
             self.seen += 1
             if isinstance(pair, str):
                 self.skipped[pair] += 1
@@ -241,8 +242,8 @@ class Prepared:
                 field="data.prepared",
             ) from error
 
-    def usable(self) -> Rows:
-        return np.flatnonzero(self._usable).astype(np.int64)
+    def usable(self, block: slice) -> NDArray[np.bool_]:
+        return self._usable[block]
 
     def fetch(self, rows: Rows) -> SuperBatch:
         pictures = self._images[rows]

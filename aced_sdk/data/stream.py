@@ -1,97 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Super-batches in an order that seed and position alone decide, read one step ahead."""
+"""Super-batches in an order that seed and positions alone decide, read one step ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from aced_sdk.data.source import Rows, Source, SuperBatch
+from aced_sdk.data.order import Order, Rows
+from aced_sdk.data.source import Source, SuperBatch
 from aced_sdk.errors import DataError
 
+_AT_ONCE = 16  # times the rows that are missing: when few rows may be drawn, so many are looked at
 
-class Order:
-    """An endless sequence of rows: one seeded permutation of the rows after another."""
 
-    def __init__(self, rows: Rows, seed: int) -> None:
-        if not len(rows):
-            raise DataError(
-                "no usable pair is left to draw from", remedy="check the shards and any filter", field="data.shards"
-            )
-        self.rows = rows
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = rows
+class RowFilter(Protocol):
+    """Which rows may be drawn."""
 
-    def take(self, position: int, count: int) -> Rows:
-        """Rows `position` to `position + count` of the sequence."""
-        parts: list[Rows] = []
-        while count > 0:
-            epoch, offset = divmod(position, len(self.rows))
-            if epoch != self._epoch:
-                self._epoch = epoch
-                self._permutation = self.rows[np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))]
-            part = self._permutation[offset : offset + count]
-            parts.append(part)
-            position += len(part)
-            count -= len(part)
-        return np.concatenate(parts)
+    def __call__(self, rows: Rows) -> NDArray[np.bool_]:
+        """bool of the shape of `rows`."""
+
+    def __len__(self) -> int:
+        """How many rows of the pool."""
 
 
 class SuperBatches:
-    """Endless super-batches of exactly `size` usable pairs.
+    """Endless super-batches of exactly `size` usable pairs, in W parts if there are W ranks.
+
+    The pairs of a super-batch are ordered by their place in the lane, then by lane. A row that may not be drawn or is
+    unusable is replaced by the next row of its lane.
 
     Args:
         source: where pairs come from.
-        size: B.
-        seed: of the order.
-        position: rows of the order already consumed; as `SuperBatches.__next__` returned it before a stop.
-        rows: what may be drawn; the source's usable rows by default.
+        order: the lanes.
+        size: B, pairs of all lanes together.
+        state: int64 [L, K], of the order: `order.start()`, or as `SuperBatches.__next__` returned it before a stop.
+        filter: which rows may be drawn.
+        lanes: int64 [l], the lanes that are read here; default: all.
     """
 
-    def __init__(self, source: Source, size: int, seed: int, position: int = 0, rows: Rows | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        size: int,
+        state: Rows,
+        filter: RowFilter,
+        lanes: Rows | None = None,
+    ) -> None:
         self.source = source
-        self.size = size
-        self._order = Order(source.usable() if rows is None else rows, seed)
+        self._order, self._filter = order, filter
+        self._each = size // order.lanes
+        self._lanes = np.arange(order.lanes) if lanes is None else lanes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self._next: Future[tuple[SuperBatch, int]] = self._thread.submit(self._read, position)
+        self._next: Future[tuple[SuperBatch, Rows]] = self._thread.submit(self._read, state)
 
-    def __iter__(self) -> Iterator[tuple[SuperBatch, int]]:
+    def __iter__(self) -> Iterator[tuple[SuperBatch, Rows]]:
         return self
 
-    def __next__(self) -> tuple[SuperBatch, int]:
-        """The next super-batch, and the position after it."""
-        batch, position = self._next.result()
-        self._next = self._thread.submit(self._read, position)
-        return batch, position
+    def __next__(self) -> tuple[SuperBatch, Rows]:
+        """The next super-batch (of these lanes), and the state after it; other lanes' states are unchanged."""
+        batch, state = self._next.result()
+        self._next = self._thread.submit(self._read, state)
+        return batch, state
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, position: int) -> tuple[SuperBatch, int]:
+    def _read(self, state: Rows) -> tuple[SuperBatch, Rows]:
+        lanes, each, own = self._lanes, self._each, state[self._lanes]
         parts: list[SuperBatch] = []
-        missing = self.size
+        places: list[Rows] = []
+        filled = np.zeros(len(lanes), dtype=np.int64)
         in_vain = 0
-        while missing:
-            rows = self._order.take(position, missing)
-            position += len(rows)
-            batch = self.source.fetch(rows)  # may drop unusable pairs; later rows of the order take their places
+        while (missing := each - filled).any():
+            looked_at = int(missing.max()) * (1 if len(self._filter) * 2 > self._order.pairs else _AT_ONCE)
+            rows = self._order.rows(lanes, own, looked_at)
+            allowed = self._filter(rows)
+            wanted = allowed & (allowed.cumsum(axis=1) <= missing[:, None])
+            # A lane that gets all it needs stops after its last row; another one has been looked through.
+            last = looked_at - np.argmax(wanted[:, ::-1], axis=1)
+            consumed = np.where(wanted.sum(axis=1) == missing, np.where(missing > 0, last, 0), looked_at)
+            batch = self.source.fetch(rows[wanted])
+            usable = wanted & np.isin(rows, batch.rows.numpy())
+            of_lane = np.nonzero(usable)[0]
+            within = usable.cumsum(axis=1)[usable] - 1
+            places.append((filled[of_lane] + within) * len(lanes) + of_lane)
             parts.append(batch)
-            missing -= len(batch)
-            in_vain = 0 if len(batch) else in_vain + len(rows)
-            if in_vain >= len(self._order.rows):
+            filled += usable.sum(axis=1)
+            own = self._order.advance(lanes, own, consumed)
+            in_vain = 0 if len(batch) else in_vain + int(consumed.sum())
+            if in_vain > 2 * self._order.pairs:
                 raise DataError("no pair of the pool is usable", remedy="check the shards", field="data.shards")
-        if len(parts) == 1:
-            return parts[0], position
-        return (
-            SuperBatch(
-                torch.cat([p.images for p in parts]),
-                torch.cat([p.tokens for p in parts]),
-                torch.cat([p.rows for p in parts]),
-            ),
-            position,
-        )
+        after = state.copy()
+        after[lanes] = own
+        order = torch.from_numpy(np.concatenate(places).argsort())
+        return _joined(parts)[order], after
+
+
+def _joined(parts: list[SuperBatch]) -> SuperBatch:
+    if len(parts) == 1:
+        return parts[0]
+    return SuperBatch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("images", "tokens", "rows")))

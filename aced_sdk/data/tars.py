@@ -150,11 +150,21 @@ def _sparse(name: str) -> UnsupportedTar:
 
 
 def _check_sum(header: bytes) -> None:
-    """Compare the header's sum of bytes; old writers took them as signed."""
+    if not check_header(header):
+        raise TarError("not a tar header")
+
+
+def check_header(header: bytes, size: int | None = None) -> bool:
+    """Whether 512 bytes are a header with a right checksum (old writers took bytes as signed), of a file of `size`.
+
+    Raises:
+        TarError: if a number in it is broken.
+    """
     claimed, own = _number(header[148:156]), header[148:156]
     unsigned = sum(header) - sum(own) + 8 * 32
     if claimed != unsigned and claimed != unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
-        raise TarError("not a tar header")
+        return False
+    return size is None or _number(header[124:136]) == size
 
 
 def _number(field: bytes) -> int:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from aced_sdk.config import Data, DistillConfig
+from aced_sdk.curation.statistics import MAX_COUNTED
 from aced_sdk.data import Pool
 from aced_sdk.data.pool import UnusablePair
 from aced_sdk.engine import checkpoints
@@ -81,7 +82,9 @@ def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) ->
         return [], f"The gallery is left out: {printable(error.cause if isinstance(error, AcedError) else error)}."
     missing = []
     if counts is None:
-        missing.append("how often pairs were drawn, before the first checkpoint")
+        missing.append(
+            "how often pairs were drawn: there is no checkpoint yet, or only a sample of the pool is counted"
+        )
     if last is None and config.curation.candidates > config.curation.sub_batch:
         missing.append("picked and rejected pairs, because the log has no rows of super-batches this large")
     return groups, f"Not shown: {'; '.join(missing)}." if missing else ""
@@ -121,6 +124,8 @@ def _counts(folder: Path, pairs: int) -> npt.NDArray[np.int32] | None:
     counts = load_tensors(found[-1], "loop.safetensors").get("counts")
     if counts is None or counts.dtype != torch.int32 or counts.ndim != 1 or bool((counts < 0).any()):
         raise DataError(f"{printable(found[-1])} holds no draw counts", remedy="restore the checkpoint")
+    if len(counts) == MAX_COUNTED < pairs:
+        return None  # counts of a sample, whose rows are not stored
     if len(counts) != pairs:
         # The counts would belong to other pairs.
         cause = f"the shards hold {pairs:,} pairs now, and the run drew from {len(counts):,}"

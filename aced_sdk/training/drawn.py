@@ -66,11 +66,12 @@ class Drawn:
             "top_decile_fraction": summary.top_decile_fraction,
             "effective_pool_size": summary.effective_pool_size,
         }
-        if parts.noisy is not None:
-            statistics["noisy_selected"] = float(parts.noisy[rows].float().mean())
-            statistics["noisy_candidates"] = float(parts.noisy[self.super_batch.rows].float().mean())
+        if parts.pool.knows_noisy:
+            noisy = parts.pool.noisy(self.super_batch.rows.numpy())
+            statistics["noisy_selected"] = float(noisy[self.picked.numpy()].mean())
+            statistics["noisy_candidates"] = float(noisy.mean())
         scores = parts.selector.quantiles(self.student, self.reference, self.picked)
-        return Selected(number, tuple(rows.tolist()), tuple(self.super_batch.rows.tolist()), statistics, scores)
+        return Selected(number, rows.numpy(), self.super_batch.rows.numpy(), statistics, scores)
 
     def suspects(self) -> Tensor:
         """Rows of the pairs with non-finite embeddings; all pairs of the step if there are none."""

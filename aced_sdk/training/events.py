@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
+from aced_sdk.data.order import Rows
 from aced_sdk.engine.events import Event, StepDone
+
+MAX_LOGGED = 4096
+"""Largest super-batch whose rows are logged."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +43,39 @@ class StudentStep(StepDone):
     distilled: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selected(Event):
     """The selection of a step. Rows are indices in the pool.
 
     Attributes:
-        picked: rows trained on, in draw order.
-        candidates: rows of the super-batch.
+        picked: int64 [b], rows trained on, in draw order.
+        candidates: int64 [B], rows of the super-batch.
         statistics: statistics of the draws so far, such as the effective pool size.
         scores: 5, 25, 50, 75 and 95 % quantiles of the pair scores of all `candidates` and of the `picked` pairs.
     """
 
-    picked: tuple[int, ...]
-    candidates: tuple[int, ...]
+    picked: Rows
+    candidates: Rows
     statistics: dict[str, float]
     scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """sha256 of the picked rows (int64, little-endian) in draw order, as hex: the same in runs that draw alike."""
+        return hashlib.sha256(np.asarray(self.picked, dtype="<i8").tobytes()).hexdigest()
+
+    @property
+    def digest_set(self) -> str:
+        """Like `digest`, of the sorted rows."""
+        return hashlib.sha256(np.sort(np.asarray(self.picked, dtype="<i8")).tobytes()).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
-        """As `Event.to_dict`, but without the rows of super-batches above 4096 pairs, to keep the log small."""
-        values = super().to_dict()
-        if len(self.candidates) > 4096:
-            del values["picked"], values["candidates"]
-        return values
+        """JSON-ready values with both digests. Rows are left out above 4096 candidates, to keep the log small."""
+        values: dict[str, Any] = {"event": self.name, "step": self.step}
+        if len(self.candidates) <= MAX_LOGGED:
+            values |= {name: [int(row) for row in getattr(self, name)] for name in ("picked", "candidates")}
+        digests = {"digest": self.digest, "digest_set": self.digest_set}
+        return values | digests | {"statistics": dict(self.statistics), "scores": dict(self.scores)}
 
 
 @dataclass(frozen=True)

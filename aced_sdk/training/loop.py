@@ -14,6 +14,7 @@ import torch
 from aced_sdk.config import DistillConfig
 from aced_sdk.curation import COLLAPSE_REMEDY, select_random
 from aced_sdk.data import SuperBatch
+from aced_sdk.data.order import Rows
 from aced_sdk.engine import Learned, Step, take_steps
 from aced_sdk.engine.events import CheckpointSaved, StepSkipped, Warned
 from aced_sdk.errors import EngineError
@@ -42,8 +43,8 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
         EngineError: if losses stay non-finite, all steps were skipped, or a checkpoint cannot be written or read.
     """
     can_accumulate(config, parts.engine.module)
-    done = Totals() if resume_from is None else restore(resume_from, parts)
-    batches = parts.batches(done.position)
+    done, lanes = (Totals(), parts.order.start()) if resume_from is None else restore(resume_from, parts)
+    batches = parts.batches(lanes)
     steps = _Distillation(config, parts, batches, done)
     try:
         take_steps(
@@ -64,7 +65,7 @@ class _Distillation:
     """The steps of distillation: read, score, select, learn; then count and log."""
 
     def __init__(
-        self, config: DistillConfig, parts: Parts, batches: Iterator[tuple[SuperBatch, int]], done: Totals
+        self, config: DistillConfig, parts: Parts, batches: Iterator[tuple[SuperBatch, Rows]], done: Totals
     ) -> None:
         self.config = config
         self.parts = parts
@@ -78,7 +79,7 @@ class _Distillation:
     def learn(self, number: int) -> Learned:
         config, parts, device = self.config, self.parts, self.parts.engine.device
         started = time.perf_counter()
-        super_batch, position = next(self.batches)
+        super_batch, self._lanes = next(self.batches)
         waited = time.perf_counter() - started
 
         student = score(super_batch, parts.student, config, device) if config.curation.needs_student else None
@@ -96,7 +97,7 @@ class _Distillation:
         gradient = learn(config, parts.engine, parts.objective, batch, teachers, known)
 
         scored = self.totals.scored + (len(super_batch) if student is not None else 0)
-        self.totals = replace(self.totals, step=number, position=position, scored=scored)
+        self.totals = replace(self.totals, step=number, scored=scored)
         self._drawn = Drawn(super_batch, picked, batch, student, reference, gradient, waited)
         return Learned(gradient.loss, has_gradient=math.isfinite(gradient.loss))
 
@@ -124,7 +125,7 @@ class _Distillation:
         self.parts.emit(StepSkipped(step.number, f"the {non_finite(step)} was not finite", in_a_row, keys))
 
     def save(self, number: int) -> None:
-        self.parts.emit(CheckpointSaved(number, str(keep(self.config, self.parts, self.totals))))
+        self.parts.emit(CheckpointSaved(number, str(keep(self.config, self.parts, self.totals, self._lanes))))
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
         return diverged(step, in_a_row, self._drawn.suspects(), self.parts)

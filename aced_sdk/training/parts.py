@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aced_sdk.cache import EmbeddingCache
 from aced_sdk.curation import DrawStatistics, Selector
-from aced_sdk.data import Pool, Source, SuperBatches
+from aced_sdk.data import Order, Pool, RowSet, Source, SuperBatches
 from aced_sdk.data.source import Rows
 from aced_sdk.engine import Callback, TrainingEngine
 from aced_sdk.engine.events import Event
@@ -39,7 +39,8 @@ class Parts:
     Attributes:
         engine: trains a `Trainee` of `student`.
         student: the encoder to train.
-        batches: returns the stream of super-batches from a position.
+        order: the lanes of the pool.
+        batches: returns the stream of super-batches from a state of the order.
         selector: selects sub-batches.
         reference: the reference's embeddings; None if steps do not read them.
         teachers: the teachers' embeddings, by index.
@@ -47,16 +48,16 @@ class Parts:
         statistics: draw counts of the pool.
         pool: the pairs; a checkpoint stores its fingerprint.
         source: reads the pairs.
-        rows: int64 [K], rows of the pool that may be drawn.
+        rows: rows of the pool that may be drawn.
         usable: number of usable pairs.
-        noisy: bool [N], pairs whose caption is known to be wrong; None if unknown.
         generator: noise of the selection.
         callbacks: called with each event.
     """
 
     engine: TrainingEngine
     student: DualEncoder
-    batches: Callable[[int], SuperBatches]
+    order: Order
+    batches: Callable[[Rows], SuperBatches]
     selector: Selector
     reference: EmbeddingCache | None
     teachers: tuple[EmbeddingCache, ...]
@@ -64,9 +65,8 @@ class Parts:
     statistics: DrawStatistics
     pool: Pool
     source: Source
-    rows: Rows
+    rows: RowSet
     usable: int
-    noisy: Tensor | None
     generator: torch.Generator
     callbacks: list[Callback] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ class Parts:
 
     def keys(self, rows: Tensor) -> list[str]:
         """Keys of the samples at rows of the pool (int64 [K])."""
-        return [one_line(self.pool.samples[int(row)].key) for row in rows]
+        return [one_line(self.pool.key(int(row))) for row in rows]
 
     def emit(self, event: Event) -> None:
         """Pass an event to all callbacks."""

@@ -12,6 +12,7 @@ from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 from torch import Tensor
 
 from aced_sdk.config import DistillConfig
+from aced_sdk.data.order import Rows
 from aced_sdk.engine import load_checkpoint, read_checkpoint_state, save_checkpoint
 from aced_sdk.engine.state import unreadable
 from aced_sdk.errors import CacheError, DataError
@@ -26,7 +27,6 @@ class Totals:
 
     Attributes:
         step: steps taken.
-        position: rows of the pool's order consumed.
         trained: pairs trained on, without skipped steps.
         scored: pairs scored by the student for selection.
         distilled: pairs of second, uniformly drawn batches.
@@ -34,21 +34,27 @@ class Totals:
     """
 
     step: Total = 0
-    position: Total = 0
     trained: Total = 0
     scored: Total = 0
     distilled: Total = 0
     collapsed: StrictBool = False
 
 
-def keep(config: DistillConfig, parts: Parts, done: Totals) -> Path:
+def keep(config: DistillConfig, parts: Parts, done: Totals, lanes: Rows) -> Path:
     """Write a checkpoint and return its folder.
+
+    Args:
+        config: the run.
+        parts: the components of the loop.
+        done: the totals.
+        lanes: int64 [L, K], state of the order.
 
     Raises:
         EngineError: if it cannot be written.
     """
     tensors = {
         "generator": parts.generator.get_state(),
+        "lanes": torch.from_numpy(lanes),
         **parts.statistics.state_dict(),
         **noise_state(parts.engine.device),
     }
@@ -75,8 +81,8 @@ def check_pool(checkpoint: Path, pool: str) -> None:
         )
 
 
-def restore(folder: Path, parts: Parts) -> Totals:
-    """Restore all state from a checkpoint and return the totals.
+def restore(folder: Path, parts: Parts) -> tuple[Totals, Rows]:
+    """Restore all state from a checkpoint; return the totals and the state of the order, int64 [L, K].
 
     Raises:
         EngineError: if the checkpoint cannot be read.
@@ -92,16 +98,20 @@ def restore(folder: Path, parts: Parts) -> Totals:
         )
     try:
         done = TypeAdapter(Totals).validate_python(state)
-        counts = tensors["counts"]
-        # A super-batch across the end of the pool's order may contain a pair twice.
+        counts, draws, lanes = tensors["counts"], tensors["draws"], tensors["lanes"]
+        # A super-batch across the end of an epoch may contain a pair twice.
         if counts.dtype != torch.int32 or bool(((counts < 0) | (counts > 2 * done.step)).any()):
             raise ValueError("the draw counts are not those of its steps")
+        if draws.shape != () or int(draws) != done.trained:
+            raise ValueError("the number of draws is not that of its steps")
+        if (lanes.dtype, lanes.shape) != (torch.int64, parts.order.start().shape) or bool((lanes < 0).any()):
+            raise ValueError("the lanes are not those of the config")
         parts.generator.set_state(tensors["generator"])
         set_noise_state(tensors, parts.engine.device)
     except (ValidationError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise unreadable(folder, error) from error
     parts.statistics.load_state_dict(tensors)
-    return done
+    return done, lanes.numpy()
 
 
 def noise_state(device: torch.device) -> dict[str, Tensor]:

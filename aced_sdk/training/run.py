@@ -11,21 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from aced_sdk.cache import EmbeddingCache, FrozenSource, build_frozen, open_or_write
+from aced_sdk.cache import FrozenSource, build_frozen, open_or_write
 from aced_sdk.config import DistillConfig
-from aced_sdk.curation import DrawStatistics, Embeddings, Selector
-from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
-from aced_sdk.data.source import Rows
+from aced_sdk.curation import DrawStatistics, Selector
+from aced_sdk.data import Decoding, Order, Pool, RowSet, Source, SuperBatches, build_order, prepare
 from aced_sdk.engine import build_engine, pick_device, read_launch, step_of
 from aced_sdk.engine.events import Warned
-from aced_sdk.errors import ConfigError, DataError, EngineError, UnsupportedError
+from aced_sdk.errors import DataError, EngineError, UnsupportedError
 from aced_sdk.files import printable
 from aced_sdk.objectives import build_objective
 from aced_sdk.towers import DualEncoder, build, check_size, names_weights, save
 from aced_sdk.training.events import RunEnded, RunStarted
+from aced_sdk.training.filtering import best_rows, usable_rows
 from aced_sdk.training.loop import train
 from aced_sdk.training.parts import Parts, Trainee
 from aced_sdk.training.progress import check_pool
@@ -79,12 +78,15 @@ class Inputs:
         return list({source.fingerprint: source for source in named if source is not None}.values())
 
 
-def open_inputs(config: DistillConfig, resume_from: Path | None = None) -> Inputs:
+def open_inputs(
+    config: DistillConfig, resume_from: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> Inputs:
     """Open the pool, load all models and check the config, before embeddings are cached.
 
     Args:
         config: the run.
         resume_from: a checkpoint folder of this run.
+        progress: called with the number of shards indexed, and of those to index.
 
     Raises:
         UnsupportedError: for several processes or ZeRO stage 3.
@@ -104,8 +106,9 @@ def open_inputs(config: DistillConfig, resume_from: Path | None = None) -> Input
             remedy="use stage 2; distilled dual encoders are small",
             field="engine.zero_stage",
         )
-    pool = Pool(config.data.shards, caption_lines=config.data.caption_lines)
+    pool = Pool(config.data.shards, caption_lines=config.data.caption_lines, progress=progress)
     config.check_pool(len(pool))
+    open_order(config, pool)
     if resume_from is not None:
         check_pool(resume_from, pool.fingerprint)
     student = build(config.student, config.seed)
@@ -147,16 +150,18 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
         source = prepare(pool, student.processor, data, data.prepared, partial(watch, "resize pictures"))
     else:
         source = Decoding(pool, student.processor, data)
-    usable = _usable(config, pool, source, list(caches.values()))
+    rows = usable = usable_rows(len(pool), source, list(caches.values()))
+    _check_usable(config, usable)
     selector: Selector = config.curation.build()
-    kept = selector.keep(lambda: _rows_of(reference, usable), len(usable))
-    rows = usable[kept.numpy()]
+    if selector.keep_fraction < 1 and reference is not None:
+        rows = best_rows(usable, reference, selector)
     config.check_pool(len(rows))
-    noisy = known_noisy(pool)
+    order = open_order(config, pool)
     return Parts(
         engine=build_engine(Trainee(student), config.engine, config.optimizer),
         student=student,
-        batches=lambda position: SuperBatches(source, config.curation.candidates, config.seed, position, rows),
+        order=order,
+        batches=lambda state: SuperBatches(source, order, config.curation.candidates, state, rows),
         selector=selector,
         reference=reference if config.curation.needs_reference and not config.curation.filters_pool else None,
         teachers=tuple(caches[teacher] for teacher in inputs.teachers),
@@ -166,7 +171,6 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
         source=source,
         rows=rows,
         usable=len(usable),
-        noisy=None if noisy is None else torch.from_numpy(noisy),
         generator=torch.Generator().manual_seed(config.seed + 1),
     )
 
@@ -251,30 +255,21 @@ def student_facts(config: DistillConfig, counts: dict[str, int]) -> dict[str, An
     }
 
 
-def known_noisy(pool: Pool) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
-    """bool [N]: pairs with `"noisy": true` in KEY.json; None if no pair has that key."""
-    marks = pool.marks("noisy")
-    if all(mark is None for mark in marks):
-        return None
-    return np.array([mark is True for mark in marks])
+def open_order(config: DistillConfig, pool: Pool) -> Order:
+    """The order of a run.
+
+    Raises:
+        ConfigError: if its lanes fit neither the batches nor the shards.
+    """
+    shard_rows = [rows for _, rows in pool.shard_rows()]
+    return build_order(config.data, shard_rows, pool.sources, config.curation.candidates, config.seed)
 
 
-def _usable(config: DistillConfig, pool: Pool, source: Source, caches: list[EmbeddingCache]) -> Rows:
-    """Rows that are usable in the source and in every cache."""
-    rows, total = source.usable(), len(pool)
-    for cache in caches:
-        rows = rows[cache.usable.numpy()[rows]]
-    if total - len(rows) > config.data.max_unusable_fraction * total:
+def _check_usable(config: DistillConfig, usable: RowSet) -> None:
+    missing = usable.pairs - len(usable)
+    if missing > config.data.max_unusable_fraction * usable.pairs:
         raise DataError(
-            f"{total - len(rows)} of {total} pairs are unusable",
+            f"{missing} of {usable.pairs} pairs are unusable",
             remedy="repair the shards, or raise the limit if this is expected",
             field="data.max_unusable_fraction",
         )
-    return rows
-
-
-def _rows_of(cache: EmbeddingCache | None, rows: Rows) -> Embeddings:
-    """The cached embeddings of rows, in memory."""
-    if cache is None:
-        raise ConfigError("a reference is needed, and none is set", remedy="set reference", field="reference")
-    return cache.rows(torch.from_numpy(rows), torch.device("cpu"))

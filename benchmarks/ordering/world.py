@@ -208,10 +208,10 @@ def _shrink_task(task: Path, target: Path) -> None:
     shutil.copytree(task, target, ignore=shutil.ignore_patterns("*.tar"))
     pool = Pool([task / "test"])
     files = []
-    for row, sample in enumerate(pool.samples):
-        members = {extension: pool.read(row, extension) or b"" for extension in sample.members}
+    for row in range(len(pool)):
+        members = {extension: pool.read(row, extension) or b"" for extension in pool.members(row)}
         files.append(members | {"png": _shrunk(members["png"])})
-    write_tar(target / "test" / "0.tar", files, [sample.key for sample in pool.samples])
+    write_tar(target / "test" / "0.tar", files, [pool.key(row) for row in range(len(pool))])
 
 
 def make_world(config: WorldConfig, material: Material) -> World:

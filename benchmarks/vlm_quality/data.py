@@ -87,16 +87,17 @@ def labelled(task: Path, pictures: Path) -> list[Sample]:
     names = (task / "classnames.txt").read_text(encoding="utf-8").splitlines()
     pool = Pool([task / "test"])
     samples = []
-    for row, packed in enumerate(pool.samples):
+    for row in range(len(pool)):
+        key = pool.key(row)
         picture, number = pool.read(row, "png"), pool.read(row, "cls")
         if picture is None or number is None:
-            raise DataError(f"{task} has no picture or no class for '{packed.key}'", remedy="build the box anew")
-        target = pictures / task.name / f"{Path(packed.key).name}.png"
+            raise DataError(f"{task} has no picture or no class for '{key}'", remedy="build the box anew")
+        target = pictures / task.name / f"{Path(key).name}.png"
         if not target.exists():
             with whole_file(target) as temporary:
                 temporary.write_bytes(picture)
         turn = (NAME, as_answer(names[int(number)]))
-        samples.append(Sample(f"{task.name}-{packed.key}", (turn,), (target,), task.name))
+        samples.append(Sample(f"{task.name}-{key}", (turn,), (target,), task.name))
     return samples
 
 

@@ -227,7 +227,7 @@ def test_another_process_may_finish_the_same_folder_first(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", late)
-    assert len(prepared(world, tmp_path / "p").usable()) == 16
+    assert prepared(world, tmp_path / "p").usable(slice(0, 16)).sum() == 16
     assert done
     assert [path.name for path in (tmp_path / "p").iterdir()] == [done[0].name]
 

@@ -21,12 +21,11 @@ from PIL import Image
 
 from aced_sdk.cache import write_stored
 from aced_sdk.config import Data, Stored
-from aced_sdk.data import Decoding, Pool, SuperBatches
-from aced_sdk.data.pool import shard_paths
+from aced_sdk.data import Decoding, FullOrder, Pool, RowSet, SuperBatches
+from aced_sdk.data.shards import shard_paths
 from aced_sdk.data.tars import entries
 from aced_sdk.errors import DataError
 from aced_sdk.evaluation import load_task
-from aced_sdk.training.run import known_noisy
 from tests.security.sandbox import MIB, run
 
 # -- names of shards ----------------------------------------------------------------------------------------------
@@ -47,7 +46,7 @@ NAMES = {
 
 
 def _paths(name: str) -> int:
-    return len(shard_paths([name]))
+    return len(shard_paths([name])[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,7 +192,7 @@ def _fetch(folder: Path, **changes: Any) -> tuple[int, Counter[str]]:
     pool = Pool([folder])
     decoder = Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_unusable_fraction=0.5, **changes))
     batch = decoder.fetch(np.arange(len(pool)))
-    known_noisy(pool)
+    pool.noisy(np.arange(len(pool)))
     return len(batch), decoder.skipped
 
 
@@ -278,9 +277,9 @@ def test_a_member_of_gigabytes_is_not_read(tmp_path: Path, extension: str) -> No
 
 def _batch(folder: Path) -> int:
     pool = Pool([folder])
-    batches = SuperBatches(
-        Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_unusable_fraction=1)), 4, seed=0
-    )
+    decoder = Decoding(pool, tiny.encoder().processor, Data(shards=("unused",), max_unusable_fraction=1))
+    order = FullOrder([range(len(pool))], 4, 0)
+    batches = SuperBatches(decoder, order, 4, order.start(), RowSet(len(pool)))
     try:
         return len(next(batches)[0])
     finally:
@@ -297,8 +296,7 @@ def test_keys_that_are_not_utf8_are_names_all_the_same(tmp_path: Path) -> None:
         info = tarfile.TarInfo("\udcff\x1b[31m.txt")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"x"))
-    (sample,) = Pool([tmp_path]).samples
-    assert sample.key.encode()
+    assert Pool([tmp_path]).key(0).encode()
 
 
 # -- embeddings in shards -----------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_patterns_are_counted_before_they_are_expanded(pattern: str) -> None:
 
 def test_a_shard_that_shrinks_gives_no_half_caption(tmp_path: Path) -> None:
     pool = Pool([tiny.write_pool(tmp_path, 2, 1)])
-    os.truncate(pool.shards[0], pool.samples[0].members["txt"].offset + 3)
+    os.truncate(pool.shards[0], pool.members(0)["txt"].offset + 3)
     with pytest.raises(aced_sdk.errors.DataError, match="cut off while"):
         pool.text(0)
 

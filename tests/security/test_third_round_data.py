@@ -8,11 +8,11 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aced_sdk.data import Pool
 from aced_sdk.errors import DataError
-from aced_sdk.training.run import known_noisy
 from tests import tiny
 from tests.security.sandbox import run
 
@@ -52,8 +52,8 @@ def _samples(path: Path) -> int:
 
 
 def _marked(path: Path) -> str:
-    found = known_noisy(Pool([path]))
-    return "nothing" if found is None else f"{found.sum()} of {len(found)}"
+    pool = Pool([path])
+    return f"{pool.noisy(np.arange(len(pool))).sum()} of {len(pool)}" if pool.knows_noisy else "nothing"
 
 
 def test_a_name_that_is_repeated_often_takes_linear_time(tmp_path: Path) -> None:
@@ -71,15 +71,15 @@ def test_names_have_a_bound(tmp_path: Path, length: int) -> None:
 
 def test_names_in_other_bytes_are_not_merged_and_can_be_logged(tmp_path: Path) -> None:
     found = pool(tmp_path, tar((b"\xff.png", tiny.picture(1)), (b"\\xff.txt", b"of another"), (b"\xfe.txt", b"third")))
-    assert [list(sample.members) for sample in found.samples] == [["png"], ["txt"], ["txt"]]
-    assert [sample.key.encode() for sample in found.samples] == ["\ufffd".encode(), b"\\xff", "\ufffd".encode()]
+    assert [list(found.members(row)) for row in range(len(found))] == [["png"], ["txt"], ["txt"]]
+    assert [found.key(row).encode() for row in range(len(found))] == ["\ufffd".encode(), b"\\xff", "\ufffd".encode()]
 
 
 def test_samples_do_not_cross_the_end_of_a_joined_tar(tmp_path: Path) -> None:
     first = tar(("8.png", tiny.picture(8)), ("8.txt", b"eight"), ("9.png", tiny.picture(9)))
     second = tar(("9.txt", b"of another tar"), end=b"") + link("7.png", "8.png") + bytes(1024)
-    samples = pool(tmp_path, first + second).samples
-    assert [(sample.key, sorted(sample.members)) for sample in samples] == [
+    found = pool(tmp_path, first + second)
+    assert [(found.key(row), sorted(found.members(row))) for row in range(len(found))] == [
         ("8", ["png", "txt"]), ("9", ["png"]), ("9", ["txt"]), ("7", []),
     ]  # fmt: skip
 

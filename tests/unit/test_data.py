@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as settings_of
-from hypothesis import strategies as st
 from PIL import Image
 from tiny import caption, encoder, pair, picture, write_pool, write_tar
 
 from aced_sdk.config import Data
-from aced_sdk.data import Decoding, Order, Pool, SuperBatches, UnusablePair, prepare
+from aced_sdk.data import Decoding, FullOrder, Pool, RowSet, SuperBatches, UnusablePair, prepare
 from aced_sdk.errors import DataError
 from aced_sdk.towers import DualEncoder
 
@@ -49,7 +46,7 @@ def settings(pool: Pool, **changes: object) -> Data:
 def test_rows_follow_shards_and_keys(tmp_path: Path) -> None:
     pool = Pool([write_pool(tmp_path, pairs=40, shards=4)])
     assert len(pool) == 40
-    assert [sample.key for sample in pool.samples] == [f"{row:06d}" for row in range(40)]
+    assert [pool.key(row) for row in range(len(pool))] == [f"{row:06d}" for row in range(40)]
     assert [(shard.name, rows) for shard, rows in pool.shard_rows()][1] == ("0001.tar", range(10, 20))
     for row in (0, 9, 10, 39):
         assert pool.text(row) == caption(row)
@@ -86,7 +83,7 @@ def test_keys_may_lie_in_folders_and_metadata_may_be_broken(tmp_path: Path) -> N
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     pool = Pool([tmp_path / "x.tar"])
-    assert [sample.key for sample in pool.samples] == ["a/1", "b/1"]
+    assert [pool.key(row) for row in range(len(pool))] == ["a/1", "b/1"]
     assert pool.image(0, 10**6).size == (20, 18)
     assert pool.metadata(0) == pool.metadata(1) == {}
 
@@ -121,48 +118,25 @@ def test_a_picture_as_thin_as_a_thread_is_unusable(tmp_path: Path) -> None:
         Pool([tmp_path]).image(0, 10**6)
 
 
-@settings_of(deadline=None)  # the machine may be busy
-@given(
-    count=st.integers(1, 40),
-    seed=st.integers(0, 2**32),
-    takes=st.lists(st.integers(1, 50), min_size=1, max_size=6),
-)
-def test_an_order_is_a_permutation_after_another_from_any_position(count: int, seed: int, takes: list[int]) -> None:
-    rows = np.arange(100, 100 + count, dtype=np.int64)
-    total = sum(takes)
-    whole = Order(rows, seed).take(0, total)
-    for start in range(0, total - count + 1, count):
-        assert sorted(whole[start : start + count]) == list(rows)
-    order, position = Order(rows, seed), 0
-    for take in takes:
-        fresh = Order(rows, seed).take(position, take)
-        np.testing.assert_array_equal(order.take(position, take), fresh)
-        np.testing.assert_array_equal(fresh, whole[position : position + take])
-        position += take
-
-
-def test_epochs_and_seeds_order_the_pool_differently() -> None:
-    rows = np.arange(50, dtype=np.int64)
-    first, second = np.split(Order(rows, 0).take(0, 100), 2)
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, Order(rows, 1).take(0, 50))
-    with pytest.raises(DataError, match="no usable pair"):
-        Order(rows[:0], 0)
+def batches_of(
+    decoder: Decoding, pool: Pool, seed: int, state: np.ndarray | None = None, lanes: int = 1
+) -> SuperBatches:
+    order = FullOrder([range(len(pool))], lanes, seed)
+    return SuperBatches(decoder, order, 16, order.start() if state is None else state, RowSet(len(pool)))
 
 
 def test_super_batches_replace_what_is_unusable_and_count_it(broken_pool: Pool, tower: DualEncoder) -> None:
     decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_unusable_fraction=0.5))
-    batches = SuperBatches(decoder, 16, seed=0)
+    batches = batches_of(decoder, broken_pool, seed=0)
     seen: list[int] = []
-    position = 0
     for _ in range(4):
-        batch, position = next(batches)
+        batch, state = next(batches)
         assert len(batch) == 16
         assert batch.images.shape == (16, 3, 16, 16)
         assert batch.images.dtype == torch.uint8
         seen += batch.rows.tolist()
     batches.close()
-    order = Order(np.arange(64, dtype=np.int64), 0).take(0, position)
+    order = FullOrder([range(64)], 1, 0).rows(np.zeros(1, np.int64), np.zeros((1, 1), np.int64), int(state[0, 0]))[0]
     assert seen == [row for row in order if row not in BROKEN]
     assert set(range(64)) - set(seen) >= set(BROKEN)
     assert set(decoder.skipped) == {"unreadable picture", "empty caption", "no picture", "caption is not UTF-8"}
@@ -172,34 +146,34 @@ def test_super_batches_replace_what_is_unusable_and_count_it(broken_pool: Pool, 
 def test_a_small_pool_with_too_many_unusable_pairs_ends_the_run(broken_pool: Pool, tower: DualEncoder) -> None:
     assert len(broken_pool) < 1000
     bound = (len(BROKEN) - 1) / 64
-    batches = SuperBatches(
-        Decoding(broken_pool, tower.processor, settings(broken_pool, max_unusable_fraction=bound)), 16, seed=0
-    )
+    decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_unusable_fraction=bound))
+    batches = batches_of(decoder, broken_pool, seed=0)
     with pytest.raises(DataError, match=rf"{len(BROKEN)} of 64 pairs are unusable .*the first is") as caught:
         list(islice(batches, 8))  # the pool is read twice; each pair counts once
     batches.close()
     assert any(broken_pool.name(row) in str(caught.value) for row in BROKEN)
 
 
+@pytest.mark.parametrize("lanes", [1, 4])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_super_batches_go_on_from_a_position_as_if_never_stopped(
-    broken_pool: Pool, tower: DualEncoder, stop: int
+def test_super_batches_continue_from_a_state_as_if_never_stopped(
+    broken_pool: Pool, tower: DualEncoder, stop: int, lanes: int
 ) -> None:
-    def take(position: int, count: int) -> tuple[list[torch.Tensor], int]:
+    def take(state: np.ndarray | None, count: int) -> tuple[list[torch.Tensor], np.ndarray]:
         decoder = Decoding(broken_pool, tower.processor, settings(broken_pool, max_unusable_fraction=0.5))
-        batches = SuperBatches(decoder, 16, seed=1, position=position)
+        batches = batches_of(decoder, broken_pool, 1, state, lanes)
         taken = []
         for _ in range(count):
-            batch, position = next(batches)
+            batch, state = next(batches)
             taken.append(batch.rows)
         batches.close()
-        return taken, position
+        return taken, state
 
-    whole, end = take(0, 6)
-    head, position = take(0, stop)
-    tail, again = take(position, 6 - stop)
+    whole, end = take(None, 6)
+    head, state = take(None, stop)
+    tail, again = take(state, 6 - stop)
     assert torch.equal(torch.stack(whole), torch.stack(head + tail))
-    assert end == again
+    np.testing.assert_array_equal(end, again)
 
 
 def test_prepared_pictures_and_tokens_equal_decoded_ones(broken_pool: Pool, tower: DualEncoder, tmp_path: Path) -> None:
@@ -207,7 +181,7 @@ def test_prepared_pictures_and_tokens_equal_decoded_ones(broken_pool: Pool, towe
     heard: list[tuple[int, int]] = []
     prepared = prepare(broken_pool, tower.processor, data, tmp_path, lambda done, of: heard.append((done, of)))
     assert heard[-1] == (64, 64)
-    rows = prepared.usable()
+    rows = np.flatnonzero(prepared.usable(slice(0, len(broken_pool))))
     assert set(range(64)) - set(rows.tolist()) == set(BROKEN)
     picked = np.random.default_rng(0).permutation(rows)[:20]
     decoded = Decoding(broken_pool, tower.processor, data).fetch(picked)
@@ -243,7 +217,8 @@ def test_a_small_pool_with_too_many_bad_pairs_is_not_prepared(
 def test_nothing_usable_stops_at_once(tmp_path: Path, tower: DualEncoder) -> None:
     bad = {row: {"png": b"?", "txt": b"x"} for row in range(8)}
     pool = Pool([write_pool(tmp_path, pairs=8, broken=bad)])
-    batches = SuperBatches(Decoding(pool, tower.processor, settings(pool)), 4, seed=0)
+    order = FullOrder([range(8)], 4, 0)
+    batches = SuperBatches(Decoding(pool, tower.processor, settings(pool)), order, 4, order.start(), RowSet(8))
     with pytest.raises(DataError, match="4 unreadable picture"):
         next(batches)
     batches.close()
@@ -264,7 +239,7 @@ def test_a_full_disk_leaves_no_half_prepared_pool(
     assert "free disk space" in caught.value.remedy
     assert caught.value.field == "data.prepared"
     assert not list((tmp_path / "prepared").iterdir())
-    assert len(prepare(pool, tower.processor, settings(pool), tmp_path / "prepared").usable()) == 8
+    assert prepare(pool, tower.processor, settings(pool), tmp_path / "prepared").usable(slice(0, len(pool))).sum() == 8
 
 
 def test_prepared_pictures_that_are_stored_by_columns_are_refused(tmp_path: Path, tower: DualEncoder) -> None:

@@ -37,7 +37,7 @@ def pool(folder: Path, content: bytes) -> Pool:
 def pairs(found: Pool) -> list[tuple[str, str, str]]:
     """Key, caption and name of the picture that each row holds, or the reasons why not."""
     names = {picture(number): f"picture {number}" for number in range(8)}
-    return [(sample.key, _text(found, row), _picture(found, row, names)) for row, sample in enumerate(found.samples)]
+    return [(found.key(row), _text(found, row), _picture(found, row, names)) for row in range(len(found))]
 
 
 def _text(found: Pool, row: int) -> str:
@@ -125,8 +125,8 @@ def test_keys_with_dots_are_not_merged(tmp_path: Path) -> None:
 def test_parts_of_a_sample_keep_their_long_extensions(tmp_path: Path) -> None:
     files = [*pair("a", 0), ("a.seg.png", picture(1)), ("a.clip.npy", b"y"), ("v1.2/b.png", picture(2))]
     found = pool(tmp_path, blob(files))
-    assert [sample.key for sample in found.samples] == ["a", "v1.2/b"]
-    assert set(found.samples[0].members) == {"png", "txt", "seg.png", "clip.npy"}
+    assert [found.key(row) for row in range(len(found))] == ["a", "v1.2/b"]
+    assert set(found.members(0)) == {"png", "txt", "seg.png", "clip.npy"}
     assert pairs(found)[0] == ("a", "caption 0", "picture 0")
 
 

@@ -45,8 +45,8 @@ def load_webdataset(
     """
     pool = Pool(shards)
     samples, skips = [], Skips()
-    for row, packed in enumerate(pool.samples):
-        key = printable(packed.key)
+    for row in range(len(pool)):
+        key = printable(pool.key(row))
         with skips.counting():
             try:
                 samples.append(_sample(pool, row, Path(folder), prompt))
@@ -73,7 +73,7 @@ def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:
             conversation, cannot be read, or if a member has too many bytes.
         Unusable: if its conversation is malformed.
     """
-    key, members = printable(pool.samples[row].key), pool.samples[row].members
+    key, members = printable(pool.key(row)), pool.members(row)
     for extension, member in members.items():
         if member.size > (_MAX_PICTURE if extension in IMAGES else _MAX_WORDS):
             raise UnusablePair(f"KEY.{printable(extension)} has too many bytes")
@@ -97,7 +97,7 @@ def _sample(pool: Pool, row: int, folder: Path, prompt: str) -> Sample:
 
 def _unpack(pool: Pool, row: int, folder: Path) -> Path | None:
     """The sample's picture as a file; None if it has none. The tar's own names could lead anywhere."""
-    extension = next((e for e in pool.samples[row].members if e in IMAGES), None)
+    extension = next((e for e in pool.members(row) if e in IMAGES), None)
     if extension is None:
         return None
     content = pool.read(row, extension) or b""

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The index of a shard: where each pair's files are. One binary file per shard, memory-mapped.
+
+Layout, little-endian: a header of 256 bytes, then the arrays of `IndexHeader.layout`. A shard of 10,000 pairs has an
+index of about 0.6 MB. The index is bound to the shard's size, times of change and inode; its header stores the digest
+of the shard's bytes, so that they are hashed once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aced_sdk.data.tars import Member
+from aced_sdk.files import ReadError, home, open_regular, whole_file
+
+MAX_KINDS = 2**16 - 1
+"""Different file extensions that an index can hold."""
+
+_MAGIC = b"acedidx1"
+_HEADER = struct.Struct("<8s16sQqqQQQQQQQ32s")
+_HEADER_BYTES = 256  # with the digest of what precedes it in the last 32
+_FULL = 2**32 - 1  # size of a file of 4 GB or more
+_NOISY, _CLEAN = 1, 2  # flags of a pair; none of them: unknown
+_PROBLEMS = ("", "a name is twice in the shard", "a link to a file that is not in the shard")  # numbered in the flags
+_PROBLEM = 4  # factor of the problem's number
+
+Rows = NDArray[np.int64]
+
+
+class IndexFileError(Exception):
+    """An index file that is damaged or of another shard; its argument says which."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What differs once a shard is changed or replaced.
+
+    Tools that copy or unpack keep the time of change (mtime); ctime and inode still differ.
+    """
+
+    size: int
+    mtime: int
+    ctime: int
+    inode: int
+
+    @classmethod
+    def of(cls, facts: os.stat_result) -> Identity:
+        """The identity of a file."""
+        return cls(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """The header of an index file.
+
+    Attributes:
+        identity: of the shard at the time it was indexed.
+        rows: number of pairs.
+        members: number of files.
+        key_bytes: bytes of all keys.
+        kind_bytes: bytes of the table of extensions.
+        marked: pairs whose KEY.json has `noisy`.
+        noisy: pairs for which it is true.
+        digest: sha256 of the shard's bytes, as hex.
+    """
+
+    identity: Identity
+    rows: int
+    members: int
+    key_bytes: int
+    kind_bytes: int
+    marked: int
+    noisy: int
+    digest: str
+
+    def encode(self, name: str) -> bytes:
+        """The header's bytes for the shard of that file name."""
+        at = self.identity
+        numbers = (at.size, at.mtime, at.ctime, at.inode, self.rows, self.members, self.key_bytes, self.kind_bytes)
+        packed = _HEADER.pack(_MAGIC, _tag(name), *numbers, self.marked, self.noisy, bytes.fromhex(self.digest))
+        body = packed.ljust(_HEADER_BYTES - 32, b"\0")
+        return body + hashlib.sha256(body).digest()
+
+    @classmethod
+    def decode(cls, content: bytes, name: str) -> IndexHeader:
+        """Read a header.
+
+        Raises:
+            IndexFileError: if it is damaged, or of a shard with another name.
+        """
+        body, digest = content[: _HEADER_BYTES - 32], content[_HEADER_BYTES - 32 : _HEADER_BYTES]
+        if hashlib.sha256(body).digest() != digest or body[:8] != _MAGIC:
+            raise IndexFileError("is damaged, or of another version")
+        _, tag, *identity, rows, members, key_bytes, kind_bytes, marked, noisy, sha256 = _HEADER.unpack_from(body)
+        if tag != _tag(name):
+            raise IndexFileError("is of another shard")
+        return cls(Identity(*identity), rows, members, key_bytes, kind_bytes, marked, noisy, sha256.hex())
+
+    def layout(self) -> dict[str, tuple[int, int, np.dtype[Any]]]:
+        """Offset, length and dtype of each array."""
+        lengths = {
+            "offsets": (self.members, "<u8"),
+            "sizes": (self.members, "<u4"),
+            "key_ends": (self.rows, "<u4"),
+            "member_ends": (self.rows, "<u4"),
+            "kinds": (self.members, "<u2"),
+            "flags": (self.rows, "u1"),
+            "keys": (self.key_bytes, "u1"),
+            "extensions": (self.kind_bytes, "u1"),
+        }
+        placed, offset = {}, _HEADER_BYTES
+        for array, (length, code) in lengths.items():
+            dtype = np.dtype(code)
+            placed[array] = (offset, length, dtype)
+            offset += length * dtype.itemsize
+        return placed
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the whole index file."""
+        offset, length, dtype = self.layout()["extensions"]
+        return offset + length * dtype.itemsize
+
+
+def _tag(name: str) -> bytes:
+    return hashlib.sha256(os.fsencode(name)).digest()[:16]
+
+
+class ShardIndex:
+    """The pairs of one shard.
+
+    Args:
+        header: its header.
+        content: the index file's bytes, or a memory map of them.
+
+    Attributes:
+        offsets: uint64 [M], where the content of each file begins in the shard.
+        sizes: uint32 [M], their bytes; 2**32 - 1 stands for 4 GB and more.
+        kinds: uint16 [M], numbers of their extensions in `extensions`.
+        member_ends: uint32 [N], the end of each pair's files in these arrays.
+        flags: uint8 [N].
+        extensions: names of the extensions, in small letters.
+    """
+
+    def __init__(self, header: IndexHeader, content: bytes | mmap.mmap) -> None:
+        arrays = {
+            name: np.frombuffer(content, dtype, length, offset)
+            for name, (offset, length, dtype) in header.layout().items()
+        }
+        self.header = header
+        self.offsets: NDArray[np.uint64] = arrays["offsets"]
+        self.sizes: NDArray[np.uint32] = arrays["sizes"]
+        self.kinds: NDArray[np.uint16] = arrays["kinds"]
+        self.member_ends: NDArray[np.uint32] = arrays["member_ends"]
+        self.flags: NDArray[np.uint8] = arrays["flags"]
+        self._key_ends: NDArray[np.uint32] = arrays["key_ends"]
+        self._keys: NDArray[np.uint8] = arrays["keys"]
+        text = arrays["extensions"].tobytes().decode("utf-8", "surrogateescape")
+        self.extensions: tuple[str, ...] = tuple(text.split("\0")) if header.members else ()
+
+    def key(self, row: int) -> str:
+        """The key of a pair; `row` counts in this shard."""
+        start = int(self._key_ends[row - 1]) if row else 0
+        return self._keys[start : int(self._key_ends[row])].tobytes().decode(errors="replace")
+
+    def members(self, row: int) -> dict[str, Member]:
+        """The files of a pair by extension, in the shard's order."""
+        start = int(self.member_ends[row - 1]) if row else 0
+        places = range(start, int(self.member_ends[row]))
+        return {
+            self.extensions[int(self.kinds[place])]: Member(int(self.offsets[place]), int(self.sizes[place]))
+            for place in places
+        }
+
+    def problem(self, row: int) -> str:
+        """Why the files of a pair cannot be read; empty if they can."""
+        return _PROBLEMS[int(self.flags[row]) // _PROBLEM]
+
+    def noisy(self, rows: Rows) -> NDArray[np.bool_]:
+        """bool [K]: whether the caption is marked as wrong (`"noisy": true` in KEY.json)."""
+        return (self.flags[rows] & _NOISY).astype(np.bool_)
+
+    def marked(self, row: int) -> bool | None:
+        """Whether the caption is marked as wrong; None if KEY.json does not say."""
+        flag = int(self.flags[row])
+        return True if flag & _NOISY else False if flag & _CLEAN else None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What an index stores, before it is written; arrays as in `ShardIndex`."""
+
+    keys: list[bytes]
+    member_ends: NDArray[Any]
+    offsets: NDArray[Any]
+    sizes: NDArray[Any]
+    kinds: NDArray[Any]
+    extensions: list[bytes]
+    noisy: Mapping[int, bool]
+    problems: Mapping[int, str]
+
+    def encode(self, name: str, identity: Identity, digest: str) -> bytes:
+        """The bytes of the index file of a shard."""
+        keys, flags = self.keys, np.zeros(len(self.keys), dtype=np.uint8)
+        for row, wrong in self.noisy.items():
+            flags[row] = _NOISY if wrong else _CLEAN
+        for row, problem in self.problems.items():
+            flags[row] += _PROBLEM * _PROBLEMS.index(problem)
+        extensions = b"\0".join(self.extensions)
+        joined = b"".join(keys)
+        noisy = sum(self.noisy.values())
+        counts = (len(keys), len(self.offsets), len(joined), len(extensions), len(self.noisy), noisy)
+        header = IndexHeader(identity, *counts, digest)
+        arrays: dict[str, Any] = {
+            "offsets": self.offsets,
+            "sizes": np.minimum(self.sizes, _FULL),
+            "key_ends": np.cumsum([len(key) for key in keys]),
+            "member_ends": self.member_ends,
+            "kinds": self.kinds,
+            "flags": flags,
+            "keys": np.frombuffer(joined, np.uint8),
+            "extensions": np.frombuffer(extensions, np.uint8),
+        }
+        parts = [np.asarray(arrays[array], dtype).tobytes() for array, (_, _, dtype) in header.layout().items()]
+        return b"".join([header.encode(name), *parts])
+
+
+def beside(shard: Path) -> Path:
+    """Where `aced index --beside` keeps the index of a shard."""
+    return shard.with_name(f"{shard.name}.index")
+
+
+def in_home(shard: Path) -> Path:
+    """Where the index of a shard is kept by default: in the cache home, named after the shard's path."""
+    tag = hashlib.sha256(os.fsencode(shard)).hexdigest()
+    return home() / "index" / tag[:2] / f"{tag[2:34]}.index"
+
+
+def read_header(path: Path, name: str) -> IndexHeader | None:
+    """The header of an index file; None if there is no file.
+
+    Raises:
+        IndexFileError: if the file is damaged, cut off, or of a shard with another name.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        with open_regular(path) as stream:
+            header = IndexHeader.decode(stream.read(_HEADER_BYTES), name)
+            length = os.fstat(stream.fileno()).st_size
+    except (OSError, ReadError) as error:
+        raise IndexFileError(f"cannot be read: {error}") from error
+    if length != header.file_bytes:
+        raise IndexFileError(f"has {length:,} bytes, and its header describes {header.file_bytes:,}")
+    return header
+
+
+def map_index(path: Path, header: IndexHeader) -> ShardIndex:
+    """Map an index file into memory.
+
+    Raises:
+        IndexFileError: if it is no longer the file of that header.
+    """
+    try:
+        with open_regular(path) as stream:
+            if os.fstat(stream.fileno()).st_size != header.file_bytes:
+                raise IndexFileError("was cut off or replaced while it was in use")
+            return ShardIndex(header, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError, ReadError) as error:  # ValueError: the file is empty
+        raise IndexFileError(f"cannot be read: {error}") from error
+
+
+def write_index(path: Path, content: bytes) -> None:
+    """Write an index file, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A set of rows of a pool, one bit each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aced_sdk.data.order import Rows
+
+BLOCK = 2**20
+"""Rows that are handled together when a whole pool is looked through; a multiple of 8."""
+
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
+
+
+class RowSet:
+    """Some rows of a pool of `pairs` rows; all of them take no memory, others one bit per row of the pool.
+
+    Args:
+        pairs: N.
+        bits: uint8 [ceil(N / 8)] as `numpy.packbits` gives them; None: all rows.
+    """
+
+    def __init__(self, pairs: int, bits: NDArray[np.uint8] | None = None) -> None:
+        self.pairs = pairs
+        self._bits = bits
+        self._count = pairs if bits is None else int(_ONES[bits].sum(dtype=np.int64))
+
+    @classmethod
+    def of(cls, pairs: int, holds: Callable[[slice], NDArray[np.bool_]]) -> RowSet:
+        """The rows for which `holds` is true; it is called with blocks of rows, in order."""
+        bits = [np.packbits(holds(block)) for block in blocks(pairs)]
+        made = cls(pairs, np.concatenate(bits))
+        return made if len(made) < pairs else cls(pairs)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __call__(self, rows: Rows) -> NDArray[np.bool_]:
+        """Whether each row is in the set: bool of the shape of `rows`."""
+        if self._bits is None:
+            return np.ones(rows.shape, dtype=np.bool_)
+        held: NDArray[np.bool_] = (self._bits[rows >> 3] >> (7 - (rows & 7)).astype(np.uint8) & 1).astype(np.bool_)
+        return held
+
+    def rows(self, block: slice) -> Rows:
+        """The rows of the set in a block, ascending."""
+        every = np.arange(block.start, min(block.stop, self.pairs))
+        return every[self(every)]
+
+
+def blocks(pairs: int) -> Iterator[slice]:
+    """Slices of at most `BLOCK` rows that cover a pool."""
+    for start in range(0, pairs, BLOCK):
+        yield slice(start, min(start + BLOCK, pairs))

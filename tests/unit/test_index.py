@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Indexes of shards: equal to the slow walk, reused, rebuilt for changed shards, refused if they are damaged."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import pair, write_pool, write_tar
+
+from aced_sdk.data import Pool, indexing, open_indexes, opening
+from aced_sdk.data.index import IndexHeader, ShardIndex, beside, in_home
+from aced_sdk.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACED_HOME", str(tmp_path / "home"))
+
+
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are indexed from now on."""
+    names: list[str] = []
+    original = opening.build_index
+
+    def build(path: Path) -> bytes:
+        names.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(opening, "build_index", build)
+    return names
+
+
+def described(path: Path) -> list[Any]:
+    content = indexing.build_index(path)
+    header = IndexHeader.decode(content, path.name)
+    index = ShardIndex(header, content)
+    assert header.digest == sha256(path.read_bytes()).hexdigest()
+    return [(index.key(row), index.members(row), index.marked(row), index.problem(row)) for row in range(header.rows)]
+
+
+def tar(path: Path, files: dict[str, bytes], kind: int) -> Path:
+    with tarfile.open(path, "w", format=kind) as stream:
+        for number, (name, content) in enumerate(files.items()):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 1.5 + number  # not whole: a pax header each
+            stream.addfile(info, io.BytesIO(content))
+    return path
+
+
+TARS = {
+    "usual": {f"{n:05d}.{e}": c for n in range(300) for e, c in pair(n).items()},
+    "folders": {f"a/b{n % 3}/{n}.{e}": c for n in range(50) for e, c in pair(n).items()},
+    "dots in folders": {f"v1.2/{n}.{e}": c for n in range(5) for e, c in pair(n).items()},
+    "mixed members": {"1.txt": b"x", "2.jpg": b"", "2.txt": b"y", "3": b"z", "4.webp": b"w"},
+    "long extension": {"1.txt": b"x", "1.embedding16": b"y"},
+    "capitals": {"1.JPG": b"x", "1.txt": b"y"},
+    "apart": {"1.txt": b"x", "2.txt": b"y", "1.png": b"z"},
+    "hidden": {"._1.png": b"x", "1.png": b"y", "1.txt": b"z"},
+    "names that are not ASCII": {"ä/ö.txt": "ü".encode(), "ä/ö.png": b"y"},
+    "a large file": {"1.npz": bytes(9 * 2**20), "1.txt": b"x", "1.json": b'{"noisy": true}'},
+    "marks": {
+        "1.json": b'{"noisy": true}',
+        "2.json": b'{"noisy": null}',
+        "3.json": b'{"a": {"noisy": true}}',
+        "4.json": b'{"noisy": 1}',
+        "5.json": b'{"noisy" : false, "x": 1}',
+        "6.json": b'{"tag": "noisy"}',
+        "7.json": b'{"a": {}, "noisy": true}',
+        "8.json": b'{"noisy": true',
+    },
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("name", TARS)
+def test_the_fast_walk_finds_what_the_exact_one_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: int
+) -> None:
+    path = tar(tmp_path / "0.tar", TARS[name], kind)
+    monkeypatch.setattr(indexing, "_CHUNK", 64 * 1024)  # headers and files are cut anywhere
+    found = described(path)
+    monkeypatch.setattr(indexing, "_fast", lambda *_: None)
+    assert found == described(path)
+
+
+def test_usual_tars_take_the_fast_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "_exact", None)
+    for kind in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        for name in ("usual", "folders", "a large file", "marks"):
+            assert described(tar(tmp_path / "0.tar", TARS[name], kind))
+
+
+def test_marks_are_those_of_the_json(tmp_path: Path) -> None:
+    marks = [mark for _, _, mark, _ in described(tar(tmp_path / "0.tar", TARS["marks"], tarfile.USTAR_FORMAT))]
+    assert marks == [True, None, None, False, False, None, True, None]
+
+
+def test_an_index_is_built_once_and_again_for_a_changed_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_pool(tmp_path / "pool", pairs=40, shards=4)
+    names = built(monkeypatch)
+    first = Pool([folder])
+    assert sorted(names) == [f"000{n}.tar" for n in range(4)]
+    names.clear()
+    assert Pool([folder]).fingerprint == first.fingerprint
+    assert names == []
+    write_tar(folder / "0002.tar", [pair(n) for n in range(10)], first=20)
+    again = Pool([folder])
+    assert names == ["0002.tar"]
+    assert again.fingerprint != first.fingerprint
+    content, facts = (folder / "0001.tar").read_bytes(), (folder / "0001.tar").stat()
+    (folder / "0001.tar").unlink()
+    (folder / "0001.tar").write_bytes(content[::-1][::-1])
+    os.utime(folder / "0001.tar", ns=(facts.st_atime_ns, facts.st_mtime_ns))  # as tools that unpack do
+    names.clear()
+    Pool([folder])
+    assert names == ["0001.tar"]
+
+
+def test_a_pool_is_opened_without_reading_its_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_pool(tmp_path / "pool", pairs=40, shards=4)
+    Pool([folder])
+    monkeypatch.setattr(opening, "build_index", None)
+    monkeypatch.setattr("aced_sdk.data.pool.map_index", None)
+    pool = Pool([folder])  # neither shards nor indexes are read
+    assert (len(pool), pool.knows_noisy, len(pool.digests)) == (40, True, 4)
+
+
+def test_noisy_pairs_are_known_by_row(tmp_path: Path) -> None:
+    pool = Pool([write_pool(tmp_path / "pool", pairs=40, shards=4)])
+    rows = np.random.default_rng(0).permutation(40)
+    np.testing.assert_array_equal(pool.noisy(rows), rows % 4 == 0)
+    shards, local = pool.locate(rows)
+    np.testing.assert_array_equal(shards * 10 + local, rows)
+
+
+def test_indexes_beside_the_shards_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_pool(tmp_path / "pool", pairs=20, shards=2)
+    open_indexes(sorted(folder.glob("*.tar")), beside_shards=True)
+    names = built(monkeypatch)
+    assert len(Pool([folder])) == 20
+    assert names == []
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "its header describes"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "is damaged"),
+        (lambda path: path.write_bytes(b""), "is damaged"),
+        (lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:]), "is damaged"),
+        (lambda path: shutil.copy(path.with_name("0001.tar.index"), path), "is of another shard"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read"),
+    ],
+)
+def test_a_damaged_index_beside_a_shard_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = write_pool(tmp_path / "pool", pairs=20, shards=2)
+    shards = sorted(folder.glob("*.tar"))
+    open_indexes(shards, beside_shards=True)
+    damage(beside(shards[0]))
+    with pytest.raises(DataError, match=message) as caught:
+        Pool([folder])
+    assert "0000.tar.index" in str(caught.value)
+
+
+def test_a_damaged_index_in_the_cache_home_is_made_again(tmp_path: Path) -> None:
+    folder = write_pool(tmp_path / "pool", pairs=20)
+    Pool([folder])
+    in_home(folder / "0000.tar").write_bytes(b"?")
+    assert len(Pool([folder])) == 20
+
+
+@pytest.mark.parametrize("bit", [1, 2, 8, 128])
+def test_an_index_that_does_not_fit_the_bytes_is_met_when_they_are_read(tmp_path: Path, bit: int) -> None:
+    folder = write_pool(tmp_path / "pool", pairs=20)
+    Pool([folder])
+    path = in_home(folder / "0000.tar")
+    content = bytearray(path.read_bytes())
+    content[256 + 1] ^= bit  # of the offset of the first file
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="does not fit its bytes"):
+        Pool([folder]).read(0, "png")
+
+
+def test_an_index_is_kept_in_memory_if_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = write_pool(tmp_path / "pool", pairs=20)
+    monkeypatch.setattr(opening, "write_index", full)
+    assert Pool([folder]).metadata(3) == json.loads(pair(3)["json"])
+    with pytest.raises(DataError, match="cannot be written"):
+        open_indexes([folder / "0000.tar"], beside_shards=True)
