@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from aced_sdk.errors import AcedError
     from aced_sdk.evaluation import EvaluationReport
     from aced_sdk.towers import DualEncoder, Embeddings
-    from aced_sdk.verbs import Plan, Run, cache_embeddings, distill, evaluate, load, plan, report, resume
+    from aced_sdk.verbs import Plan, Run, cache_embeddings, distill, evaluate, index, load, plan, report, resume
 
 _HOMES = {
     "aced_sdk.config": (
@@ -44,7 +44,9 @@ _HOMES = {
     "aced_sdk.cache": ("EmbeddingCache",),
     "aced_sdk.evaluation": ("EvaluationReport",),
     "aced_sdk.towers": ("DualEncoder", "Embeddings"),
-    "aced_sdk.verbs": ("Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "plan", "report", "resume"),
+    "aced_sdk.verbs": (
+        *("Plan", "Run", "cache_embeddings", "distill", "evaluate", "index", "load", "plan", "report", "resume"),
+    ),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -75,6 +77,7 @@ __all__ = [
     "cache_embeddings",
     "distill",
     "evaluate",
+    "index",
     "load",
     "plan",
     "presets",

@@ -77,6 +77,19 @@ def cache(
 
 
 @app.command()
+def index(
+    shards: Annotated[list[str], typer.Argument(help="tars, folders of tars, or brace patterns")],
+    beside: Annotated[bool, typer.Option(help="keep the indexes beside the shards, not in the cache home")] = False,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="threads per process")] = 8,
+) -> None:
+    """Index the shards of a pool, so that it opens quickly. The processes of a launch share the work."""
+    import aced_sdk
+
+    pool = aced_sdk.index(shards, beside, workers)
+    typer.echo(json.dumps({"shards": len(pool.shards), "pairs": len(pool), "fingerprint": pool.fingerprint}))
+
+
+@app.command()
 def evaluate(
     student: Annotated[Path, typer.Argument(help="folder of a student")],
     data_root: Annotated[Path, typer.Option(help="folder with one folder per task")],

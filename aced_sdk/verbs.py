@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of the public API: distill, resume, plan, evaluate, cache_embeddings, load and report."""
+"""The functions of the public API: distill, resume, plan, evaluate, cache_embeddings, index, load and report."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from aced_sdk.cache import EmbeddingCache, FrozenModel, FrozenSource, default_directory
 from aced_sdk.config import Data, DistillConfig, Engine, Frozen, Stored
-from aced_sdk.data import Pool
+from aced_sdk.data import Pool, open_indexes
+from aced_sdk.data.shards import shard_paths
 from aced_sdk.engine import (
     Callback,
+    Ranks,
     checkpoints,
     newest_intact,
     pick_device,
     read_checkpoint_state,
+    read_launch,
     step_of,
     thread_limit,
 )
@@ -39,7 +44,7 @@ from aced_sdk.training.run import CONFIG, STUDENT, Run, assemble, open_inputs, t
 
 EVENTS = "events.jsonl"
 
-__all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "plan", "report", "resume"]
+__all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "index", "load", "plan", "report", "resume"]
 
 
 def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
@@ -241,9 +246,7 @@ def cache_embeddings(
         CacheError: if the directory contains a cache of another model or other shards, or cannot be written.
         DataError: if shards are missing or broken, or too many pairs are unusable.
     """
-    if not isinstance(data, Data):
-        given = [data] if isinstance(data, str | PathLike) else data
-        data = Data(shards=tuple(fspath(shard) for shard in given))
+    data = _pool_config(data)
     source: FrozenSource
     if isinstance(model, DualEncoder):
         source = FrozenModel.of(model)
@@ -254,3 +257,39 @@ def cache_embeddings(
         pool = Pool(data.shards, caption_lines=data.caption_lines, progress=partial(bar.watch, "index the pool"))
         target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
         return source.write(pool, target, data, batch_size, partial(bar.watch, "cache embeddings"), dtype)
+
+
+def index(
+    data: Data | str | PathLike[str] | Sequence[str | PathLike[str]], beside: bool = False, workers: int = 8
+) -> Pool:
+    """Index the shards of a pool that have no index yet, or have changed. The ranks of a launch share the work.
+
+    Runs index their pools themselves; for a large pool, this call does it once, in parallel and ahead of time.
+
+    Args:
+        data: the pool's `Data` config, or its shards.
+        beside: keep the indexes beside the shards (`0000.tar.index`), where other machines find them. False: in the
+            cache home.
+        workers: threads that index, in each process.
+
+    Returns:
+        The pool.
+
+    Raises:
+        DataError: if shards are missing or broken, or an index cannot be written beside its shard.
+    """
+    data = _pool_config(data)
+    launch = read_launch()
+    ranks = Ranks(launch, torch.device("cpu"))
+    with RunBar("index the pool") as bar:
+        shards = [shard for group in shard_paths(data.shards) for shard in group]
+        own, watch = shards[launch.rank :: launch.world_size], partial(bar.watch, "index the pool")
+        ranks.together(lambda: open_indexes(own, watch, beside_shards=beside, workers=workers))
+    return Pool(data.shards, caption_lines=data.caption_lines)
+
+
+def _pool_config(data: Data | str | PathLike[str] | Sequence[str | PathLike[str]]) -> Data:
+    if isinstance(data, Data):
+        return data
+    given = [data] if isinstance(data, str | PathLike) else data
+    return Data(shards=tuple(fspath(shard) for shard in given))

@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -144,29 +145,49 @@ class ShardIndex:
         content: the index file's bytes, or a memory map of them.
 
     Attributes:
-        offsets: uint64 [M], where the content of each file begins in the shard.
-        sizes: uint32 [M], their bytes; 2**32 - 1 stands for 4 GB and more.
-        kinds: uint16 [M], numbers of their extensions in `extensions`.
-        member_ends: uint32 [N], the end of each pair's files in these arrays.
+        member_ends: uint32 [N], the end of each pair's files among the M files.
         flags: uint8 [N].
-        extensions: names of the extensions, in small letters.
     """
 
     def __init__(self, header: IndexHeader, content: bytes | mmap.mmap) -> None:
-        arrays = {
-            name: np.frombuffer(content, dtype, length, offset)
-            for name, (offset, length, dtype) in header.layout().items()
-        }
         self.header = header
-        self.offsets: NDArray[np.uint64] = arrays["offsets"]
-        self.sizes: NDArray[np.uint32] = arrays["sizes"]
-        self.kinds: NDArray[np.uint16] = arrays["kinds"]
-        self.member_ends: NDArray[np.uint32] = arrays["member_ends"]
-        self.flags: NDArray[np.uint8] = arrays["flags"]
-        self._key_ends: NDArray[np.uint32] = arrays["key_ends"]
-        self._keys: NDArray[np.uint8] = arrays["keys"]
-        text = arrays["extensions"].tobytes().decode("utf-8", "surrogateescape")
-        self.extensions: tuple[str, ...] = tuple(text.split("\0")) if header.members else ()
+        self._content = content
+        self._layout = header.layout()
+        self.member_ends: NDArray[np.uint32] = self._array("member_ends")
+        self.flags: NDArray[np.uint8] = self._array("flags")
+
+    def _array(self, name: str) -> NDArray[Any]:
+        offset, length, dtype = self._layout[name]
+        return np.frombuffer(self._content, dtype, length, offset)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.uint64]:
+        """uint64 [M]: where the content of each file begins in the shard."""
+        return self._array("offsets")
+
+    @cached_property
+    def sizes(self) -> NDArray[np.uint32]:
+        """uint32 [M]: bytes of each file; 2**32 - 1 stands for 4 GB and more."""
+        return self._array("sizes")
+
+    @cached_property
+    def kinds(self) -> NDArray[np.uint16]:
+        """uint16 [M]: numbers of the files' extensions in `extensions`."""
+        return self._array("kinds")
+
+    @cached_property
+    def extensions(self) -> tuple[str, ...]:
+        """Names of the extensions, in small letters."""
+        text = self._array("extensions").tobytes().decode("utf-8", "surrogateescape")
+        return tuple(text.split("\0")) if self.header.members else ()
+
+    @cached_property
+    def _key_ends(self) -> NDArray[np.uint32]:
+        return self._array("key_ends")
+
+    @cached_property
+    def _keys(self) -> NDArray[np.uint8]:
+        return self._array("keys")
 
     def key(self, row: int) -> str:
         """The key of a pair; `row` counts in this shard."""

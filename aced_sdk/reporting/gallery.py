@@ -82,9 +82,8 @@ def gallery(folder: Path, config: DistillConfig, last: dict[str, Any] | None) ->
         return [], f"The gallery is left out: {printable(error.cause if isinstance(error, AcedError) else error)}."
     missing = []
     if counts is None:
-        missing.append(
-            "how often pairs were drawn: there is no checkpoint yet, or only a sample of the pool is counted"
-        )
+        why = "because only a sample is counted" if len(pool) > MAX_COUNTED else "before the first checkpoint"
+        missing.append(f"how often pairs were drawn, {why}")
     if last is None and config.curation.candidates > config.curation.sub_batch:
         missing.append("picked and rejected pairs, because the log has no rows of super-batches this large")
     return groups, f"Not shown: {'; '.join(missing)}." if missing else ""

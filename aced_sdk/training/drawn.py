@@ -13,10 +13,12 @@ from aced_sdk.curation import Embeddings
 from aced_sdk.data import SuperBatch
 from aced_sdk.engine import Step
 from aced_sdk.errors import EngineError
-from aced_sdk.training.events import Selected, StudentStep
+from aced_sdk.training.events import MAX_LOGGED, Selected, StudentStep
 from aced_sdk.training.parts import Parts
 from aced_sdk.training.progress import Totals
 from aced_sdk.training.step import Gradient
+
+_FOR_NOISY = 1024  # pairs of a large super-batch whose marks are looked up
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +69,9 @@ class Drawn:
             "effective_pool_size": summary.effective_pool_size,
         }
         if parts.pool.knows_noisy:
-            noisy = parts.pool.noisy(self.super_batch.rows.numpy())
-            statistics["noisy_selected"] = float(noisy[self.picked.numpy()].mean())
-            statistics["noisy_candidates"] = float(noisy.mean())
+            for name, of in (("noisy_selected", rows), ("noisy_candidates", self.super_batch.rows)):
+                some = of if len(of) <= MAX_LOGGED else of[:: len(of) // _FOR_NOISY]
+                statistics[name] = float(parts.pool.noisy(some.numpy()).mean())
         scores = parts.selector.quantiles(self.student, self.reference, self.picked)
         return Selected(number, rows.numpy(), self.super_batch.rows.numpy(), statistics, scores)
 

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a pool scales: indexing, opening, looking up the rows of a step, start and memory, from 1 to 128 million pairs.
+
+`python -m benchmarks.pool` prints one JSON object. Indexing is timed on a real tar of `--tar-pairs` pairs, in CPU time,
+beside a plain walk over its headers. Pools of `--pairs` pairs are index files that are generated over sparse tars of
+10,000 pairs each; they take 60 bytes per pair on the disk and are deleted afterwards. Each pool is opened in a process of
+its own, where times and memory (resident bytes that are not pages of files) are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aced_sdk.data import Pool, indexing
+from aced_sdk.data.index import Columns, Identity, beside
+from benchmarks.machine import machine
+
+_PER_SHARD = 10_000
+_BATCH = 163_840
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tar-pairs", type=int, default=20_000)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1_000_000, 16_000_000, 128_000_000])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=None, help="where pools are generated")
+    parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.open:
+        sys.stdout.write(json.dumps(opened(arguments.open, arguments.repeats)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        os.environ["ACED_HOME"] = str(Path(folder) / "home")
+        indexing_costs = indexed(Path(folder), arguments.tar_pairs, arguments.repeats)
+        pools: list[dict[str, Any]] = []
+        for pairs in arguments.pairs:
+            pool = Path(folder) / f"pool-{pairs}"
+            generate(pool, pairs)
+            command = [sys.executable, "-m", "benchmarks.pool", "--open", str(pool)]
+            command += ["--repeats", str(arguments.repeats)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            pools.append({"pairs": pairs, **json.loads(done.stdout)})
+            for path in pool.iterdir():
+                path.unlink()
+    result = {"machine": machine("cpu"), "indexing": indexing_costs, "pools": pools}
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+
+
+def indexed(folder: Path, pairs: int, repeats: int) -> dict[str, Any]:
+    """Microseconds of CPU per pair: the whole index, its parts, and a plain walk over the same headers."""
+    path = folder / "shard.tar"
+    dice = np.random.default_rng(0)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(pairs):
+            members = {
+                "jpg": dice.bytes(3000),
+                "txt": b"a caption of a picture",
+                "json": json.dumps({"url": f"https://example.org/{number}.jpg", "noisy": number % 7 == 0}).encode(),
+            }
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{number:09d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+    class Unhashed:
+        def update(self, _: bytes) -> None: ...
+
+    def fast() -> None:
+        with path.open("rb") as stream:
+            if indexing._fast(stream, Unhashed()) is None:
+                raise RuntimeError("the tar is not usual")
+
+    def slow() -> None:
+        with path.open("rb") as stream:
+            indexing._exact(stream, path.stat().st_size)
+
+    def hashed() -> None:
+        with path.open("rb") as stream:
+            hashlib.file_digest(stream, "sha256")
+
+    parts: dict[str, Callable[[], Any]] = {
+        "plain_walk": lambda: _plain_walk(path),
+        "index_without_hash": fast,
+        "hash": hashed,
+        "whole_index": lambda: indexing.build_index(path),
+        "exact_walk_of_unusual_tars": slow,
+    }
+    best = dict.fromkeys(parts, float("inf"))
+    for _ in range(repeats):
+        for name, run in parts.items():
+            started = time.process_time()
+            run()
+            best[name] = min(best[name], time.process_time() - started)
+    micro = {name: round(1e6 * seconds / pairs, 2) for name, seconds in best.items()}
+    micro["ratio_to_plain_walk"] = round(best["index_without_hash"] / best["plain_walk"], 2)
+    return {"pairs": pairs, "bytes_per_pair": path.stat().st_size // pairs, "microseconds_of_cpu_per_pair": micro}
+
+
+def _plain_walk(path: Path) -> int:
+    """Seek to each header, read it and parse its size; nothing is checked."""
+    count = at = 0
+    with path.open("rb") as stream:
+        while True:
+            stream.seek(at)
+            header = stream.read(512)
+            if not header[0]:
+                return count
+            at += 512 + (int(header[124:135], 8) + 511 & -512)
+            count += 1
+
+
+def generate(folder: Path, pairs: int) -> None:
+    """Sparse tars, and an index beside each as if it had been built."""
+    folder.mkdir()
+    rows = np.arange(_PER_SHARD)
+    member_ends = 3 * (rows + 1)
+    offsets = (512 + 2048 * np.arange(3 * _PER_SHARD)).astype(np.uint64)
+    columns = Columns(
+        keys=[b"%09d" % row for row in rows.tolist()],
+        member_ends=member_ends,
+        offsets=offsets,
+        sizes=np.full(3 * _PER_SHARD, 1500),
+        kinds=np.tile(np.arange(3), _PER_SHARD),
+        extensions=[b"jpg", b"txt", b"json"],
+        noisy={row: row % 7 == 0 for row in rows.tolist()},
+        problems={},
+    )
+    for number in range(pairs // _PER_SHARD):
+        shard = folder / f"{number:06d}.tar"
+        shard.touch()
+        os.truncate(shard, int(offsets[-1]) + 2048)
+        digest = hashlib.sha256(shard.name.encode()).hexdigest()
+        beside(shard).write_bytes(columns.encode(shard.name, Identity.of(shard.stat()), digest))
+
+
+def _private() -> int:
+    """Resident bytes of this process that are not pages of files."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
+def opened(folder: Path, repeats: int) -> dict[str, Any]:
+    """Open a pool and look up the rows of steps."""
+    import torch
+
+    from aced_sdk.config import Data
+    from aced_sdk.curation import DrawStatistics
+    from aced_sdk.data import RowSet, build_order
+
+    torch.set_num_threads(1)
+    before = _private()
+    started = time.perf_counter()
+    pool = Pool([folder])
+    open_seconds = time.perf_counter() - started
+    open_bytes = _private() - before
+    started = time.perf_counter()
+    order = build_order(Data(shards=(str(folder),)), [r for _, r in pool.shard_rows()], pool.sources, _BATCH, 0)
+    statistics, every = DrawStatistics(len(pool)), RowSet(len(pool))
+    start_seconds = time.perf_counter() - started
+    lanes, state = np.arange(order.lanes), order.start()
+    each = _BATCH // order.lanes
+    times: dict[str, list[float]] = {"rows_of_a_step": [], "shards_of_rows": [], "marks_of_1024": [], "count": []}
+    for _ in range(repeats + 1):  # the first step maps the indexes
+        marks = [time.perf_counter()]
+        rows = order.rows(lanes, state, each).ravel()
+        every(rows)
+        marks.append(time.perf_counter())
+        pool.locate(rows)
+        marks.append(time.perf_counter())
+        pool.noisy(rows[:: len(rows) // 1024])
+        marks.append(time.perf_counter())
+        statistics.update(rows[: _BATCH // 5])
+        marks.append(time.perf_counter())
+        state = order.advance(lanes, state, np.full(order.lanes, each))
+        for values, (first, last) in zip(times.values(), pairwise(marks), strict=True):
+            values.append(last - first)
+    milliseconds = {name: [round(1e3 * value, 1) for value in values] for name, values in times.items()}
+    return {
+        "shards": len(pool.shards),
+        "open_seconds": round(open_seconds, 3),
+        "open_megabytes": round(open_bytes / 1e6, 1),
+        "order_and_statistics_seconds": round(start_seconds, 3),
+        "megabytes_after_steps": round((_private() - before) / 1e6, 1),
+        "step_milliseconds": milliseconds,
+        "checkpoint_bytes_of_order_and_statistics": sum(
+            tensor.numel() * tensor.element_size() for tensor in statistics.state_dict().values()
+        )
+        + state.nbytes,
+    }
+
+
+if __name__ == "__main__":
+    main()
