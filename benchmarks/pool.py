@@ -3,8 +3,8 @@
 
 `python -m benchmarks.pool` prints one JSON object. Indexing is timed on a real tar of `--tar-pairs` pairs, in CPU time,
 beside a plain walk over its headers. Pools of `--pairs` pairs are index files that are generated over sparse tars of
-10,000 pairs each; they take 60 bytes per pair on the disk and are deleted afterwards. Each pool is opened in a process of
-its own, where times and memory (resident bytes that are not pages of files) are read.
+10,000 pairs each; they take 60 bytes per pair on the disk and are deleted afterwards. Each pool is opened in a process
+of its own, where times and memory (resident bytes that are not pages of files) are read.
 """
 
 from __future__ import annotations

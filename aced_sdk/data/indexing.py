@@ -29,6 +29,7 @@ from aced_sdk.files.reading import MIB
 
 MAX_METADATA = MIB
 _MAX_NESTED_VALUES = 10_000  # lists and mappings in one KEY.json
+_MAX_LISTS = 100  # in a KEY.json that is searched and not parsed
 _CHUNK = 2 * MIB
 _NAMES = re.compile(rb"path=|size=|GNU\.")  # records of a pax header that change a name, a link or a size
 _NOISY = re.compile(rb'"noisy"\s*:\s*(true|false|null)\s*[,}]')
@@ -73,7 +74,8 @@ def parse_metadata(content: bytes) -> dict[str, Any]:
 
 def _mark(content: bytes) -> bool | None:
     """Whether KEY.json marks the caption as wrong; None if it does not say."""
-    if content.count(b"{") == 1 and content.count(b'"noisy"') == 1 and (found := _NOISY.search(content)):
+    flat = content.count(b"{") == 1 and content.count(b"[") < _MAX_LISTS and content.count(_KEY) == 1
+    if flat and (found := _NOISY.search(content)):
         return None if found[1] == b"null" else found[1] == b"true"  # a flat object; parsing takes ten times as long
     value = parse_metadata(content).get("noisy")
     return None if value is None else value is True

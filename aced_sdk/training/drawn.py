@@ -13,7 +13,7 @@ from aced_sdk.curation import Embeddings
 from aced_sdk.data import SuperBatch
 from aced_sdk.engine import Step
 from aced_sdk.errors import EngineError
-from aced_sdk.training.events import MAX_LOGGED, Selected, StudentStep
+from aced_sdk.training.events import MAX_LOGGED, Selected, StudentStep, digests
 from aced_sdk.training.parts import Parts
 from aced_sdk.training.progress import Totals
 from aced_sdk.training.step import Gradient
@@ -73,7 +73,8 @@ class Drawn:
                 some = of if len(of) <= MAX_LOGGED else of[:: len(of) // _FOR_NOISY]
                 statistics[name] = float(parts.pool.noisy(some.numpy()).mean())
         scores = parts.selector.quantiles(self.student, self.reference, self.picked)
-        return Selected(number, rows.numpy(), self.super_batch.rows.numpy(), statistics, scores)
+        candidates = tuple(self.super_batch.rows.tolist())
+        return Selected(number, tuple(rows.tolist()), candidates, statistics, scores, *digests(rows))
 
     def suspects(self) -> Tensor:
         """Rows of the pairs with non-finite embeddings; all pairs of the step if there are none."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
-from aced_sdk.data.order import Rows
 from aced_sdk.engine.events import Event, StepDone
 
 MAX_LOGGED = 4096
@@ -43,39 +43,39 @@ class StudentStep(StepDone):
     distilled: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Selected(Event):
     """The selection of a step. Rows are indices in the pool.
 
     Attributes:
-        picked: int64 [b], rows trained on, in draw order.
-        candidates: int64 [B], rows of the super-batch.
+        picked: rows trained on, in draw order.
+        candidates: rows of the super-batch.
         statistics: statistics of the draws so far, such as the effective pool size.
         scores: 5, 25, 50, 75 and 95 % quantiles of the pair scores of all `candidates` and of the `picked` pairs.
+        digest: sha256 of the picked rows (int64, little-endian) in draw order, as hex; equal in runs that draw alike.
+        digest_set: likewise, of the sorted rows.
     """
 
-    picked: Rows
-    candidates: Rows
+    picked: tuple[int, ...]
+    candidates: tuple[int, ...]
     statistics: dict[str, float]
     scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the picked rows (int64, little-endian) in draw order, as hex: the same in runs that draw alike."""
-        return hashlib.sha256(np.asarray(self.picked, dtype="<i8").tobytes()).hexdigest()
-
-    @property
-    def digest_set(self) -> str:
-        """Like `digest`, of the sorted rows."""
-        return hashlib.sha256(np.sort(np.asarray(self.picked, dtype="<i8")).tobytes()).hexdigest()
+    digest: str = ""
+    digest_set: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values with both digests. Rows are left out above 4096 candidates, to keep the log small."""
-        values: dict[str, Any] = {"event": self.name, "step": self.step}
+        """JSON-ready values. Rows are left out above 4096 candidates, to keep the log small."""
+        names = ["statistics", "scores", "digest", "digest_set"]
         if len(self.candidates) <= MAX_LOGGED:
-            values |= {name: [int(row) for row in getattr(self, name)] for name in ("picked", "candidates")}
-        digests = {"digest": self.digest, "digest_set": self.digest_set}
-        return values | digests | {"statistics": dict(self.statistics), "scores": dict(self.scores)}
+            names += ["picked", "candidates"]
+        return {"event": self.name, "step": self.step} | {name: getattr(self, name) for name in names}
+
+
+def digests(picked: Tensor) -> tuple[str, str]:
+    """`Selected.digest` and `Selected.digest_set` of rows, int64 [b]."""
+    rows = picked.numpy().astype("<i8")
+    in_order, as_set = (hashlib.sha256(array.tobytes()).hexdigest() for array in (rows, np.sort(rows)))
+    return in_order, as_set
 
 
 @dataclass(frozen=True)
