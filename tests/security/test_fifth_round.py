@@ -46,7 +46,7 @@ def test_names_of_a_shard_have_a_bound_together(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("aced_sdk.data.tars._MAX_LETTERS", 50)
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number in range(8):
-            tar.addfile(tarfile.TarInfo(f"{number:06d}.png"))
+            tar.addfile(tarfile.TarInfo(f"{number:06d}.a.png"))
     with pytest.raises(DataError, match="names of more than 50 letters together"):
         Pool([tmp_path / "0.tar"])
 
