@@ -19,14 +19,29 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from aced_sdk.data import Pool, indexing
+from aced_sdk.config import Data
+from aced_sdk.curation import DrawStatistics
+from aced_sdk.data import (
+    FullOrder,
+    Pool,
+    RowSet,
+    SuperBatch,
+    SuperBatches,
+    WindowOrder,
+    build_order,
+    indexing,
+    own_lanes,
+)
 from aced_sdk.data.index import Columns, Identity, beside
 from benchmarks.machine import machine
 
@@ -40,6 +55,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[1_000_000, 16_000_000, 128_000_000])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where pools are generated")
+    parser.add_argument("--points", type=int, default=10_000, help="random states that a stream is continued from")
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.open:
@@ -58,7 +74,12 @@ def main() -> None:
             pools.append({"pairs": pairs, **json.loads(done.stdout)})
             for path in pool.iterdir():
                 path.unlink()
-    result = {"machine": machine("cpu"), "indexing": indexing_costs, "pools": pools}
+    result = {
+        "machine": machine("cpu"),
+        "indexing": indexing_costs,
+        "pools": pools,
+        "points": continued(arguments.points),
+    }
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
@@ -157,12 +178,6 @@ def _private() -> int:
 
 def opened(folder: Path, repeats: int) -> dict[str, Any]:
     """Open a pool and look up the rows of steps."""
-    import torch
-
-    from aced_sdk.config import Data
-    from aced_sdk.curation import DrawStatistics
-    from aced_sdk.data import RowSet, build_order
-
     torch.set_num_threads(1)
     before = _private()
     started = time.perf_counter()
@@ -203,6 +218,84 @@ def opened(folder: Path, repeats: int) -> dict[str, Any]:
         )
         + state.nbytes,
     }
+
+
+class _Numbers:
+    """A source without pictures, read by several threads; one row in twenty is unusable."""
+
+    def __init__(self, workers: int) -> None:
+        self.seen, self.skipped = 0, Counter[str]()
+        self._threads = ThreadPoolExecutor(workers)
+
+    def usable(self, block: slice) -> Any:
+        return np.ones(block.stop - block.start, dtype=np.bool_)
+
+    def fetch(self, rows: Any) -> SuperBatch:
+        good = list(self._threads.map(lambda row: row % 20 != 7, rows.tolist()))
+        kept = torch.from_numpy(rows[np.array(good, dtype=np.bool_)])
+        return SuperBatch(kept[:, None], kept[:, None], kept)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+
+def continued(points: int) -> dict[str, Any]:
+    """Continue streams from random states with a random number of ranks and threads; count differing super-batches.
+
+    The expected super-batches are read row by row, lane by lane, in plain Python.
+    """
+    size, steps, dice = 64, 150, np.random.default_rng(0)
+    shards = [range(start, start + 61) for start in range(0, 61 * 90, 61)]
+    halves = [shards[:40], shards[40:]]
+    orders: dict[str, FullOrder | WindowOrder] = {
+        "full": FullOrder([range(5490)], 16, 1),
+        "full, weights 1 to 3": FullOrder([range(2440), range(2440, 5490)], 16, 2, (1, 3)),
+        "windows": WindowOrder([shards], 16, 3, 4),
+        "windows, weights 2 to 1": WindowOrder(halves, 16, 4, 2, (2, 1)),
+    }
+    expected = {name: _plainly(order, size, steps) for name, order in orders.items()}
+    wrong = 0
+    for _ in range(points):
+        name = str(dice.choice(list(orders)))
+        step, world, workers = int(dice.integers(steps - 1)), 2 ** int(dice.integers(5)), int(dice.integers(1, 9))
+        batches, states = expected[name]
+        order, source = orders[name], _Numbers(workers)
+        found = np.empty((size // 16, 16), dtype=np.int64)
+        for rank in range(world):
+            lanes = own_lanes(16, rank, world)
+            stream = SuperBatches(source, order, size, states[step], RowSet(5490), lanes)
+            batch, state = next(stream)
+            stream.close()
+            found[:, lanes] = batch.rows.numpy().reshape(-1, len(lanes))
+            wrong += not np.array_equal(state[lanes], states[step + 1][lanes])
+        source.close()
+        wrong += not np.array_equal(found, batches[step])
+    first = orders["full"]
+    each = [first.rows(np.array([lane]), first.start()[[lane]], len(range(lane, 5490, 16)))[0] for lane in range(16)]
+    usable = [rows[rows % 20 != 7] for rows in each]
+    given = np.concatenate(expected["full"][0])
+    lost = sum(not np.array_equal(given[: len(rows), lane], rows) for lane, rows in enumerate(usable))
+    once = np.array_equal(np.sort(np.concatenate(usable)), np.flatnonzero(np.arange(5490) % 20 != 7))
+    return {"points": points, "wrong": wrong, "lanes_with_lost_pairs": lost, "each_pair_once_per_epoch": once}
+
+
+def _plainly(order: FullOrder | WindowOrder, size: int, steps: int) -> tuple[list[Any], list[Any]]:
+    """Super-batches [size / lanes, lanes] and the state before each."""
+    state, one = order.start(), np.ones(1, dtype=np.int64)
+    batches, states = [], [state.copy()]
+    for _ in range(steps):
+        batch = np.empty((size // order.lanes, order.lanes), dtype=np.int64)
+        for lane in range(order.lanes):
+            for place in range(len(batch)):
+                usable = False
+                while not usable:
+                    number = np.array([lane])
+                    batch[place, lane] = order.rows(number, state[number], 1)[0, 0]
+                    state[number] = order.advance(number, state[number], one)
+                    usable = batch[place, lane] % 20 != 7
+        batches.append(batch)
+        states.append(state.copy())
+    return batches, states
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ class Pool:
         sources: number of tar files behind each entry of `shards` as given.
 
     Raises:
-        DataError: if a shard is missing, is no tar, is cut off or is named twice, if an index beside a shard is
-            damaged, or if there is no pair at all.
+        DataError: if a shard is missing, named twice, no tar or cut off, if an index beside a shard is damaged, or if
+            there is no pair.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Pool:
         """The bytes of one member; None if the pair has none of that extension.
 
         Raises:
-            UnusablePair: if it has more than `limit` bytes, or its files cannot be told apart.
+            UnusablePair: if it has more than `limit` bytes, or it has a `problem`.
             ReadError: if the shard cannot be read any more.
             DataError: if the shard was cut off, altered or replaced since it was opened, or its index does not fit it.
         """
