@@ -11,7 +11,12 @@ class AcedError(Exception):
         cause: what is wrong, one sentence without a final full stop.
         remedy: how to fix it.
         field: dotted name of the config field or argument at fault, if any.
+
+    Attributes:
+        reported_by: in a launch of several ranks, the other rank whose message reports this failure; None: this rank.
     """
+
+    reported_by: int | None = None
 
     def __init__(self, cause: str, *, remedy: str, field: str | None = None) -> None:
         self.cause = cause

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import EngineError, UnsupportedError
 from aced_sdk.reporting import JsonlWriter, Progress
 from aced_sdk.reporting.progress import say
-from vlm.binding import binding, check_same, claim
+from vlm.binding import binding, claim
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data.pictures import Features, check_fit
 from vlm.data.rows import Batch, Batches, Row, Rows, collate, make_rows, shares
@@ -136,8 +137,9 @@ def tune(
     """Train the stages one after the other. Called again with the same arguments, continue where it stopped.
 
     The loss is the mean over the assistant's words of a whole batch, however it is cut into micro-batches and shared
-    out between processes. In a launch of several, all call this with the same arguments; rank 0 alone writes, reports
-    and calls `callbacks`, and a failure in one process ends all.
+    out between ranks. In a launch of several ranks, all call this with the same arguments. Only rank 0 writes, reports
+    and calls `callbacks`. A failure on one rank ends all, and so does a rank that does not answer for
+    `config.engine.timeout_seconds`.
 
     Args:
         model: what `build` or `load` gave; changed in place.
@@ -151,11 +153,26 @@ def tune(
         ConfigError: if the directory holds a run of another config or other data.
         DataError: if too many conversations are too long or teach nothing, or a picture cannot be read.
         ModelError: if the model or the processor cannot be saved; nothing is trained then.
-        EngineError: if losses stay non-finite, or what was saved is not what was trained.
+        EngineError: if losses stay non-finite, what was saved is not what was trained, or another rank fails.
         UnsupportedError: for several processes or ZeRO without DeepSpeed, QLoRA at stage 3, and a model with adapters.
     """
     launch = read_launch()
     _check_engine(config, launch)
+    ranks = Ranks(launch, pick_device(config.engine, launch.local_rank), config.engine.timeout_seconds)
+    with ranks.guarded():
+        ranks.agree_on_versions()
+        return _tune(ranks, model, processor, data, config, Path(directory), callbacks)
+
+
+def _tune(
+    ranks: Ranks,
+    model: PreTrainedModel,
+    processor: LlavaProcessor,
+    data: Sequence[Sample],
+    config: TuneConfig,
+    folder: Path,
+    callbacks: Sequence[Callback],
+) -> TuneResult:
     base = base_of(model)
     if has_adapter(base):
         raise UnsupportedError(
@@ -165,7 +182,6 @@ def tune(
         )
     check_fit(base, processor)
     started = time.perf_counter()
-    folder = Path(directory)
     limit = reads(base.config.text_config)
     skips = Skips()
     rows, pictures = make_rows(
@@ -175,10 +191,11 @@ def tune(
     for stage in config.stages:
         if isinstance(stage, Adapt) and stage.lora:
             check_adapters(base, stage.lora)
-    ranks = Ranks(launch, pick_device(config.engine, launch.local_rank))
     mine = binding(config, rows, base)
-    first = ranks.first(mine)
-    ranks.together(lambda: check_same(mine, first, ranks.rank))
+    ranks.agree(
+        {name: json.dumps(value) for name, value in mine.items()},
+        "call vlm.tune with the same arguments on every rank",
+    )
     ranks.in_first(lambda: check_savable(base, processor))
     ranks.in_first(lambda: claim(folder, mine))
     features = Features(base, processor, pictures, config.feature_cache_mb)

@@ -66,3 +66,6 @@ class Engine(Config):
     max_nonfinite_steps: int = Field(
         3, ge=0, description="consecutive non-finite steps (loss or gradient) that are skipped before the run fails"
     )
+    timeout_seconds: float = Field(
+        600, gt=0, le=10**6, description="all ranks fail if one of them does not answer for this many seconds"
+    )

@@ -229,7 +229,7 @@ def test_a_run_of_two_stopped_in_one_process_goes_on_alone(
     (first, told), (second, heard) = launch(folder, tmp_path, 2, zero=zero, stop=5)
     assert (first, second) == (7, 7)
     assert "KeyboardInterrupt: stopped in process 0" in told
-    assert "process 0 failed: KeyboardInterrupt: stopped in process 0" in heard
+    assert "rank 0 failed: KeyboardInterrupt: stopped in process 0" in heard
     good(launch(folder, tmp_path, 1, zero=0, kind="single"))
     found, expected = kept(tmp_path), alone["lora"]
     assert found["losses"][1] == pytest.approx(expected["losses"][1][2:], rel=1e-5)
@@ -241,6 +241,6 @@ def test_a_run_of_two_stopped_in_one_process_goes_on_alone(
 def test_a_picture_that_one_process_cannot_read_ends_both(folder: Path, tmp_path: Path) -> None:
     (first, heard), (second, told) = launch(folder, tmp_path, 2, zero=1, torn=1)
     assert (first, second) == (7, 7)
-    assert "process 1 failed: Unusable" in heard
+    assert "rank 1 failed: Unusable" in heard
     assert "No such file or directory" in heard
     assert "No such file or directory" in told
