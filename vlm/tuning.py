@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -23,14 +22,16 @@ from aced_sdk.engine import (
     Launch,
     Learned,
     Ranks,
+    Snapshot,
     Step,
+    StopSignal,
     TrainingEngine,
     build_engine,
     load_checkpoint,
     newest_intact,
     pick_device,
     read_launch,
-    save_checkpoint,
+    stop_signals,
     take_steps,
     thread_limit,
 )
@@ -154,6 +155,7 @@ def tune(
         DataError: if too many conversations are too long or teach nothing, or a picture cannot be read.
         ModelError: if the model or the processor cannot be saved; nothing is trained then.
         EngineError: if losses stay non-finite, what was saved is not what was trained, or another rank fails.
+        Interrupted: after SIGTERM or SIGUSR1; a checkpoint is written before.
         UnsupportedError: for several processes or ZeRO without DeepSpeed, QLoRA at stage 3, and a model with adapters.
     """
     launch = read_launch()
@@ -193,7 +195,7 @@ def _tune(
             check_adapters(base, stage.lora)
     mine = binding(config, rows, base)
     ranks.agree(
-        {name: json.dumps(value) for name, value in mine.items()},
+        config.flat() | {name: str(mine[name]) for name in ("data", "tower")},
         "call vlm.tune with the same arguments on every rank",
     )
     ranks.in_first(lambda: check_savable(base, processor))
@@ -206,6 +208,7 @@ def _tune(
         Progress("tune", total) as bar,
         thread_limit(config.engine.threads),
         torch.random.fork_rng(),
+        stop_signals() as stop,
     ):
         if skips.messages and ranks.rank == 0:
             say(f"tune: {len(skips.messages)} of {len(data)} conversations are left out: {skips}")
@@ -216,7 +219,7 @@ def _tune(
             tuned = prepare(base, stage, config.seed)
             if tuned is not base:
                 ranks.in_first(partial(check_adapter_savable, tuned))
-            run.losses.append(tuple(_train_stage(run, number, stage, base)))
+            run.losses.append(tuple(_train_stage(run, number, stage, base, stop)))
     base.requires_grad_(False).eval()
     return TuneResult(
         tuned,
@@ -253,7 +256,7 @@ def _check_engine(config: TuneConfig, launch: Launch) -> None:
         )
 
 
-def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrainedModel) -> list[float]:
+def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrainedModel, stop: StopSignal) -> list[float]:
     """Take the steps of one stage that are left; returns their losses."""
     config = run.config
     optimizer = Optimizer(learning_rate=stage.learning_rate, weight_decay=stage.weight_decay, clip_norm=stage.clip_norm)
@@ -274,7 +277,7 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
         run.log.truncate_after(run.step)  # events after the checkpoint are logged again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))
     tuning = _Tuning(run, number, stage, engine, folder, start, run.step - done)
-    take_steps(tuning, engine, schedule, stage.learning_rate, config.engine, done)
+    take_steps(tuning, engine, schedule, stage.learning_rate, config.engine, done, stop)
     run.step = tuning.before + stage.steps
     engine.release()
     return tuning.losses
@@ -330,12 +333,11 @@ class _Tuning:
         reason = f"the gradient norm is {step.gradient_norm}, the loss {step.loss}"
         self.run.emit(StepSkipped(self.before + step.number, reason, in_a_row))
 
-    def save(self, number: int) -> None:
-        keep = self.run.config.engine.keep_checkpoints
-        saved = save_checkpoint(self.folder, number, self.engine, {"stage": self.number}, {}, keep)
-        trained = self.engine.weights()
-        self.run.ranks.in_first(partial(check_saved, saved / "weights.safetensors", trained, self.start))
-        self.run.emit(CheckpointSaved(self.before + number, str(saved)))
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.folder, {"stage": self.number}, check=partial(check_saved, start=self.start))
+
+    def saved(self, number: int, folder: Path) -> None:
+        self.run.emit(CheckpointSaved(self.before + number, str(folder)))
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
         return EngineError(

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Event, Thread
@@ -21,9 +21,10 @@ from torch import distributed
 from aced_sdk.errors import AcedError, EngineError
 from aced_sdk.files import one_line
 
-_FAILURE, _LOST, _LEFT = "aced/failure", "aced/lost", "aced/left"
-_ROLL_CALL_SECONDS = 3.0  # in which the ranks that lost a connection say so
-_LEAVING_SECONDS = 6.0  # that a rank has to leave by itself after a failure elsewhere
+_FAILURE, _LOST, _LEFT, _REPORTED = "aced/failure", "aced/lost", "aced/left", "aced/reported"
+_ROLL_CALL_SECONDS = 2.0  # in which the ranks that lost a connection say so
+_LEAVING_SECONDS = 5.0  # that a rank has to leave by itself after a failure elsewhere
+_LATER_SECONDS = 1.0  # that the other ranks live longer: launchers name the first process that ends
 _POLL_SECONDS = 0.05
 
 
@@ -80,7 +81,7 @@ class Failures:
             time.sleep(_POLL_SECONDS)
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self, report: Callable[[BaseException], None] | None) -> Iterator[None]:
         """See `Ranks.guarded`."""
         ended = Event()
         Thread(target=self._watch, args=(ended,), daemon=True, name="aced-failures").start()
@@ -91,7 +92,10 @@ class Failures:
                 yield
         except BaseException as error:
             raised = self._settle(error)
-            self._leave()
+            own = getattr(raised, "reported_by", None) is None
+            if own and report is not None:
+                report(raised)
+            self._leave(own, ended)
             if raised is error:
                 raise
             raise raised from error
@@ -147,13 +151,24 @@ class Failures:
         rank, text = json.loads(self._store.get(_FAILURE))
         return int(rank), str(text)
 
-    def _leave(self) -> None:
-        """Say that this rank ends. Rank 0 waits a little for the others, because it may serve the store."""
+    def _leave(self, own: bool, ended: Event) -> None:
+        """End this rank after the failure is reported.
+
+        A launcher may stop all ranks when the first one ends, so the rank that reports the failure ends first. Rank 0
+        may serve the store, so it waits until the others no longer need it.
+        """
+        until = time.monotonic() + _ROLL_CALL_SECONDS
         with suppress(RuntimeError):
+            if own:
+                self._store.set(_REPORTED, "1")
+            while not own and time.monotonic() < until and not self._store.check([_REPORTED]):
+                time.sleep(_POLL_SECONDS)
+            ended.set()
             self._store.add(_LEFT, 1)
-            until = time.monotonic() + _ROLL_CALL_SECONDS
             while self.rank == 0 and time.monotonic() < until and self._store.add(_LEFT, 0) < self.world_size:
                 time.sleep(_POLL_SECONDS)
+        if not own:
+            time.sleep(_LATER_SECONDS)
 
     def _watch(self, ended: Event) -> None:
         """End this process if a failure is published and the main thread does not leave `guarded`."""

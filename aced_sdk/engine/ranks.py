@@ -144,17 +144,20 @@ class Ranks:
             self.agree(versions, "install the same versions on all machines")
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self, report: Callable[[BaseException], None] | None = None) -> Iterator[None]:
         """Report a failure in the block once, and end the block on all ranks.
 
         Use it around all work over ranks. An error is raised unchanged on the rank that failed. The other ranks get
         an `EngineError` with its message and `reported_by`. A rank that was killed or does not answer is named by
         another rank. A rank that cannot leave the block after a failure elsewhere is ended with exit code 1.
+
+        Args:
+            report: called with the error on the rank that failed, before the other ranks end.
         """
         if self.world_size == 1:
             yield
             return
-        with self._failures.guarded():
+        with self._failures.guarded(report):
             yield
             self.barrier()  # rank 0 serves the store, so it must not leave before the others
 

@@ -12,7 +12,7 @@ from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 from torch import Tensor
 
 from aced_sdk.config import DistillConfig
-from aced_sdk.engine import load_checkpoint, read_checkpoint_state, save_checkpoint
+from aced_sdk.engine import Snapshot, load_checkpoint, read_checkpoint_state
 from aced_sdk.engine.state import unreadable
 from aced_sdk.errors import CacheError, DataError
 from aced_sdk.training.parts import Parts
@@ -41,19 +41,15 @@ class Totals:
     collapsed: StrictBool = False
 
 
-def keep(config: DistillConfig, parts: Parts, done: Totals) -> Path:
-    """Write a checkpoint and return its folder.
-
-    Raises:
-        EngineError: if it cannot be written.
-    """
+def snapshot(config: DistillConfig, parts: Parts, done: Totals) -> Snapshot:
+    """The state of a run besides weights and optimizer, for a checkpoint."""
     tensors = {
         "generator": parts.generator.get_state(),
         **parts.statistics.state_dict(),
         **noise_state(parts.engine.device),
     }
     state = asdict(done) | {"pool": parts.pool.fingerprint, "frozen": parts.frozen, "config": config.hash()}
-    return save_checkpoint(config.directory, done.step, parts.engine, state, tensors, config.engine.keep_checkpoints)
+    return Snapshot(config.directory, state, tensors)
 
 
 def check_pool(checkpoint: Path, pool: str) -> None:

@@ -351,10 +351,15 @@ def test_a_missing_reference_is_told(world: Path, tmp_path: Path) -> None:
 
 
 def test_several_processes_are_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UnsupportedError, match="one process"):
-        aced.distill(config(world, tmp_path / "run"))
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    made = config(world, tmp_path / "run")
+    for verb in (lambda: aced.distill(made), lambda: aced.resume(tmp_path / "run")):
+        with pytest.raises(UnsupportedError, match="distillation over ranks is planned") as caught:
+            verb()
+        assert caught.value.reported_by == 0
+    assert not (tmp_path / "run").exists()
 
 
 # -- disk and death -----------------------------------------------------------------------------------------------
