@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -101,6 +102,8 @@ def child(folder: Path, out: Path, rank: int, processes: int, port: int, options
 
     def hear(event: Event, model: Any) -> None:
         heard.append(sum(parameter.numel() for parameter in model.model.language_model.parameters()))
+        if event.name == "step_done" and event.step == options.get("signal_at"):
+            os.kill(os.getpid(), options["signal"])
         if event.name == "step_done" and event.step == options.get("stop"):
             raise KeyboardInterrupt(f"stopped in process {rank}")
 
@@ -236,6 +239,23 @@ def test_a_run_of_two_stopped_in_one_process_goes_on_alone(
     for name, tensor in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], tensor, atol=2e-5, rtol=1e-4, msg=name)
     saved_is_trained(tmp_path, found["weights"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_one_process_ends_both_and_the_run_is_resumed(
+    folder: Path, alone: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    (first, heard), (second, told) = launch(folder, tmp_path, 2, zero=1, signal=number, signal_at=5)
+    if number == signal.SIGKILL:
+        assert (first, second) == (-number, 7)
+        assert "rank 0 ended without a message" in told
+    else:
+        assert (first, second) == (7, 7)
+        for text in (heard, told):
+            assert "Interrupted: SIGTERM ended the run after step 3" in text  # of the second stage
+    good(launch(folder, tmp_path, 1, zero=0, kind="single"))
+    found, left = kept(tmp_path), 4 if number == signal.SIGKILL else 5
+    assert found["losses"][1] == pytest.approx(alone["lora"]["losses"][1][left - 2 :], rel=1e-5)
 
 
 def test_a_picture_that_one_process_cannot_read_ends_both(folder: Path, tmp_path: Path) -> None:
