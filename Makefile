@@ -34,7 +34,7 @@ lint: $(READY)
 ## each benchmark prints one JSON object; `ordering` trains some hundred students and takes more than an hour; those that
 ## need a demo with FULL=1 (lit_decoder, vlm_quality) or trl (vlm_step) are started by hand
 bench: $(READY)
-	for name in selection cache step onnx service $(if $(ORDERING),ordering); do $(RUN) -m benchmarks.$$name || exit 1; done
+	for name in selection cache step checkpoint onnx service $(if $(ORDERING),ordering); do $(RUN) -m benchmarks.$$name || exit 1; done
 
 ## outside clients on artefacts made here, each in an environment of its own; `make clients ONLY='peft openvino'`
 clients: $(READY)

@@ -208,7 +208,7 @@ def main() -> None:
 
 
 def _report(error: BaseException) -> None:
-    """Print an error: one line if the user can mend it, else the traceback."""
+    """Print an error: one line if the user can fix it, else the traceback."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # standard output or a temporary folder
         error = ConfigError("no space is left on the disk that is written to", remedy="free some space")
     # The ONNX runtime must not import this package. Its errors are not AcedErrors but have the same attributes.

@@ -23,7 +23,7 @@ from aced_sdk.files import one_line
 
 _FAILURE, _LOST, _LEFT, _REPORTED = "aced/failure", "aced/lost", "aced/left", "aced/reported"
 _ROLL_CALL_SECONDS = 2.0  # in which the ranks that lost a connection say so
-_LEAVING_SECONDS = 5.0  # that a rank has to leave by itself after a failure elsewhere
+_LEAVING_SECONDS = 5.0  # after a failure elsewhere, until a rank that has not left is ended
 _LATER_SECONDS = 1.0  # that the other ranks live longer: launchers name the first process that ends
 _POLL_SECONDS = 0.05
 

@@ -86,6 +86,44 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_older_ones(
         assert torch.equal(tensor, resumed.student.model.state_dict()[name]), name
 
 
+WRITING = """
+import sys, time
+import aced_sdk as aced
+from aced_sdk.config import DistillConfig
+from aced_sdk.engine import checkpoint
+
+sync = checkpoint.sync
+
+def stop(folder):
+    if "step-00000004" in str(folder):
+        print("writing", flush=True)
+        time.sleep(60)
+    sync(folder)
+
+checkpoint.sync = stop
+aced.distill(DistillConfig.from_yaml(sys.argv[1]))
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(
+    root: Path, world: Path, tmp_path: Path, whole: dict[str, Tensor]
+) -> None:
+    made = config(world, tmp_path / "run")
+    made.to_yaml(tmp_path / "given.yaml")
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", WRITING, str(tmp_path / "given.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.kill()
+    process.communicate(timeout=60)
+    assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [2]
+    run = aced.distill(made, resume="auto")
+    for name, tensor in run.student.model.state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # what the killed process left is removed
+
+
 def test_a_killed_process_is_resumed_to_the_same_student(root: Path, world: Path, tmp_path: Path) -> None:
     long = aced.Schedule(steps=200, shape="constant", warmup=0, cooldown=0)
     config(world, tmp_path / "run", schedule=long).to_yaml(tmp_path / "given.yaml")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from aced_sdk import cli, towers
 from aced_sdk.config import DistillConfig
-from aced_sdk.errors import DataError, EngineError
+from aced_sdk.errors import DataError, EngineError, Interrupted
 from aced_sdk.reporting import read_events
 
 VERBS = ("distill", "resume", "cache", "evaluate", "plan", "report", "export", "caption", "answer")
@@ -69,7 +69,8 @@ def test_errors_of_packages_that_cannot_import_this_one_read_alike(
     class Foreign(Exception):
         remedy = "mend it"
 
-    for error, code in ((Foreign("it is broken"), 1), (DataError("bad", remedy="mend"), 1)):
+    stopped = Interrupted("SIGTERM ended the run", remedy="resume it", exit_code=143)
+    for error, code in ((Foreign("it is broken"), 1), (DataError("bad", remedy="mend"), 1), (stopped, 143)):
 
         def fail(error: Exception = error) -> None:
             raise error
