@@ -74,7 +74,8 @@ def distill(
     """Distil a student and save it in the run's directory."""
     import aced_sdk
 
-    run = aced_sdk.distill(aced_sdk.DistillConfig.from_yaml(config), resume=resume.value)
+    mode: Any = resume.value
+    run = aced_sdk.distill(aced_sdk.DistillConfig.from_yaml(config), resume=mode)
     _print({"directory": str(run.directory), "step": run.step} | run.metrics)
 
 

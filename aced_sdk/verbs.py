@@ -45,7 +45,9 @@ _RESUME = ("never", "auto", "must")
 __all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "load", "plan", "report", "resume"]
 
 
-def distill(config: DistillConfig, callbacks: Sequence[Callback] = (), resume: str = "never") -> Run:
+def distill(
+    config: DistillConfig, callbacks: Sequence[Callback] = (), resume: Literal["never", "auto", "must"] = "never"
+) -> Run:
     """Distil a student: select, train, evaluate and save.
 
     Missing embedding caches are written first. Events are passed to `callbacks` and logged to

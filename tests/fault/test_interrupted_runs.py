@@ -209,7 +209,7 @@ def test_distill_with_resume_warns_of_another_config(world: Path, tmp_path: Path
         assert aced.distill(longer, resume="auto").step == 8
     assert DistillConfig.from_yaml(tmp_path / "run" / "config.yaml").schedule.steps == 8
     with pytest.raises(ConfigError, match="unknown resume 'always'"):
-        aced.distill(made, resume="always")
+        aced.distill(made, resume="always")  # type: ignore[arg-type]
 
 
 def test_a_full_disk_at_the_end_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
