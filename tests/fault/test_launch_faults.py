@@ -68,6 +68,13 @@ def work(fault: str, culprit: int) -> None:
     found.barrier()
 
 
+def plan(folder: Path) -> None:
+    """The work of rank 0 alone, which fails."""
+    with (folder / "planned.txt").open("a") as stream:
+        stream.write("planned\n")
+    raise DataError("the shard is broken", remedy="mend it")
+
+
 def child(folder: Path, rank: int, world: int, port: int, fault: str, culprit: int) -> None:
     """One process of a launch: the `aced` command with the command `cache` replaced by `work`."""
     os.environ.update(place(rank, world, port))
@@ -76,9 +83,9 @@ def child(folder: Path, rank: int, world: int, port: int, fault: str, culprit: i
     sys.stderr = said
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command("cache")(lambda: work(fault, culprit))
-    app.command("plan")(lambda: None)
+    app.command("plan")(lambda: plan(folder))
     cli.app, cli.entry_points = app, lambda group: ()  # type: ignore[assignment, misc]
-    sys.argv = ["aced", "cache"]
+    sys.argv = ["aced", "plan" if fault == "plan" else "cache"]
     if fault == "version" and rank == culprit:
         ranks._version = lambda name: "0.0"
     try:
@@ -120,6 +127,13 @@ def test_the_rank_that_failed_reports_it_and_all_end(tmp_path: Path, fault: str,
     assert [bool(MESSAGE.findall(text)) for text in said] == [False, True, False], said
     (message,) = MESSAGE.findall(said[1])
     assert re.match(told, message)
+
+
+def test_rank_0_alone_plans_and_its_failure_ends_all(tmp_path: Path) -> None:
+    codes, said = launched(tmp_path, "plan")
+    assert codes == [1, 1, 1], said
+    assert [len(MESSAGE.findall(text)) for text in said] == [1, 0, 0], said
+    assert (tmp_path / "planned.txt").read_text() == "planned\n"
 
 
 def test_a_failure_of_all_ranks_is_reported_once(tmp_path: Path) -> None:
