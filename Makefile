@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: demo test lint bench clients fuzz docs clean
+.PHONY: demo test lint bench clients fuzz faults docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -34,7 +34,7 @@ lint: $(READY)
 ## each benchmark prints one JSON object; `ordering` trains some hundred students and takes more than an hour; those that
 ## need a demo with FULL=1 (lit_decoder, vlm_quality) or trl (vlm_step) are started by hand
 bench: $(READY)
-	for name in selection cache step onnx service $(if $(ORDERING),ordering); do $(RUN) -m benchmarks.$$name || exit 1; done
+	for name in selection cache step checkpoint onnx service $(if $(ORDERING),ordering); do $(RUN) -m benchmarks.$$name || exit 1; done
 
 ## outside clients on artefacts made here, each in an environment of its own; `make clients ONLY='peft openvino'`
 clients: $(READY)
@@ -43,6 +43,10 @@ clients: $(READY)
 ## 50,000 random inputs through every reader of foreign data: about an hour on two cores
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m tools.fuzz --output benchmarks/results/fuzz.json
+
+## interrupt 200 small runs by signals, full disks and damaged checkpoints, and resume them: about half an hour
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m tools.faults --output benchmarks/results/faults.json
 
 ## run every code block of README.md and docs/
 docs: $(READY)

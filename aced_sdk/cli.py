@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `aced` command: one subcommand per verb of the Python API. It can be launched by deepspeed, torchrun or srun."""
+"""The `aced` command: one subcommand per verb of the Python API.
+
+It starts alike under plain python, deepspeed, torchrun, accelerate, srun and mpirun. `distill`, `resume` and `cache`
+get all ranks; rank 0 alone runs the other commands, while the other ranks wait.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
+import traceback
+from enum import StrEnum
 from importlib.metadata import entry_points, version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aced_sdk.errors import ConfigError
+from aced_sdk.errors import ConfigError, EngineError
 from aced_sdk.files import one_line
+from aced_sdk.reporting.progress import first_rank
+
+if TYPE_CHECKING:
+    from aced_sdk.engine import Launch
 
 app = typer.Typer(
     name="aced",
@@ -26,6 +37,8 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="a DistillConfig as YAML")]
 _INTERRUPTED = 130  # typer's exit code after Ctrl-C
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run")]
+_OVER_RANKS = ("cache", "distill", "resume")
+_LAUNCHED = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set by a launcher
 
 
 def _version(wanted: bool) -> None:
@@ -43,13 +56,27 @@ def _options(
     pass
 
 
+class Resume(StrEnum):
+    """What `aced distill` does if the run's directory contains a run."""
+
+    never = "never"
+    auto = "auto"
+    must = "must"
+
+
 @app.command()
-def distill(config: ConfigFile) -> None:
+def distill(
+    config: ConfigFile,
+    resume: Annotated[
+        Resume, typer.Option(help="never: refuse a directory with a run; auto: resume or start; must: resume")
+    ] = Resume.never,
+) -> None:
     """Distil a student and save it in the run's directory."""
     import aced_sdk
 
-    run = aced_sdk.distill(aced_sdk.DistillConfig.from_yaml(config))
-    typer.echo(json.dumps({"directory": str(run.directory), "step": run.step} | run.metrics))
+    mode: Any = resume.value
+    run = aced_sdk.distill(aced_sdk.DistillConfig.from_yaml(config), resume=mode)
+    _print({"directory": str(run.directory), "step": run.step} | run.metrics)
 
 
 @app.command()
@@ -58,7 +85,7 @@ def resume(directory: RunFolder) -> None:
     import aced_sdk
 
     run = aced_sdk.resume(directory)
-    typer.echo(json.dumps({"directory": str(run.directory), "step": run.step} | run.metrics))
+    _print({"directory": str(run.directory), "step": run.step} | run.metrics)
 
 
 @app.command()
@@ -71,9 +98,7 @@ def cache(
     import aced_sdk
 
     made = aced_sdk.cache_embeddings(model=model, data=shards, directory=directory)
-    typer.echo(
-        json.dumps({"directory": str(made.directory), "pairs": len(made.usable), "usable": int(made.usable.sum())})
-    )
+    _print({"directory": str(made.directory), "pairs": len(made.usable), "usable": int(made.usable.sum())})
 
 
 @app.command()
@@ -117,6 +142,64 @@ def report(directory: RunFolder) -> None:
     typer.echo(one_line(aced_sdk.report(directory), 4096))
 
 
+def _print(values: dict[str, Any]) -> None:
+    """Print JSON on rank 0."""
+    if first_rank():
+        typer.echo(json.dumps(values))
+
+
+def _launch() -> Launch | None:
+    """Remove `--local_rank` from the command line and read the launch; None for a single process.
+
+    Raises:
+        EngineError: if the launch variables are contradictory.
+    """
+    local_rank, rest, words = None, list[str](), iter(sys.argv[1:])
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            rest.append(word)
+        elif (local_rank := value if equals else next(words, None)) is None:
+            raise EngineError(f"{name} has no value", remedy=f"write {name} NUMBER, or leave it out", field=name)
+    sys.argv[1:] = rest
+    if local_rank is None and not any(name in os.environ for name in _LAUNCHED):
+        return None
+    from aced_sdk.engine import read_launch
+
+    launch = read_launch(local_rank=local_rank)
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # for those who read the launch later
+    return launch if launch.world_size > 1 else None
+
+
+def _run_over_ranks(launch: Launch) -> None:
+    import torch
+
+    from aced_sdk.engine import Ranks
+
+    try:
+        ranks = Ranks(launch, torch.device("cpu"))
+    except EngineError as error:  # no other rank can be reached, so each reports its own
+        _report(error)
+        raise
+    with ranks.guarded(_report):
+        ranks.agree_on_versions()
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        if command in _OVER_RANKS:
+            _run()
+        else:
+            ranks.only_first(_run)
+    torch.distributed.destroy_process_group()
+
+
+def _run() -> None:
+    """Run the command; return if it succeeds."""
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
 def main() -> None:
     """Run the command line. vlm and export add their commands if they are installed."""
     for stream in (sys.stdout, sys.stderr):
@@ -124,20 +207,29 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal cannot print all names
     for entry in entry_points(group="aced.commands"):
         entry.load()(app)
+    launch = None
     try:
-        app()
+        launch = _launch()
+        _run() if launch is None else _run_over_ranks(launch)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:
             typer.echo("interrupted; `aced resume DIRECTORY` continues a run from its last checkpoint", err=True)
         raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # standard output or a temporary folder
-            error = ConfigError("no space is left on the disk that is written to", remedy="free some space")
-        # The ONNX runtime must not import this package. Its errors are not AcedErrors but have the same attributes.
-        if not hasattr(error, "remedy"):
-            raise
+    except Exception as error:  # noqa: BLE001, it is printed
+        if launch is None:
+            _report(error)
+        sys.exit(getattr(error, "exit_code", 1))  # after a signal, that of the run's config
+
+
+def _report(error: BaseException) -> None:
+    """Print an error: one line if the user can fix it, else the traceback."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # standard output or a temporary folder
+        error = ConfigError("no space is left on the disk that is written to", remedy="free some space")
+    # The ONNX runtime must not import this package. Its errors are not AcedErrors but have the same attributes.
+    if hasattr(error, "remedy"):
         typer.echo(f"{type(error).__name__}: {one_line(error, 4000)}", err=True)
-        sys.exit(1)
+    elif isinstance(error, Exception):
+        traceback.print_exception(error)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class AcedError(Exception):
     """Base of all errors that a user can fix.
@@ -11,7 +13,12 @@ class AcedError(Exception):
         cause: what is wrong, one sentence without a final full stop.
         remedy: how to fix it.
         field: dotted name of the config field or argument at fault, if any.
+
+    Attributes:
+        reported_by: in a launch of several ranks, the other rank whose message reports this failure; None: this rank.
     """
+
+    reported_by: int | None = None
 
     def __init__(self, cause: str, *, remedy: str, field: str | None = None) -> None:
         self.cause = cause
@@ -28,7 +35,7 @@ class AcedError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors of worker processes are pickled, which does not support keyword-only arguments.
-        return _rebuild, (type(self), self.cause, self.remedy, self.field)
+        return _rebuild, (type(self), self.cause, self.remedy, self.field), self.__dict__
 
 
 def _rebuild(kind: type[AcedError], cause: str, remedy: str, field: str | None) -> AcedError:
@@ -75,6 +82,28 @@ class CurationWarning(UserWarning):
 
 class EngineError(AcedError):
     """Training cannot continue: wrong launch environment, non-finite losses or an unreadable checkpoint."""
+
+
+class Interrupted(AcedError):
+    """A signal ended a run after a step.
+
+    Attributes:
+        checkpoint: folder of the checkpoint that was written; None if the training writes none.
+        exit_code: exit code of the `aced` command.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        remedy: str,
+        field: str | None = None,
+        checkpoint: Path | None = None,
+        exit_code: int = 143,
+    ) -> None:
+        super().__init__(cause, remedy=remedy, field=field)
+        self.checkpoint = checkpoint
+        self.exit_code = exit_code
 
 
 class EvaluationError(AcedError):

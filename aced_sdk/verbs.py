@@ -17,6 +17,7 @@ import torch
 
 from aced_sdk.cache import EmbeddingCache, FrozenModel, FrozenSource, default_directory
 from aced_sdk.config import Data, DistillConfig, Engine, Frozen, Stored
+from aced_sdk.config.base import unknown
 from aced_sdk.data import Pool, open_indexes
 from aced_sdk.data.shards import shard_paths
 from aced_sdk.engine import (
@@ -31,7 +32,7 @@ from aced_sdk.engine import (
     thread_limit,
 )
 from aced_sdk.engine.events import Event
-from aced_sdk.errors import ConfigError, EngineError
+from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.evaluation import EvaluateEvery, evaluate, expand_names, load_task, open_task
 from aced_sdk.files import alone, inside, one_line, printable
 from aced_sdk.planning import Plan, estimate
@@ -43,29 +44,73 @@ from aced_sdk.training.events import Evaluated
 from aced_sdk.training.run import CONFIG, STUDENT, Run, assemble, open_inputs, train_and_save
 
 EVENTS = "events.jsonl"
+_RESUME = ("never", "auto", "must")
 
 __all__ = ["Plan", "Run", "cache_embeddings", "distill", "evaluate", "index", "load", "plan", "report", "resume"]
 
 
-def distill(config: DistillConfig, callbacks: Sequence[Callback] = ()) -> Run:
+def distill(
+    config: DistillConfig, callbacks: Sequence[Callback] = (), resume: Literal["never", "auto", "must"] = "never"
+) -> Run:
     """Distil a student: select, train, evaluate and save.
 
     Missing embedding caches are written first. Events are passed to `callbacks` and logged to
     `directory/events.jsonl`. The trained student is saved to `directory/student` in open_clip's layout.
 
+    SIGTERM or SIGUSR1 during training ends the run with a checkpoint after the current step.
+
     Args:
         config: the run. The methods (IID, KD, I-ACID, H-ACID, ACED) differ only in `curation` and `objective`.
         callbacks: called with each event (`aced_sdk.engine.events`, `aced_sdk.training.events`).
+        resume: "never" refuses a directory that contains a run; "auto" resumes the run in the directory, or starts
+            one; "must" resumes it. A changed `config` replaces `config.yaml`, with the warning of `aced.resume`.
 
     Raises:
         ConfigError: if the directory contains a run, or checkpoints or a folder `student` of another run.
+        Interrupted: after SIGTERM or SIGUSR1.
+        UnsupportedError: for several ranks.
         AcedError: if data, models or training fail; the error has a remedy.
     """
+    if resume not in _RESUME:
+        raise unknown("resume", resume, _RESUME, "resume")
+    _check_ranks()
+    directory = config.directory
+    if resume == "must":
+        _check_run(directory)
     # Lock before writing the config: another process may be preparing its run in this folder.
-    with _alone(config.directory):
-        _check_free(config.directory)
-        config.to_yaml(config.directory / CONFIG)
+    with _alone(directory):
+        if resume == "must" or (resume == "auto" and _holds_run(directory)):
+            return _resume(config, callbacks)
+        _check_free(directory)
+        config.to_yaml(directory / CONFIG)
         return _run(config, callbacks, None)
+
+
+def _check_ranks() -> None:
+    """Refuse several ranks before anything is written; rank 0 reports it.
+
+    Raises:
+        UnsupportedError: if several ranks were launched.
+    """
+    launch = read_launch()
+    if launch.world_size > 1:
+        error = UnsupportedError(
+            f"{launch.world_size} ranks were launched, and this version distils on one",
+            remedy="launch one process; distillation over ranks is planned for the next release",
+            field="engine",
+        )
+        error.reported_by = None if launch.rank == 0 else 0
+        raise error
+
+
+def _holds_run(directory: Path) -> bool:
+    """Whether the directory contains a config, and a run that has started."""
+    return (directory / CONFIG).exists() and (_started(directory) or bool(checkpoints(directory)))
+
+
+def _started(directory: Path) -> bool:
+    events = inside(directory, EVENTS)
+    return events.is_file() and any(row["event"] == "run_started" for row in read_events(events))
 
 
 def _check_free(directory: Path) -> None:
@@ -76,15 +121,14 @@ def _check_free(directory: Path) -> None:
     Raises:
         ConfigError: if the folder contains a run, checkpoints or a student.
     """
-    events = inside(directory, EVENTS)
-    started = events.is_file() and any(row["event"] == "run_started" for row in read_events(events))
-    old = checkpoints(directory)
-    if (directory / CONFIG).exists() and (started or old):
+    if _holds_run(directory):
         raise ConfigError(
             f"{printable(directory)} holds a run already",
-            remedy="continue it with aced.resume(directory), or name another directory",
+            remedy="resume it with aced.distill(config, resume='auto') or aced.resume(directory), or name another "
+            "directory",
             field="directory",
         )
+    old = checkpoints(directory)
     student = directory / STUDENT
     for path in (*old[-1:], *([student] if os.path.lexists(student) and not student.is_symlink() else [])):
         raise ConfigError(
@@ -116,23 +160,44 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
 
     Raises:
         EngineError: if the folder contains no run, or all checkpoints are damaged or of another model.
+        Interrupted: after SIGTERM or SIGUSR1, as in `distill`.
+        UnsupportedError: for several ranks.
         DataError: if the shards have changed since the run was started.
 
     Warns:
         UserWarning: if a newer checkpoint is damaged, the checkpoints are missing, or `config.yaml` was changed.
     """
+    _check_ranks()
     directory = Path(directory)
+    _check_run(directory)
+    with _alone(directory):
+        config = DistillConfig.from_yaml(inside(directory, CONFIG))
+        return _resume(config, callbacks, directory)
+
+
+def _check_run(directory: Path) -> None:
     if not os.path.isfile(directory / CONFIG):
         raise EngineError(
             f"{printable(directory)} holds no run", remedy="start one with aced.distill(config)", field="directory"
         )
-    with _alone(directory):
-        config = DistillConfig.from_yaml(inside(directory, CONFIG))
-        resume_from = newest_intact(directory)
-        _warn_of_changes(directory, config, resume_from)
-        if os.path.realpath(config.directory) != os.path.realpath(directory):
-            config = config.replace(directory=directory)  # the folder was moved
-        return _run(config, callbacks, resume_from)
+
+
+def _resume(config: DistillConfig, callbacks: Sequence[Callback], directory: Path | None = None) -> Run:
+    """Resume a run from its newest intact checkpoint.
+
+    Args:
+        config: the run.
+        callbacks: as for `distill`.
+        directory: folder of the config, which may have been moved; None: `config` is new and is written to its folder.
+    """
+    found = config.directory if directory is None else directory
+    resume_from = newest_intact(found)
+    _warn_of_changes(found, config, resume_from)
+    if directory is None:
+        config.to_yaml(found / CONFIG)
+    elif os.path.realpath(config.directory) != os.path.realpath(directory):
+        config = config.replace(directory=directory)  # the folder was moved
+    return _run(config, callbacks, resume_from)
 
 
 def _warn_of_changes(directory: Path, config: DistillConfig, resume_from: Path | None) -> None:
@@ -157,9 +222,9 @@ def _warn_of_changes(directory: Path, config: DistillConfig, resume_from: Path |
                 field="directory",
             )
     if started and started[0] != config.hash():
-        warnings.warn(f"{where}: config.yaml is not the config that the run was started with", stacklevel=3)
+        warnings.warn(f"{where}: config.yaml is not the config that the run was started with", stacklevel=4)
     if resume_from is None and saved:
-        warnings.warn(f"{where}: the run's checkpoints are gone; it starts again at step 0", stacklevel=3)
+        warnings.warn(f"{where}: the run's checkpoints are gone; it starts again at step 0", stacklevel=4)
 
 
 def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None) -> Run:

@@ -28,19 +28,6 @@ def binding(config: TuneConfig, rows: Sequence[Row], base: PreTrainedModel) -> d
     }
 
 
-def check_same(mine: dict[str, object], first: dict[str, object], rank: int) -> None:
-    """Raise if this rank has another binding than rank 0.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    if different := [key for key in mine if first[key] != mine[key]]:
-        raise ConfigError(
-            f"process {rank} was given other {', '.join(different)} than process 0",
-            remedy="call vlm.tune with the same arguments in every process",
-        )
-
-
 def claim(folder: Path, mine: dict[str, object]) -> None:
     """Write the binding to `tune.json`, or compare it with the one that is there.
 

@@ -22,14 +22,16 @@ from aced_sdk.engine import (
     Launch,
     Learned,
     Ranks,
+    Snapshot,
     Step,
+    StopSignal,
     TrainingEngine,
     build_engine,
     load_checkpoint,
     newest_intact,
     pick_device,
     read_launch,
-    save_checkpoint,
+    stop_signals,
     take_steps,
     thread_limit,
 )
@@ -37,7 +39,7 @@ from aced_sdk.engine.events import CheckpointSaved, StepDone, StepSkipped
 from aced_sdk.errors import EngineError, UnsupportedError
 from aced_sdk.reporting import JsonlWriter, Progress
 from aced_sdk.reporting.progress import say
-from vlm.binding import binding, check_same, claim
+from vlm.binding import binding, claim
 from vlm.config import Adapt, Align, TuneConfig
 from vlm.data.pictures import Features, check_fit
 from vlm.data.rows import Batch, Batches, Row, Rows, collate, make_rows, shares
@@ -136,8 +138,9 @@ def tune(
     """Train the stages one after the other. Called again with the same arguments, continue where it stopped.
 
     The loss is the mean over the assistant's words of a whole batch, however it is cut into micro-batches and shared
-    out between processes. In a launch of several, all call this with the same arguments; rank 0 alone writes, reports
-    and calls `callbacks`, and a failure in one process ends all.
+    out between ranks. In a launch of several ranks, all call this with the same arguments. Only rank 0 writes, reports
+    and calls `callbacks`. A failure on one rank ends all, and so does a rank that does not answer for
+    `config.engine.timeout_seconds`.
 
     Args:
         model: what `build` or `load` gave; changed in place.
@@ -151,11 +154,27 @@ def tune(
         ConfigError: if the directory holds a run of another config or other data.
         DataError: if too many conversations are too long or teach nothing, or a picture cannot be read.
         ModelError: if the model or the processor cannot be saved; nothing is trained then.
-        EngineError: if losses stay non-finite, or what was saved is not what was trained.
+        EngineError: if losses stay non-finite, what was saved is not what was trained, or another rank fails.
+        Interrupted: after SIGTERM or SIGUSR1; a checkpoint is written before.
         UnsupportedError: for several processes or ZeRO without DeepSpeed, QLoRA at stage 3, and a model with adapters.
     """
     launch = read_launch()
     _check_engine(config, launch)
+    ranks = Ranks(launch, pick_device(config.engine, launch.local_rank), config.engine.timeout_seconds)
+    with ranks.guarded():
+        ranks.agree_on_versions()
+        return _tune(ranks, model, processor, data, config, Path(directory), callbacks)
+
+
+def _tune(
+    ranks: Ranks,
+    model: PreTrainedModel,
+    processor: LlavaProcessor,
+    data: Sequence[Sample],
+    config: TuneConfig,
+    folder: Path,
+    callbacks: Sequence[Callback],
+) -> TuneResult:
     base = base_of(model)
     if has_adapter(base):
         raise UnsupportedError(
@@ -165,7 +184,6 @@ def tune(
         )
     check_fit(base, processor)
     started = time.perf_counter()
-    folder = Path(directory)
     limit = reads(base.config.text_config)
     skips = Skips()
     rows, pictures = make_rows(
@@ -175,10 +193,11 @@ def tune(
     for stage in config.stages:
         if isinstance(stage, Adapt) and stage.lora:
             check_adapters(base, stage.lora)
-    ranks = Ranks(launch, pick_device(config.engine, launch.local_rank))
     mine = binding(config, rows, base)
-    first = ranks.first(mine)
-    ranks.together(lambda: check_same(mine, first, ranks.rank))
+    ranks.agree(
+        config.flat() | {name: str(mine[name]) for name in ("data", "tower")},
+        "call vlm.tune with the same arguments on every rank",
+    )
     ranks.in_first(lambda: check_savable(base, processor))
     ranks.in_first(lambda: claim(folder, mine))
     features = Features(base, processor, pictures, config.feature_cache_mb)
@@ -189,6 +208,7 @@ def tune(
         Progress("tune", total) as bar,
         thread_limit(config.engine.threads),
         torch.random.fork_rng(),
+        stop_signals() as stop,
     ):
         if skips.messages and ranks.rank == 0:
             say(f"tune: {len(skips.messages)} of {len(data)} conversations are left out: {skips}")
@@ -199,7 +219,7 @@ def tune(
             tuned = prepare(base, stage, config.seed)
             if tuned is not base:
                 ranks.in_first(partial(check_adapter_savable, tuned))
-            run.losses.append(tuple(_train_stage(run, number, stage, base)))
+            run.losses.append(tuple(_train_stage(run, number, stage, base, stop)))
     base.requires_grad_(False).eval()
     return TuneResult(
         tuned,
@@ -236,7 +256,7 @@ def _check_engine(config: TuneConfig, launch: Launch) -> None:
         )
 
 
-def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrainedModel) -> list[float]:
+def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrainedModel, stop: StopSignal) -> list[float]:
     """Take the steps of one stage that are left; returns their losses."""
     config = run.config
     optimizer = Optimizer(learning_rate=stage.learning_rate, weight_decay=stage.weight_decay, clip_norm=stage.clip_norm)
@@ -257,7 +277,7 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
         run.log.truncate_after(run.step)  # events after the checkpoint are logged again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))
     tuning = _Tuning(run, number, stage, engine, folder, start, run.step - done)
-    take_steps(tuning, engine, schedule, stage.learning_rate, config.engine, done)
+    take_steps(tuning, engine, schedule, stage.learning_rate, config.engine, done, stop)
     run.step = tuning.before + stage.steps
     engine.release()
     return tuning.losses
@@ -313,12 +333,11 @@ class _Tuning:
         reason = f"the gradient norm is {step.gradient_norm}, the loss {step.loss}"
         self.run.emit(StepSkipped(self.before + step.number, reason, in_a_row))
 
-    def save(self, number: int) -> None:
-        keep = self.run.config.engine.keep_checkpoints
-        saved = save_checkpoint(self.folder, number, self.engine, {"stage": self.number}, {}, keep)
-        trained = self.engine.weights()
-        self.run.ranks.in_first(partial(check_saved, saved / "weights.safetensors", trained, self.start))
-        self.run.emit(CheckpointSaved(self.before + number, str(saved)))
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.folder, {"stage": self.number}, check=partial(check_saved, start=self.start))
+
+    def saved(self, number: int, folder: Path) -> None:
+        self.run.emit(CheckpointSaved(self.before + number, str(folder)))
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
         return EngineError(

@@ -99,6 +99,18 @@ class Config(BaseModel):
         values = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
         return type(self)(**(values | changes))
 
+    def flat(self) -> dict[str, str]:
+        """Every value as JSON text, by dotted name of its field."""
+
+        def flatten(name: str, value: Any) -> Iterator[tuple[str, str]]:
+            if isinstance(value, dict | list) and value:
+                for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                    yield from flatten(f"{name}.{key}" if name else str(key), inner)
+            else:
+                yield name, json.dumps(value, sort_keys=True)
+
+        return dict(flatten("", self.model_dump(mode="json")))
+
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
         """Read a config from YAML.

@@ -66,3 +66,12 @@ class Engine(Config):
     max_nonfinite_steps: int = Field(
         3, ge=0, description="consecutive non-finite steps (loss or gradient) that are skipped before the run fails"
     )
+    timeout_seconds: float = Field(
+        600, gt=0, le=10**6, description="all ranks fail if one of them does not answer for this many seconds"
+    )
+    signal_exit_code: int | None = Field(
+        None,
+        ge=0,
+        le=255,
+        description="exit code of `aced` when SIGTERM or SIGUSR1 ends a run; None: 128 + the signal (143 or 138)",
+    )

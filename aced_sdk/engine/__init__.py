@@ -20,7 +20,9 @@ from aced_sdk.engine.events import Callback, Event
 from aced_sdk.engine.launch import Launch, read_launch
 from aced_sdk.engine.ranks import Ranks
 from aced_sdk.engine.schedule import factor
+from aced_sdk.engine.signals import StopSignal, stop_signals
 from aced_sdk.engine.stepping import Learned, Step, take_steps
+from aced_sdk.engine.writer import Snapshot
 from aced_sdk.errors import UnsupportedError
 
 
@@ -61,7 +63,9 @@ __all__ = [
     "Launch",
     "Learned",
     "Ranks",
+    "Snapshot",
     "Step",
+    "StopSignal",
     "TrainingEngine",
     "build_engine",
     "checkpoints",
@@ -73,6 +77,7 @@ __all__ = [
     "read_launch",
     "save_checkpoint",
     "step_of",
+    "stop_signals",
     "take_steps",
     "thread_limit",
 ]

@@ -43,7 +43,10 @@ class TrainingEngine(Protocol):
         """
 
     def weights(self) -> dict[str, Tensor]:
-        """Return trained weights and buffers, unsharded on the CPU. All ranks call it; only rank 0 gets values."""
+        """Return copies of trained weights and buffers, unsharded on the CPU.
+
+        All ranks call it; only rank 0 gets values.
+        """
 
     def moments(self) -> dict[str, Tensor]:
         """Return the optimizer's state like `weights`: `step`, `exp_avg`, `exp_avg_sq` by index of the parameter."""

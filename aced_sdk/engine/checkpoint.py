@@ -37,17 +37,56 @@ _STATE = "state.json"
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})")
 
 
+def checkpoint_folder(directory: Path, step: int) -> Path:
+    """Folder of the checkpoint of a step, such as `checkpoints/step-00000100`.
+
+    Raises:
+        ReadError: if `checkpoints` is a link out of the run's folder.
+    """
+    return inside(directory, "checkpoints") / f"step-{step:08d}"
+
+
 def save_checkpoint(
     directory: Path, step: int, engine: TrainingEngine, state: dict[str, Any], tensors: dict[str, Tensor], keep: int
 ) -> Path:
-    """Write `checkpoints/step-00000100` and remove all but the newest `keep`. All ranks call it, rank 0 writes.
+    """Write a checkpoint of an engine and wait for it. All ranks call it, rank 0 writes.
+
+    Args:
+        directory: the run's folder.
+        step: steps taken.
+        engine: its weights and optimizer state are saved.
+        state: as for `write_checkpoint`.
+        tensors: as for `write_checkpoint`.
+        keep: number of checkpoints to keep.
+
+    Raises:
+        EngineError: if the checkpoint cannot be written.
+        ReadError: if `checkpoints` is a link out of the run's folder.
+    """
+    target = checkpoint_folder(directory, step)
+    weights, moments = engine.weights(), engine.moments()
+    engine.ranks.in_first(lambda: write_checkpoint(directory, step, weights, moments, state, tensors, keep))
+    return target
+
+
+def write_checkpoint(
+    directory: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+    keep: int,
+) -> None:
+    """Write `checkpoints/step-00000100`, whole or not at all, and remove all but the newest `keep`.
 
     `state.json` contains the digests of the other files and of its own values.
 
     Args:
         directory: the run's folder.
         step: steps taken.
-        engine: its weights and optimizer state are saved.
+        weights: `TrainingEngine.weights`.
+        moments: `TrainingEngine.moments`.
         state: JSON values of the loop.
         tensors: tensors of the loop, such as generator states and counts.
         keep: number of checkpoints to keep.
@@ -56,30 +95,23 @@ def save_checkpoint(
         EngineError: if the checkpoint cannot be written.
         ReadError: if `checkpoints` is a link out of the run's folder.
     """
-    target = directory / "checkpoints" / f"step-{step:08d}"
-    weights, moments = engine.weights(), engine.moments()
-
-    def write() -> None:
-        try:
-            with whole_folder(target) as folder:
-                save_state(folder, weights, moments)
-                save_tensors(folder / "loop.safetensors", {name: t.contiguous() for name, t in tensors.items()})
-                values = {"step": step} | state | {"files": file_digests(folder)}
-                write_json(folder / _STATE, values | {"digest": state_digest(values)})
-                sync(folder)  # the folder is renamed only after its files are on the disk
-            sync(target.parent)
-            for old in [each for each in checkpoints(directory) if step_of(each) <= step][:-keep]:
-                shutil.rmtree(old)
-        except OSError as error:
-            raise EngineError(
-                f"the checkpoint of step {step} cannot be written to {printable(directory)}, or an older one not "
-                f"removed: {error.strerror or error}",
-                remedy="free disk space or check permissions, then resume",
-            ) from error
-
-    inside(directory, "checkpoints")
-    engine.ranks.in_first(write)
-    return target
+    target = checkpoint_folder(directory, step)
+    try:
+        with whole_folder(target) as folder:
+            save_state(folder, weights, moments)
+            save_tensors(folder / "loop.safetensors", {name: t.contiguous() for name, t in tensors.items()})
+            values = {"step": step} | state | {"files": file_digests(folder)}
+            write_json(folder / _STATE, values | {"digest": state_digest(values)})
+            sync(folder)  # the folder is renamed only after its files are on the disk
+        sync(target.parent)
+        for old in [each for each in checkpoints(directory) if step_of(each) <= step][:-keep]:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise EngineError(
+            f"the checkpoint of step {step} cannot be written to {printable(directory)}, or an older one not "
+            f"removed: {error.strerror or error}",
+            remedy="free disk space or check permissions, then resume",
+        ) from error
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -63,7 +63,7 @@ class DeepSpeed:
         self.clip_norm = optimizer.clip_norm
         self.device = pick_device(config, launch.local_rank)
         deepspeed = _import(self.device)
-        _join(launch, self.device)
+        _join(launch, self.device, config.timeout_seconds)
         self.ranks = Ranks(launch, self.device)
         self.module = module.to(self.device)
         self.optimizer = adamw(self.module, optimizer, factors)
@@ -233,11 +233,11 @@ def _import(device: torch.device) -> Any:
     return deepspeed
 
 
-def _join(launch: Launch, device: torch.device) -> None:
+def _join(launch: Launch, device: torch.device, timeout_seconds: float) -> None:
     """Join the process group, and tell DeepSpeed of it."""
     import deepspeed
 
-    join(launch, device)
+    join(launch, device, timeout_seconds)
     # It only speeds up exchanges of CPUs on one machine, and every first start would wait for a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # deepspeed.initialize insists on it

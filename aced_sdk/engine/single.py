@@ -52,7 +52,7 @@ class SingleProcess:
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in trainable_state(self.module).items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainable_state(self.module).items()}
 
     def moments(self) -> dict[str, Tensor]:
         return optimizer_state(self.optimizer)

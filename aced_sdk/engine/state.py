@@ -24,18 +24,17 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors as `index.key`; parameters are indexed in the order of the groups."""
+    """Return copies of the optimizer's tensors as `index.key`; parameters are indexed in the order of the groups."""
     return {
-        f"{index}.{key}": value.detach().cpu()
+        f"{index}.{key}": value.detach().to("cpu", copy=True)
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
 
 
 def save_state(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-    """Write `weights.safetensors` and `optimizer.safetensors` into `folder`."""
-    # Clone, because safetensors refuses shared storage (tied weights).
-    save_tensors(folder / "weights.safetensors", {name: t.contiguous().clone() for name, t in weights.items()})
+    """Write `weights.safetensors` and `optimizer.safetensors` into `folder`. No two tensors may share memory."""
+    save_tensors(folder / "weights.safetensors", {name: t.contiguous() for name, t in weights.items()})
     save_tensors(folder / "optimizer.safetensors", {name: t.contiguous() for name, t in moments.items()})
 
 

@@ -24,8 +24,9 @@ _display: ContextVar[RichProgress | None] = ContextVar("aced_sdk_progress_displa
 
 
 def first_rank() -> bool:
-    """Whether this process is rank 0, by `RANK` or `SLURM_PROCID`; True without them."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    """Whether this process is rank 0, by the variables of its launcher; True without them."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def say(line: str) -> None:

@@ -15,12 +15,12 @@ from aced_sdk.config import DistillConfig
 from aced_sdk.curation import COLLAPSE_REMEDY, select_random
 from aced_sdk.data import SuperBatch
 from aced_sdk.data.order import Rows
-from aced_sdk.engine import Learned, Step, take_steps
+from aced_sdk.engine import Learned, Snapshot, Step, stop_signals, take_steps
 from aced_sdk.engine.events import CheckpointSaved, StepSkipped, Warned
 from aced_sdk.errors import EngineError
 from aced_sdk.training.drawn import Drawn, diverged, non_finite
 from aced_sdk.training.parts import Parts
-from aced_sdk.training.progress import Totals, keep, restore
+from aced_sdk.training.progress import Totals, restore, snapshot
 from aced_sdk.training.scoring import score
 from aced_sdk.training.step import can_accumulate, is_quiet, learn
 
@@ -41,15 +41,16 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
     Raises:
         ConfigError: if the config sets micro-batches and the student has batch norm.
         EngineError: if losses stay non-finite, all steps were skipped, or a checkpoint cannot be written or read.
+        Interrupted: after SIGTERM or SIGUSR1; a checkpoint is written before.
     """
     can_accumulate(config, parts.engine.module)
     done, lanes = (Totals(), parts.order.start()) if resume_from is None else restore(resume_from, parts)
     batches = parts.batches(lanes)
     steps = _Distillation(config, parts, batches, done)
+    rate = config.optimizer.learning_rate
     try:
-        take_steps(
-            steps, parts.engine, config.schedule, config.optimizer.learning_rate, config.engine, steps.totals.step
-        )
+        with stop_signals() as stop:
+            take_steps(steps, parts.engine, config.schedule, rate, config.engine, steps.totals.step, stop)
     finally:
         batches.close()
     if not steps.totals.trained:
@@ -124,8 +125,11 @@ class _Distillation:
         keys = tuple(self.parts.keys(self._drawn.suspects()[:_KEYS]))
         self.parts.emit(StepSkipped(step.number, f"the {non_finite(step)} was not finite", in_a_row, keys))
 
-    def save(self, number: int) -> None:
-        self.parts.emit(CheckpointSaved(number, str(keep(self.config, self.parts, self.totals, self._lanes))))
+    def snapshot(self) -> Snapshot:
+        return snapshot(self.config, self.parts, self.totals, self._lanes)
+
+    def saved(self, number: int, folder: Path) -> None:
+        self.parts.emit(CheckpointSaved(number, str(folder)))
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
         return diverged(step, in_a_row, self._drawn.suspects(), self.parts)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aced_sdk.config import DistillConfig
 from aced_sdk.data.order import Rows
-from aced_sdk.engine import load_checkpoint, read_checkpoint_state, save_checkpoint
+from aced_sdk.engine import Snapshot, load_checkpoint, read_checkpoint_state
 from aced_sdk.engine.state import unreadable
 from aced_sdk.errors import CacheError, DataError
 from aced_sdk.training.parts import Parts
@@ -40,17 +40,14 @@ class Totals:
     collapsed: StrictBool = False
 
 
-def keep(config: DistillConfig, parts: Parts, done: Totals, lanes: Rows) -> Path:
-    """Write a checkpoint and return its folder.
+def snapshot(config: DistillConfig, parts: Parts, done: Totals, lanes: Rows) -> Snapshot:
+    """The state of a run besides weights and optimizer, for a checkpoint.
 
     Args:
         config: the run.
         parts: the components of the loop.
         done: the totals.
         lanes: int64 [L, K], state of the order.
-
-    Raises:
-        EngineError: if it cannot be written.
     """
     tensors = {
         "generator": parts.generator.get_state(),
@@ -59,7 +56,7 @@ def keep(config: DistillConfig, parts: Parts, done: Totals, lanes: Rows) -> Path
         **noise_state(parts.engine.device),
     }
     state = asdict(done) | {"pool": parts.pool.fingerprint, "frozen": parts.frozen, "config": config.hash()}
-    return save_checkpoint(config.directory, done.step, parts.engine, state, tensors, config.engine.keep_checkpoints)
+    return Snapshot(config.directory, state, tensors)
 
 
 def check_pool(checkpoint: Path, pool: str) -> None:

@@ -17,7 +17,7 @@ from aced_sdk.cache import FrozenSource, build_frozen, open_or_write
 from aced_sdk.config import DistillConfig
 from aced_sdk.curation import DrawStatistics, Selector
 from aced_sdk.data import Decoding, Order, Pool, RowSet, Source, SuperBatches, build_order, prepare
-from aced_sdk.engine import build_engine, pick_device, read_launch, step_of
+from aced_sdk.engine import build_engine, pick_device, step_of
 from aced_sdk.engine.events import Warned
 from aced_sdk.errors import DataError, EngineError, UnsupportedError
 from aced_sdk.files import printable
@@ -89,17 +89,11 @@ def open_inputs(
         progress: called with the number of shards indexed, and of those to index.
 
     Raises:
-        UnsupportedError: for several processes or ZeRO stage 3.
+        UnsupportedError: for ZeRO stage 3.
         ConfigError: if the config does not match the student or the pool.
         DataError: if the shards cannot be read, or have changed since the checkpoint.
         ModelError: if a model cannot be loaded.
     """
-    if read_launch().world_size > 1:
-        raise UnsupportedError(
-            "this version distils in one process, and several were launched",
-            remedy="launch one process; exact curation across ranks is not supported yet",
-            field="engine",
-        )
     if config.engine.kind == "deepspeed" and config.engine.zero_stage == 3:
         raise UnsupportedError(
             "ZeRO stage 3 cannot hold a dual encoder: DeepSpeed does not partition its 0-dim scale and bias",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -101,6 +102,8 @@ def child(folder: Path, out: Path, rank: int, processes: int, port: int, options
 
     def hear(event: Event, model: Any) -> None:
         heard.append(sum(parameter.numel() for parameter in model.model.language_model.parameters()))
+        if event.name == "step_done" and event.step == options.get("signal_at"):
+            os.kill(os.getpid(), options["signal"])
         if event.name == "step_done" and event.step == options.get("stop"):
             raise KeyboardInterrupt(f"stopped in process {rank}")
 
@@ -229,7 +232,7 @@ def test_a_run_of_two_stopped_in_one_process_goes_on_alone(
     (first, told), (second, heard) = launch(folder, tmp_path, 2, zero=zero, stop=5)
     assert (first, second) == (7, 7)
     assert "KeyboardInterrupt: stopped in process 0" in told
-    assert "process 0 failed: KeyboardInterrupt: stopped in process 0" in heard
+    assert "rank 0 failed: KeyboardInterrupt: stopped in process 0" in heard
     good(launch(folder, tmp_path, 1, zero=0, kind="single"))
     found, expected = kept(tmp_path), alone["lora"]
     assert found["losses"][1] == pytest.approx(expected["losses"][1][2:], rel=1e-5)
@@ -238,9 +241,26 @@ def test_a_run_of_two_stopped_in_one_process_goes_on_alone(
     saved_is_trained(tmp_path, found["weights"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_one_process_ends_both_and_the_run_is_resumed(
+    folder: Path, alone: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    (first, heard), (second, told) = launch(folder, tmp_path, 2, zero=1, signal=number, signal_at=5)
+    if number == signal.SIGKILL:
+        assert (first, second) == (-number, 7)
+        assert "rank 0 ended without a message" in told
+    else:
+        assert (first, second) == (7, 7)
+        for text in (heard, told):
+            assert "Interrupted: SIGTERM ended the run after step 3" in text  # of the second stage
+    good(launch(folder, tmp_path, 1, zero=0, kind="single"))
+    found, left = kept(tmp_path), 4 if number == signal.SIGKILL else 5
+    assert found["losses"][1] == pytest.approx(alone["lora"]["losses"][1][left - 2 :], rel=1e-5)
+
+
 def test_a_picture_that_one_process_cannot_read_ends_both(folder: Path, tmp_path: Path) -> None:
     (first, heard), (second, told) = launch(folder, tmp_path, 2, zero=1, torn=1)
     assert (first, second) == (7, 7)
-    assert "process 1 failed: Unusable" in heard
+    assert "rank 1 failed: Unusable" in heard
     assert "No such file or directory" in heard
     assert "No such file or directory" in told

@@ -286,7 +286,8 @@ def test_known_limits_are_told_before_the_start(model: Any, tmp_path: Path, monk
     with pytest.raises(UnsupportedError, match=r"QLoRA does not run .*field: engine\.zero_stage"):
         vlm.tune(*model, samples(), sharded, directory=tmp_path / "a")
     with monkeypatch.context() as launched:
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        for name, value in place.items():
             launched.setenv(name, value)
         with pytest.raises(UnsupportedError, match="2 were launched"):
             vlm.tune(*model, samples(), config(), directory=tmp_path / "a")

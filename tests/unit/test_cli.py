@@ -15,7 +15,9 @@ from tiny import distillation, encoder, write_pool
 from typer.testing import CliRunner
 
 from aced_sdk import cli, towers
-from aced_sdk.errors import DataError
+from aced_sdk.config import DistillConfig
+from aced_sdk.errors import DataError, EngineError, Interrupted
+from aced_sdk.reporting import read_events
 
 VERBS = ("distill", "resume", "cache", "evaluate", "plan", "report", "export", "caption", "answer")
 
@@ -67,7 +69,8 @@ def test_errors_of_packages_that_cannot_import_this_one_read_alike(
     class Foreign(Exception):
         remedy = "mend it"
 
-    for error, code in ((Foreign("it is broken"), 1), (DataError("bad", remedy="mend"), 1)):
+    stopped = Interrupted("SIGTERM ended the run", remedy="resume it", exit_code=143)
+    for error, code in ((Foreign("it is broken"), 1), (DataError("bad", remedy="mend"), 1), (stopped, 143)):
 
         def fail(error: Exception = error) -> None:
             raise error
@@ -92,8 +95,10 @@ def test_errors_of_packages_that_cannot_import_this_one_read_alike(
         raise KeyError("a defect")
 
     monkeypatch.setattr(cli, "app", crash)
-    with pytest.raises(KeyError):
+    with pytest.raises(SystemExit) as caught:
         cli.main()
+    assert caught.value.code == 1
+    assert "KeyError: 'a defect'" in capsys.readouterr().err
 
 
 def test_plan_distill_resume_report_and_evaluate(world: Path) -> None:
@@ -108,6 +113,33 @@ def test_plan_distill_resume_report_and_evaluate(world: Path) -> None:
     words = ["evaluate", world / "run" / "student", "--data-root", world / "tasks", "--tasks", "shapes"]
     figures = json.loads(called(*words))
     assert 0 <= figures["tasks"]["shapes"]["acc1"] <= figures["tasks"]["shapes"]["acc5"] <= 1
+
+
+def test_distill_resumes_or_starts(world: Path) -> None:
+    config = DistillConfig.from_yaml(world / "config.yaml").replace(directory=world / "again")
+    config.to_yaml(world / "again.yaml")
+    refused = CliRunner().invoke(cli.app, ["distill", str(world / "again.yaml"), "--resume", "must"])
+    assert isinstance(refused.exception, EngineError)
+    assert not (world / "again").exists()
+    for _ in range(2):
+        done = json.loads(called("distill", world / "again.yaml", "--resume", "auto").splitlines()[-1])
+        assert done["step"] == 2
+    steps = [row["step"] for row in read_events(world / "again" / "events.jsonl") if row["event"] == "step_done"]
+    assert steps == [1, 2]
+    assert "holds a run already" in str(CliRunner().invoke(cli.app, ["distill", str(world / "again.yaml")]).exception)
+
+
+@pytest.mark.parametrize("words", [["--local_rank", "0", "--version"], ["--version", "--local-rank=0"]])
+def test_the_option_of_launchers_is_taken_anywhere(words: list[str]) -> None:
+    done = process(*words)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "aced-sdk"), done.stderr
+
+
+@pytest.mark.parametrize("words", [["--local_rank"], ["--local_rank", "1"], ["--local-rank=x"]])
+def test_an_invalid_option_of_launchers_is_named(words: list[str]) -> None:
+    done = process("--version", *words)
+    assert done.returncode == 1
+    assert done.stderr.startswith("EngineError: ")
 
 
 def test_cache_tells_its_folder_and_counts(world: Path) -> None:

@@ -91,22 +91,63 @@ def test_schedule_shapes(schedule: Schedule, expected: dict[int, float]) -> None
     assert all(0 < factor(schedule, step) <= 1 for step in range(schedule.steps))
 
 
-def test_the_launch_is_read_from_torchrun_or_slurm() -> None:
-    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
-    assert read_launch({}) == Launch(0, 0, 1)
-    assert read_launch({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}) == Launch(2, 0, 4)
-    assert read_launch(slurm) == Launch(3, 1, 4)
-    assert read_launch(slurm | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}) == Launch(0, 0, 1)
-    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}  # inside an allocation, but not a task that srun began
-    assert read_launch(batch_script) == Launch(0, 0, 1)
-    for broken in ({"RANK": "x"}, {"RANK": "1"}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}):
-        with pytest.raises(EngineError):
-            read_launch(broken)
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SLURM = ADDRESS | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+MPI = ADDRESS | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+TORCHRUN = ADDRESS | {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch(0, 0, 1)),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, Launch(0, 0, 1)),
+        (TORCHRUN, Launch(2, 0, 4)),
+        (SLURM, Launch(3, 1, 4)),
+        (MPI, Launch(1, 0, 2)),
+        (MPI | SLURM, Launch(1, 0, 2)),  # mpirun starts its daemons through srun
+        (SLURM | {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, Launch(3, 1, 4)),
+        (SLURM | TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, Launch(2, 0, 4)),  # srun started a torchrun on each node
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Launch(0, 0, 1)),  # a batch script is no task of a step
+        ({"LOCAL_RANK": "0"}, Launch(0, 0, 1)),
+    ],
+)
+def test_a_launch_is_read(environment: dict[str, str], expected: Launch) -> None:
+    assert read_launch(environment) == expected
+    assert read_launch(environment, local_rank=str(expected.local_rank)) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "field", "told"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK", "not a number"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE", "not a number"),
+        ({"RANK": "0"}, "WORLD_SIZE", "RANK is set, and WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "2"}, "RANK", "WORLD_SIZE is set, and RANK is not"),
+        (TORCHRUN | {"RANK": "4"}, "RANK", "rank 4 is invalid for a world size of 4"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK", "rank -1 is invalid"),
+        (TORCHRUN | {"LOCAL_RANK": "1"}, "LOCAL_RANK", "--local_rank is 0, and LOCAL_RANK is 1"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK", "--local_rank is 0, and LOCAL_RANK is 1"),
+        (SLURM | {"RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE", "WORLD_SIZE is 1, and SLURM_STEP_NUM_TASKS is 4"),
+        (SLURM | TORCHRUN, "RANK", "RANK is 2, and SLURM_PROCID is 3"),
+        (MPI | TORCHRUN, "WORLD_SIZE", "WORLD_SIZE is 4, and OMPI_COMM_WORLD_SIZE is 2"),
+        (TORCHRUN | {"MASTER_ADDR": ""}, "MASTER_ADDR", "MASTER_ADDR is not set"),
+        (TORCHRUN | {"MASTER_ADDR": "tcp://host"}, "MASTER_ADDR", "not a host"),
+        (TORCHRUN | {"MASTER_PORT": " "}, "MASTER_PORT", "MASTER_PORT is not set"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT", "not a port"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT", "not a port"),
+    ],
+)
+def test_contradictory_launch_variables_are_named(environment: dict[str, str], field: str, told: str) -> None:
+    with pytest.raises(EngineError, match=told) as caught:
+        read_launch(environment, local_rank="0")
+    assert caught.value.field == field
 
 
 def test_the_plain_engine_refuses_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UnsupportedError, match="2 were launched"):
         made("single", 0)
 

@@ -165,7 +165,7 @@ def test_no_floor_stands_above_its_pin_and_torch_follows_its_rule(root: Path) ->
 # --- the commands ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "clients", "docs"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "clients", "docs", "faults"])
 def test_each_target_makes_its_environment_first(root: Path, target: str, tmp_path: Path) -> None:
     environment = os.environ | {"CI": "true"}
     done = subprocess.run(

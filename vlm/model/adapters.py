@@ -227,7 +227,7 @@ def check_saved(weights: Path, trained: Mapping[str, Tensor], start: Mapping[str
 
     Args:
         weights: safetensors file of all trained parameters.
-        trained: the model's own, read from it anew.
+        trained: the model's own.
         start: `snapshot` before the first step.
 
     Raises:

@@ -349,8 +349,11 @@ class _Learning:
     def skipped(self, step: Step, in_a_row: int) -> None:
         """The first one ends the training."""
 
-    def save(self, number: int) -> None:
+    def snapshot(self) -> None:
         """Nothing to resume: it takes minutes."""
+
+    def saved(self, number: int, folder: Path) -> None:
+        """Never called."""
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
         return EngineError(
