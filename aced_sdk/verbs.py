@@ -18,10 +18,12 @@ from aced_sdk.config import Data, DistillConfig, Engine, Frozen, Stored
 from aced_sdk.data import Pool
 from aced_sdk.engine import (
     Callback,
+    Ranks,
     checkpoints,
     newest_intact,
     pick_device,
     read_checkpoint_state,
+    read_launch,
     step_of,
     thread_limit,
 )
@@ -227,7 +229,10 @@ def cache_embeddings(
     batch_size: int = 256,
     dtype: Literal["fp16", "bf16"] | None = None,
 ) -> EmbeddingCache:
-    """Embed a pool with a frozen model, shard by shard. An interrupted call can be repeated: complete shards are kept.
+    """Embed a pool with a frozen model. An interrupted call can be repeated: intact rows are kept.
+
+    If several processes are launched (deepspeed, torchrun, srun), they share the shards, and each embeds on its own
+    device.
 
     Args:
         model: folder or hub name of a dual encoder, the encoder itself (it stays on its device), or `Stored` to read
@@ -240,17 +245,21 @@ def cache_embeddings(
     Raises:
         CacheError: if the directory contains a cache of another model or other shards, or cannot be written.
         DataError: if shards are missing or broken, or too many pairs are unusable.
+        EngineError: if another process of the launch fails.
     """
     if not isinstance(data, Data):
         given = [data] if isinstance(data, str | PathLike) else data
         data = Data(shards=tuple(fspath(shard) for shard in given))
     pool = Pool(data.shards, caption_lines=data.caption_lines)
+    launch = read_launch()
+    device = pick_device(Engine(), launch.local_rank)
     source: FrozenSource
     if isinstance(model, DualEncoder):
-        source = FrozenModel.of(model)
+        device, source = next(model.parameters()).device, FrozenModel.of(model)
     else:
         config = model if isinstance(model, Stored) else Frozen(model=fspath(model))
-        source = config.build().to(pick_device(Engine(), 0))
+        source = config.build().to(device)
     target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
     with RunBar("cache embeddings") as bar:
-        return source.write(pool, target, data, batch_size, partial(bar.watch, "cache embeddings"), dtype)
+        watch = partial(bar.watch, "cache embeddings")
+        return source.write(pool, target, data, batch_size, watch, dtype, Ranks(launch, device))

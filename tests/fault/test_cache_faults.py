@@ -104,7 +104,7 @@ def test_a_writer_killed_in_the_middle_of_a_part_is_resumed(
     assert len(list(directory.glob(".part-000001.*.tmp"))) == (moment == "writing")
     tower = encoder()
     with pytest.raises(CacheError, match="part-000001"):
-        open_cache(directory, tower.fingerprint(), pool)
+        open_cache(directory, pool, tower.fingerprint())
     kept = first.stat().st_mtime_ns
     heard: list[int] = []
     write_cache(tower, pool, directory, settings(pool), 5, lambda done, _: heard.append(done))

@@ -145,7 +145,7 @@ def test_parts_of_two_shards_cannot_change_places(world: Path, tmp_path: Path) -
         source.rename(target)
     encoder, pool = aced.load(world / "reference"), Pool([world / "pool"])
     with pytest.raises(CacheError, match="of another shard"):
-        open_cache(tmp_path / "c", encoder.fingerprint(), pool)
+        open_cache(tmp_path / "c", pool, encoder.fingerprint())
     rows = torch.arange(16)
     want = made(world, world / "cache").rows(rows, torch.device("cpu"))
     assert torch.equal(made(world, tmp_path / "c").rows(rows, torch.device("cpu")).image, want.image)

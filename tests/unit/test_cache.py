@@ -56,7 +56,7 @@ def copied(written: Path, tmp_path: Path) -> Path:
 
 
 def test_rows_are_what_the_model_says_of_the_pairs(written: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(written, tower.fingerprint(), pool)
+    cache = open_cache(written, pool, tower.fingerprint())
     rows = torch.tensor([65, 0, 22, 21, 44])
     found = cache.rows(rows, torch.device("cpu"))
     batch = Decoding(pool, tower.processor, settings(pool)).fetch(rows.numpy())
@@ -68,7 +68,7 @@ def test_rows_are_what_the_model_says_of_the_pairs(written: Path, tower: DualEnc
 
 
 def test_unusable_pairs_are_marked(written: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(written, tower.fingerprint(), pool)
+    cache = open_cache(written, pool, tower.fingerprint())
     assert torch.nonzero(~cache.usable).flatten().tolist() == [5, 40]
     assert float(cache.embeddings.image[5].abs().sum()) == 0
     assert float(cache.embeddings.image[cache.usable].float().norm(dim=1).min()) > 0.99
@@ -93,16 +93,16 @@ def test_another_model_or_other_shards_are_refused(
 ) -> None:
     other = encoder(1)
     with pytest.raises(CacheError, match="of another model"):
-        open_cache(copied, other.fingerprint(), pool)
+        open_cache(copied, pool, other.fingerprint())
     with pytest.raises(CacheError, match="of another model"):
         write_cache(other, pool, copied, settings(pool))
     squashed = towers.build(aced.Student(architecture=ARCHITECTURE, resize="shortest"), 0).eval()
     with pytest.raises(CacheError, match="or preprocessing"):  # the same weights
-        open_cache(copied, squashed.fingerprint(), pool)
+        open_cache(copied, pool, squashed.fingerprint())
     changed = Pool([write_pool(tmp_path / "changed", pairs=66, shards=3, broken=BROKEN | {7: pair(99)})])
     for moved in (changed, Pool(pool.shards[::-1]), Pool(pool.shards[:2])):
         with pytest.raises(CacheError, match="of other shards") as caught:
-            open_cache(copied, tower.fingerprint(), moved)
+            open_cache(copied, moved, tower.fingerprint())
         assert caught.value.field == "cache"
         with pytest.raises(CacheError, match="of other shards"):
             write_cache(tower, moved, copied, settings(moved))
@@ -125,9 +125,9 @@ def test_a_damaged_part_is_refused(copied: Path, tower: DualEncoder, pool: Pool,
         save_file(tensors | {"text": torch.zeros(22, 17, dtype=torch.float16)}, part)
     else:
         save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, part)
-    opened = open_cache(copied, tower.fingerprint(), pool) if damage == "flipped" else None  # no header tells that
+    opened = open_cache(copied, pool, tower.fingerprint()) if damage == "flipped" else None  # no header tells that
     with pytest.raises(CacheError, match="part-000001") as caught:
-        _ = opened.embeddings if opened else open_cache(copied, tower.fingerprint(), pool)
+        _ = opened.embeddings if opened else open_cache(copied, pool, tower.fingerprint())
     assert "delete that file" in caught.value.remedy
     cache = write_cache(tower, pool, copied, settings(pool))
     assert cache.rows(torch.tensor([30]), torch.device("cpu")).image.norm() == pytest.approx(1)
@@ -144,7 +144,7 @@ def test_a_part_is_verified_once_and_only_when_touched(
     digest = Part.digest
     monkeypatch.setattr(Part, "digest", lambda self: checked.append(len(self.usable)) or digest(self))
     monkeypatch.setattr(embeddings, "_OPEN_PARTS", 1)
-    cache = open_cache(copied, tower.fingerprint(), pool)
+    cache = open_cache(copied, pool, tower.fingerprint())
     assert checked == []
     for rows in ([3, 40, 4], [0], [22], [43, 21]):  # maps are closed and opened again, and not verified again
         found = cache.rows(torch.tensor(rows), torch.device("cpu"))
@@ -158,14 +158,14 @@ def test_a_part_is_verified_once_and_only_when_touched(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_embeddings_stay_on_disk(copied: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(copied, tower.fingerprint(), pool)
+    cache = open_cache(copied, pool, tower.fingerprint())
     cache.rows(torch.arange(66), torch.device("cpu"))
     mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert all(f"{copied}/part-00000{number}.safetensors" in mapped for number in range(3))
 
 
 def test_all_rows_in_any_order_are_those_of_the_whole(written: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(written, tower.fingerprint(), pool)
+    cache = open_cache(written, pool, tower.fingerprint())
     rows = torch.randint(66, (200,), generator=torch.Generator().manual_seed(0))
     found, whole = cache.rows(rows, torch.device("cpu")), cache.embeddings
     for part, all_of_it in ((found.image, whole.image), (found.text, whole.text)):
@@ -181,7 +181,7 @@ def test_bf16_is_recorded_kept_and_not_mixed_with_fp16(tmp_path: Path, tower: Du
     assert cache.embeddings.image.dtype == torch.bfloat16
     rows = torch.arange(6, 40)
     exact = write_cache(tower, pool, tmp_path / "exact", settings(pool)).rows(rows, torch.device("cpu"))
-    found = open_cache(tmp_path / "c", tower.fingerprint(), pool).rows(rows, torch.device("cpu"))
+    found = open_cache(tmp_path / "c", pool, tower.fingerprint()).rows(rows, torch.device("cpu"))
     torch.testing.assert_close(found.image, exact.image, atol=4e-3, rtol=0)
     torch.testing.assert_close(found.image.norm(dim=1), torch.ones(34))
     (tmp_path / "c" / "part-000000.safetensors").unlink()
@@ -195,7 +195,7 @@ def test_a_cache_of_the_first_format_opens_as_fp16(copied: Path, tower: DualEnco
     manifest = json.loads((copied / "cache.json").read_text())
     del manifest["dtype"]
     (copied / "cache.json").write_text(json.dumps(manifest | {"format": 1}))
-    assert open_cache(copied, tower.fingerprint(), pool).embeddings.image.dtype == torch.float16
+    assert open_cache(copied, pool, tower.fingerprint()).embeddings.image.dtype == torch.float16
     (copied / "part-000002.safetensors").unlink()
     assert len(write_cache(tower, pool, copied, settings(pool)).usable) == 66
 
@@ -205,16 +205,16 @@ def test_a_shard_without_samples_has_an_empty_part(tmp_path: Path, tower: DualEn
     write_tar(tmp_path / "pool" / "0000a.tar", [])
     cache = write_cache(tower, Pool([tmp_path / "pool"]), tmp_path / "c", Data(shards=("unused",)))
     assert cache.rows(torch.tensor([3, 4]), torch.device("cpu")).image.norm(dim=1).tolist() == pytest.approx([1, 1])
-    reopened = open_cache(tmp_path / "c", tower.fingerprint(), Pool([tmp_path / "pool"]))
+    reopened = open_cache(tmp_path / "c", Pool([tmp_path / "pool"]), tower.fingerprint())
     assert reopened.rows(torch.arange(8), torch.device("cpu")).text.shape == (8, 16)
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path, tower: DualEncoder, pool: Pool) -> None:
     with pytest.raises(CacheError, match="no embedding cache"):
-        open_cache(tmp_path, tower.fingerprint(), pool)
+        open_cache(tmp_path, pool, tower.fingerprint())
     (tmp_path / "cache.json").write_text('{"format": 3}')
     with pytest.raises(CacheError, match="no embedding cache"):
-        open_cache(tmp_path, tower.fingerprint(), pool)
+        open_cache(tmp_path, pool, tower.fingerprint())
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CacheError, match="cannot write"):
         write_cache(tower, pool, tmp_path / "file" / "cache", settings(pool))
@@ -275,7 +275,7 @@ def unit(vector: Any) -> Any:
 def test_stored_embeddings_are_the_augmentations_mean_and_the_first_caption(carrying: Path, tmp_path: Path) -> None:
     pool = Pool([carrying])
     write_stored(STORED, pool, tmp_path / "c", settings(pool))
-    cache = open_cache(tmp_path / "c", stored_fingerprint(STORED), pool)
+    cache = open_cache(tmp_path / "c", pool, stored_fingerprint(STORED))
     found = cache.rows(torch.arange(32), torch.device("cpu"))
     assert (found.scale, found.bias) == (50.0, 0.0)
     torch.testing.assert_close(cache.embeddings.image.float().norm(dim=1), torch.ones(32), atol=2e-3, rtol=0)
@@ -296,7 +296,7 @@ def test_another_reading_of_stored_embeddings_is_refused(carrying: Path, tmp_pat
             write_stored(other, pool, tmp_path / "c", settings(pool))
     moved = STORED.replace(cache=tmp_path / "elsewhere")
     assert stored_fingerprint(moved) == stored_fingerprint(STORED)
-    assert len(open_cache(tmp_path / "c", stored_fingerprint(moved), pool).usable) == 32
+    assert len(open_cache(tmp_path / "c", pool, stored_fingerprint(moved)).usable) == 32
 
 
 ODD: dict[str, bytes | None] = {
