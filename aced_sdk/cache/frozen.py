@@ -163,11 +163,15 @@ def build_frozen(config: Frozen | Stored | Cached, field: str) -> FrozenSource:
 
     Raises:
         ModelError: if the model cannot be loaded.
+        CacheError: if an existing cache is missing or of another model.
     """
     try:
         source: FrozenSource = config.build()
     except ModelError as error:
         raise ModelError(error.cause, remedy=error.remedy, field=error.field or f"{field}.model") from error
+    except CacheError as error:
+        where = "model" if error.field == "model" else "directory"
+        raise CacheError(error.cause, remedy=error.remedy, field=f"{field}.{where}") from error
     return source
 
 

@@ -258,7 +258,7 @@ def _most(ranks: Ranks, value: int) -> int:
 
 
 def _named(directory: Path, action: Callable[[], None]) -> None:
-    """Run an action; an OSError becomes a CacheError before other ranks hear of it."""
+    """Run an action; an OSError is raised as a CacheError, on other ranks too."""
     with writable(directory):
         action()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of frozen models: memory-mapped, verified when touched, bound to model, preprocessing and shards."""
+"""Embeddings of frozen models: verified when read, bound to model, preprocessing and shards."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import io
 import json
 import pickle
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURE, distillation, encoder, pair, write_pool, write_tar
 
 import aced_sdk as aced
 from aced_sdk import towers
-from aced_sdk.cache import default_directory, embeddings, open_cache, stored_fingerprint, write_cache, write_stored
-from aced_sdk.cache.parts import Part
+from aced_sdk.cache import default_directory, open_cache, stored_fingerprint, write_cache, write_stored
 from aced_sdk.config import Data, Stored
 from aced_sdk.data import Decoding, Pool
 from aced_sdk.errors import CacheError, DataError
@@ -74,18 +71,24 @@ def test_unusable_pairs_are_marked(written: Path, tower: DualEncoder, pool: Pool
     assert float(cache.embeddings.image[cache.usable].float().norm(dim=1).min()) > 0.99
 
 
-def test_only_what_is_missing_or_torn_is_written_again(copied: Path, tower: DualEncoder, pool: Pool) -> None:
-    parts = sorted(copied.glob("part-*.safetensors"))
-    before = {part.name: part.read_bytes() for part in parts}
-    parts[1].unlink()
-    parts[2].write_bytes(parts[2].read_bytes()[:100])
-    kept = parts[0].stat().st_mtime_ns
+def test_only_what_is_missing_or_torn_is_written_again(
+    copied: Path, tower: DualEncoder, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    content = bytearray(before["rows.bin"])
+    stride = len(content) // 66
+    content[30 * stride : 31 * stride] = bytes(stride)
+    content[50 * stride] ^= 1
+    (copied / "rows.bin").write_bytes(content)
+    (copied / "usable.bin").unlink()
+    read: list[int] = []
+    fetch = Decoding.fetch
+    monkeypatch.setattr(Decoding, "fetch", lambda self, rows: read.extend(rows) or fetch(self, rows))
     heard: list[int] = []
-    write_cache(tower, pool, copied, settings(pool), progress=lambda done, total: heard.append(done))
-    assert {part.name: part.read_bytes() for part in parts} == before
-    assert parts[0].stat().st_mtime_ns == kept
+    write_cache(tower, pool, copied, settings(pool), 10, lambda done, total: heard.append(done))
+    assert read == [*range(22, 32), *range(44, 54)]  # two batches
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
     assert heard[-1] == 66
-    assert sorted(path.name for path in copied.iterdir()) == [".lock", "cache.json", *sorted(before)]
 
 
 def test_another_model_or_other_shards_are_refused(
@@ -108,60 +111,53 @@ def test_another_model_or_other_shards_are_refused(
             write_cache(tower, moved, copied, settings(moved))
 
 
-@pytest.mark.parametrize("damage", ["torn", "gone", "flipped", "foreign", "wider", "bf16"])
-def test_a_damaged_part_is_refused(copied: Path, tower: DualEncoder, pool: Pool, damage: str) -> None:
-    part = copied / "part-000001.safetensors"
-    content, tensors = bytearray(part.read_bytes()), load_file(part)
-    if damage == "gone":
-        part.unlink()
-    elif damage == "torn":
-        part.write_bytes(content[:-1])
-    elif damage == "flipped":
-        content[-30] ^= 1
-        part.write_bytes(content)
-    elif damage == "foreign":
-        save_file({"image": tensors["image"]}, part)
-    elif damage == "wider":
-        save_file(tensors | {"text": torch.zeros(22, 17, dtype=torch.float16)}, part)
-    else:
-        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, part)
-    opened = open_cache(copied, pool, tower.fingerprint()) if damage == "flipped" else None  # no header tells that
-    with pytest.raises(CacheError, match="part-000001") as caught:
-        _ = opened.embeddings if opened else open_cache(copied, pool, tower.fingerprint())
-    assert "delete that file" in caught.value.remedy
-    cache = write_cache(tower, pool, copied, settings(pool))
-    assert cache.rows(torch.tensor([30]), torch.device("cpu")).image.norm() == pytest.approx(1)
-
-
-def test_a_part_is_verified_once_and_only_when_touched(
-    copied: Path, tower: DualEncoder, pool: Pool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("file", ["rows.bin", "usable.bin"])
+@pytest.mark.parametrize("damage", ["torn", "gone", "zeroed", "longer"])
+def test_a_damaged_file_is_refused_and_written_again(
+    copied: Path, tower: DualEncoder, pool: Pool, damage: str, file: str
 ) -> None:
-    part = copied / "part-000002.safetensors"
-    content = bytearray(part.read_bytes())
-    content[-30] ^= 1
-    part.write_bytes(content)
-    checked: list[int] = []
-    digest = Part.digest
-    monkeypatch.setattr(Part, "digest", lambda self: checked.append(len(self.usable)) or digest(self))
-    monkeypatch.setattr(embeddings, "_OPEN_PARTS", 1)
+    path = copied / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        changed = {"torn": content[:-1], "zeroed": content[:-30] + bytes(30), "longer": content + b"x"}
+        path.write_bytes(changed[damage])
+    with pytest.raises(CacheError) as caught:
+        _ = open_cache(copied, pool, tower.fingerprint()).embeddings
+    assert file in caught.value.cause or "incomplete" in caught.value.cause
+    assert "write the cache again" in caught.value.remedy
+    write_cache(tower, pool, copied, settings(pool), batch_size=10)
+    assert path.read_bytes() == content
+
+
+def test_a_flipped_bit_in_any_file_is_detected(copied: Path, pool: Pool) -> None:
+    for name in ("cache.json", "rows.bin", "usable.bin"):
+        content = (copied / name).read_bytes()
+        for place in np.random.default_rng(0).integers(len(content), size=40):
+            for bit in (0, 7):
+                changed = bytearray(content)
+                changed[place] ^= 1 << bit
+                (copied / name).write_bytes(changed)
+                with pytest.raises(CacheError):
+                    open_cache(copied, pool).rows(torch.arange(66), torch.device("cpu"))
+        (copied / name).write_bytes(content)
+
+
+def test_a_row_is_verified_when_it_is_read(copied: Path, tower: DualEncoder, pool: Pool) -> None:
+    content = bytearray((copied / "rows.bin").read_bytes())
+    content[44 * (len(content) // 66) + 5] ^= 1
     cache = open_cache(copied, pool, tower.fingerprint())
-    assert checked == []
-    for rows in ([3, 40, 4], [0], [22], [43, 21]):  # maps are closed and opened again, and not verified again
-        found = cache.rows(torch.tensor(rows), torch.device("cpu"))
-        assert found.text.shape == (len(rows), 16)
-    assert len(checked) == 2
-    with pytest.raises(CacheError, match=r"part-000002.*checksum"):
+    (copied / "rows.bin").write_bytes(content)
+    for rows in ([3, 40, 4], [0], [22], [43, 21]):
+        assert cache.rows(torch.tensor(rows), torch.device("cpu")).text.shape == (len(rows), 16)
+    with pytest.raises(CacheError, match=r"row 44 of .*rows.bin.*checksum"):
         cache.rows(torch.tensor([1, 44]), torch.device("cpu"))
-    with pytest.raises(CacheError, match="part-000002"):
+    with pytest.raises(CacheError, match=r"row 44 of "):
         _ = cache.embeddings
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_embeddings_stay_on_disk(copied: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(copied, pool, tower.fingerprint())
-    cache.rows(torch.arange(66), torch.device("cpu"))
-    mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
-    assert all(f"{copied}/part-00000{number}.safetensors" in mapped for number in range(3))
+    blocks = cache.blocks(22)
+    assert [len(next(blocks)[1]) for _ in range(2)] == [22, 22]
+    with pytest.raises(CacheError, match=r"row 44 of "):
+        next(blocks)
 
 
 def test_all_rows_in_any_order_are_those_of_the_whole(written: Path, tower: DualEncoder, pool: Pool) -> None:
@@ -171,8 +167,19 @@ def test_all_rows_in_any_order_are_those_of_the_whole(written: Path, tower: Dual
     for part, all_of_it in ((found.image, whole.image), (found.text, whole.text)):
         torch.testing.assert_close(part, torch.nn.functional.normalize(all_of_it[rows].float(), dim=1))
     assert cache.rows(rows[:0], torch.device("cpu")).image.shape == (0, 16)
-    with pytest.raises(IndexError):
-        cache.rows(torch.tensor([66]), torch.device("cpu"))
+    for row in (66, -1):
+        with pytest.raises(IndexError):
+            cache.rows(torch.tensor([row]), torch.device("cpu"))
+
+
+def test_blocks_are_all_rows_in_order(written: Path, pool: Pool) -> None:
+    cache = open_cache(written, [str(shard) for shard in pool.shards])
+    everything = cache.rows(torch.arange(66), torch.device("cpu"))
+    blocks = list(cache.blocks(20))
+    assert [block for block, _ in blocks] == [range(20), range(20, 40), range(40, 60), range(60, 66)]
+    assert torch.equal(torch.cat([found.image for _, found in blocks]), everything.image)
+    assert torch.equal(torch.cat([found.text for _, found in blocks]), everything.text)
+    assert blocks[0][1].scale == everything.scale
 
 
 def test_bf16_is_recorded_kept_and_not_mixed_with_fp16(tmp_path: Path, tower: DualEncoder, pool: Pool) -> None:
@@ -184,23 +191,14 @@ def test_bf16_is_recorded_kept_and_not_mixed_with_fp16(tmp_path: Path, tower: Du
     found = open_cache(tmp_path / "c", pool, tower.fingerprint()).rows(rows, torch.device("cpu"))
     torch.testing.assert_close(found.image, exact.image, atol=4e-3, rtol=0)
     torch.testing.assert_close(found.image.norm(dim=1), torch.ones(34))
-    (tmp_path / "c" / "part-000000.safetensors").unlink()
+    (tmp_path / "c" / "usable.bin").unlink()
     with pytest.raises(CacheError, match="holds bf16, not fp16") as caught:
         write_cache(tower, pool, tmp_path / "c", settings(pool), dtype="fp16")
     assert caught.value.field == "dtype"
     assert write_cache(tower, pool, tmp_path / "c", settings(pool)).embeddings.text.dtype == torch.bfloat16
 
 
-def test_a_cache_of_the_first_format_opens_as_fp16(copied: Path, tower: DualEncoder, pool: Pool) -> None:
-    manifest = json.loads((copied / "cache.json").read_text())
-    del manifest["dtype"]
-    (copied / "cache.json").write_text(json.dumps(manifest | {"format": 1}))
-    assert open_cache(copied, pool, tower.fingerprint()).embeddings.image.dtype == torch.float16
-    (copied / "part-000002.safetensors").unlink()
-    assert len(write_cache(tower, pool, copied, settings(pool)).usable) == 66
-
-
-def test_a_shard_without_samples_has_an_empty_part(tmp_path: Path, tower: DualEncoder) -> None:
+def test_a_shard_without_samples_has_no_rows(tmp_path: Path, tower: DualEncoder) -> None:
     write_pool(tmp_path / "pool", pairs=8)
     write_tar(tmp_path / "pool" / "0000a.tar", [])
     cache = write_cache(tower, Pool([tmp_path / "pool"]), tmp_path / "c", Data(shards=("unused",)))
@@ -212,7 +210,7 @@ def test_a_shard_without_samples_has_an_empty_part(tmp_path: Path, tower: DualEn
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path, tower: DualEncoder, pool: Pool) -> None:
     with pytest.raises(CacheError, match="no embedding cache"):
         open_cache(tmp_path, pool, tower.fingerprint())
-    (tmp_path / "cache.json").write_text('{"format": 3}')
+    (tmp_path / "cache.json").write_text('{"format": 4}')
     with pytest.raises(CacheError, match="no embedding cache"):
         open_cache(tmp_path, pool, tower.fingerprint())
     (tmp_path / "file").write_text("in the way")
