@@ -14,6 +14,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -228,8 +229,8 @@ class RowWriter:
         numbers, rows = numbers[order], rows[order]
         for at in range(0, len(rows), _BLOCK):
             rows[at : at + _BLOCK, -1] = self.layout.checksums(rows[at : at + _BLOCK], numbers[at : at + _BLOCK])
-        starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
-        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        starts = [*np.flatnonzero(np.diff(numbers, prepend=-2) != 1), len(rows)]
+        for start, stop in pairwise(starts):
             content, offset = rows[start:stop].data.cast("B"), int(numbers[start]) * self.layout.stride
             while content:
                 written = os.pwrite(self._handle, content, offset)

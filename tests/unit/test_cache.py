@@ -47,6 +47,14 @@ def written(tower: DualEncoder, pool: Pool, tmp_path_factory: pytest.TempPathFac
     return directory
 
 
+def test_a_batch_without_a_usable_pair_is_written(
+    written: Path, tower: DualEncoder, pool: Pool, tmp_path: Path
+) -> None:
+    cache = write_cache(tower, pool, tmp_path / "c", settings(pool), batch_size=1)
+    assert torch.nonzero(~cache.usable).flatten().tolist() == [5, 40]
+    assert (tmp_path / "c" / "usable.bin").read_bytes() == (written / "usable.bin").read_bytes()
+
+
 @pytest.fixture
 def copied(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "copy"))

@@ -85,6 +85,7 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path, dim: int, dtype: str
     image, text = torch.randn(2, 50, dim)
     order = np.random.default_rng(0).permutation(50)
     file.write(order[:30], image[order[:30]], text[order[:30]])
+    file.write(order[:0], image[:0], text[:0])
     file.blank(order[30:45])
     reader = RowReader(tmp_path, where)
     found = where.tensor(reader.take(order[:30]))
