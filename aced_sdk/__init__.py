@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from aced_sdk import presets
     from aced_sdk.cache import EmbeddingCache
     from aced_sdk.config import (
+        Cached,
         Contrastive,
         Data,
         Distillation,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "aced_sdk.config": (
-        "Contrastive", "Data", "DistillConfig", "Distillation", "Engine", "Evaluation", "Frozen", "Iid", "Independent",
-        "Joint", "Objective", "Optimizer", "Schedule", "StaticFilter", "Stored", "Student",
+        "Cached", "Contrastive", "Data", "DistillConfig", "Distillation", "Engine", "Evaluation", "Frozen", "Iid",
+        "Independent", "Joint", "Objective", "Optimizer", "Schedule", "StaticFilter", "Stored", "Student",
     ),
     "aced_sdk.errors": ("AcedError",),
     "aced_sdk.cache": ("EmbeddingCache",),
@@ -52,6 +53,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AcedError",
+    "Cached",
     "Contrastive",
     "Data",
     "DistillConfig",

@@ -29,6 +29,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from pydantic import field_validator
 
 from aced_sdk.config import (
+    Cached,
     Contrastive,
     Curation,
     Data,
@@ -108,8 +109,8 @@ class Options(TypedDict, total=False):
     examples: int  # trained examples of the run; steps = examples // b
     student: Student
     data: Data
-    reference: Frozen | Stored | None
-    teacher: Frozen | Stored | tuple[Frozen | Stored, ...] | None
+    reference: Frozen | Stored | Cached | None
+    teacher: Frozen | Stored | Cached | tuple[Frozen | Stored | Cached, ...] | None
     curation: Curation
     objective: Objective
     optimizer: Optimizer

@@ -297,7 +297,10 @@ def cache_embeddings(
     batch_size: int = 256,
     dtype: Literal["fp16", "bf16"] | None = None,
 ) -> EmbeddingCache:
-    """Embed a pool with a frozen model, shard by shard. An interrupted call can be repeated: complete shards are kept.
+    """Embed a pool with a frozen model. An interrupted call can be repeated: intact rows are kept.
+
+    If several processes are launched (deepspeed, torchrun, srun), they share the shards, and each embeds on its own
+    device.
 
     Args:
         model: folder or hub name of a dual encoder, the encoder itself (it stays on its device), or `Stored` to read
@@ -310,18 +313,22 @@ def cache_embeddings(
     Raises:
         CacheError: if the directory contains a cache of another model or other shards, or cannot be written.
         DataError: if shards are missing or broken, or too many pairs are unusable.
+        EngineError: if another process of the launch fails.
     """
-    data = _pool_config(data)
+    data, launch = _pool_config(data), read_launch()
+    device = pick_device(Engine(), launch.local_rank)
     source: FrozenSource
     if isinstance(model, DualEncoder):
-        source = FrozenModel.of(model)
+        device, source = next(model.parameters()).device, FrozenModel.of(model)
     else:
         config = model if isinstance(model, Stored) else Frozen(model=fspath(model))
-        source = config.build().to(pick_device(Engine(), 0))
+        source = config.build().to(device)
+    ranks = Ranks(launch, device)
+    pool = index(data)
+    target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
     with RunBar("cache embeddings") as bar:
-        pool = Pool(data.shards, caption_lines=data.caption_lines, progress=partial(bar.watch, "index the pool"))
-        target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
-        return source.write(pool, target, data, batch_size, partial(bar.watch, "cache embeddings"), dtype)
+        watch = partial(bar.watch, "cache embeddings")
+        return source.write(pool, target, data, batch_size, watch, dtype, ranks)
 
 
 def index(

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of frozen embeddings: a model, or embeddings stored in the shards."""
+"""Sources of frozen embeddings: a model, embeddings stored in the shards, or a cache written by somebody else."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from aced_sdk.cache.embeddings import EmbeddingCache, default_directory, open_cache
-from aced_sdk.cache.parts import Dtype
+from aced_sdk.cache.manifest import Dtype, read_manifest
 from aced_sdk.cache.stored import stored_fingerprint, stored_width, write_stored
 from aced_sdk.cache.writing import write_cache
-from aced_sdk.config import Data, Frozen, Stored
+from aced_sdk.config import Cached, Data, Frozen, Stored
 from aced_sdk.data import Pool
+from aced_sdk.engine import Ranks
 from aced_sdk.errors import CacheError, ModelError
+from aced_sdk.files import printable
 from aced_sdk.towers import DualEncoder, load
 
 Watch = Callable[[int, int], None]
@@ -40,9 +43,16 @@ class FrozenSource(Protocol):
         """D, the embedding dimension."""
 
     def write(
-        self, pool: Pool, directory: Path, data: Data, batch_size: int, progress: Watch | None, dtype: Dtype | None
+        self,
+        pool: Pool,
+        directory: Path,
+        data: Data,
+        batch_size: int,
+        progress: Watch | None,
+        dtype: Dtype | None,
+        ranks: Ranks | None = None,
     ) -> EmbeddingCache:
-        """Write the missing parts of the cache; arguments as for `write_cache`."""
+        """Write the missing rows of the cache; arguments as for `write_cache`."""
 
 
 class FrozenModel:
@@ -69,9 +79,16 @@ class FrozenModel:
         return self.encoder.embedding_dim
 
     def write(
-        self, pool: Pool, directory: Path, data: Data, batch_size: int, progress: Watch | None, dtype: Dtype | None
+        self,
+        pool: Pool,
+        directory: Path,
+        data: Data,
+        batch_size: int,
+        progress: Watch | None,
+        dtype: Dtype | None,
+        ranks: Ranks | None = None,
     ) -> EmbeddingCache:
-        return write_cache(self.encoder, pool, directory, data, batch_size, progress, dtype=dtype)
+        return write_cache(self.encoder, pool, directory, data, batch_size, progress, dtype, ranks)
 
 
 class StoredEmbeddings:
@@ -90,12 +107,54 @@ class StoredEmbeddings:
         return stored_width(self.config, pool)
 
     def write(
-        self, pool: Pool, directory: Path, data: Data, batch_size: int, progress: Watch | None, dtype: Dtype | None
+        self,
+        pool: Pool,
+        directory: Path,
+        data: Data,
+        batch_size: int,
+        progress: Watch | None,
+        dtype: Dtype | None,
+        ranks: Ranks | None = None,
     ) -> EmbeddingCache:
-        return write_stored(self.config, pool, directory, data, batch_size, progress, dtype=dtype)
+        return write_stored(self.config, pool, directory, data, batch_size, progress, dtype, ranks)
 
 
-def build_frozen(config: Frozen | Stored, field: str) -> FrozenSource:
+class CachedEmbeddings:
+    """Embeddings in an existing cache (`Cached`)."""
+
+    def __init__(self, config: Cached) -> None:
+        self._manifest = read_manifest(config.directory)
+        if config.model not in (None, self._manifest.model):
+            raise CacheError(
+                f"the cache {printable(config.directory)} is of the model {printable(self._manifest.model, 100)}",
+                remedy="name the folder of the other model's cache",
+                field="model",
+            )
+        self.fingerprint = self._manifest.model
+        self.cache: Path | None = config.directory
+
+    def to(self, device: torch.device) -> FrozenSource:
+        """Do nothing: there is no model."""
+        return self
+
+    def width(self, pool: Pool) -> int:
+        return self._manifest.dim
+
+    def write(
+        self,
+        pool: Pool,
+        directory: Path,
+        data: Data,
+        batch_size: int,
+        progress: Watch | None,
+        dtype: Dtype | None,
+        ranks: Ranks | None = None,
+    ) -> EmbeddingCache:
+        """Open the cache, which only its own writer can complete."""
+        return open_cache(directory, pool, self.fingerprint)
+
+
+def build_frozen(config: Frozen | Stored | Cached, field: str) -> FrozenSource:
     """Build the source of a config.
 
     Args:
@@ -104,30 +163,51 @@ def build_frozen(config: Frozen | Stored, field: str) -> FrozenSource:
 
     Raises:
         ModelError: if the model cannot be loaded.
+        CacheError: if an existing cache is missing or of another model.
     """
     try:
         source: FrozenSource = config.build()
     except ModelError as error:
         raise ModelError(error.cause, remedy=error.remedy, field=error.field or f"{field}.model") from error
+    except CacheError as error:
+        where = "model" if error.field == "model" else "directory"
+        raise CacheError(error.cause, remedy=error.remedy, field=f"{field}.{where}") from error
     return source
 
 
 def open_or_write(
-    source: FrozenSource, pool: Pool, data: Data, device: torch.device, progress: Watch | None = None
+    source: FrozenSource,
+    pool: Pool,
+    data: Data,
+    device: torch.device,
+    progress: Watch | None = None,
+    ranks: Ranks | None = None,
 ) -> EmbeddingCache:
-    """Open the cache of a pool's embeddings; missing parts are written first, on `device`.
+    """Open the cache of a pool's embeddings; missing rows are written first, on `device`.
 
     The source is moved back to the CPU afterwards.
+
+    Args:
+        source: of the embeddings.
+        pool: the pairs.
+        data: as for `write_cache`.
+        device: of this rank.
+        progress: as for `write_cache`.
+        ranks: share the work; all ranks call this function. None: one process.
 
     Raises:
         CacheError: if the folder contains a cache of another model or pool.
         DataError: if too many pairs are unusable.
+        EngineError: if another rank fails.
     """
     directory = source.cache or default_directory(source.fingerprint, pool)
+    cache = None
+    with suppress(CacheError):  # missing or incomplete; `write` refuses the cache of another model or pool
+        cache = open_cache(directory, pool, source.fingerprint)
+    missing = cache is None
+    if cache is not None and not (missing if ranks is None else ranks.sum(missing)):
+        return cache
     try:
-        return open_cache(directory, source.fingerprint, pool)
-    except CacheError:  # missing or incomplete; `write` refuses the cache of another model or pool
-        try:
-            return source.to(device).write(pool, directory, data, _BATCH, progress, None)
-        finally:
-            source.to(torch.device("cpu"))
+        return source.to(device).write(pool, directory, data, _BATCH, progress, None, ranks)
+    finally:
+        source.to(torch.device("cpu"))

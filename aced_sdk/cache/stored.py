@@ -21,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from aced_sdk.cache.embeddings import EmbeddingCache
-from aced_sdk.cache.parts import CacheManifest, Dtype, bound_shards
-from aced_sdk.cache.writing import Embedded, check_usable, write_parts
+from aced_sdk.cache.manifest import CacheManifest, Dtype, bound_shards
+from aced_sdk.cache.writing import Embedded, check_usable, write_rows
 from aced_sdk.config import Data, Stored
 from aced_sdk.data import Pool, UnusablePair
 from aced_sdk.data.arrays import read_array_header
 from aced_sdk.data.source import Rows
+from aced_sdk.engine import Ranks
 from aced_sdk.errors import DataError
 from aced_sdk.files.reading import MIB
 
@@ -76,6 +77,7 @@ def write_stored(
     batch_size: int = 1024,
     progress: Callable[[int, int], None] | None = None,
     dtype: Dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> EmbeddingCache:
     """Make a cache of the embeddings in the shards; arguments, and what a killed run leaves, as for `write_cache`.
 
@@ -110,7 +112,9 @@ def write_stored(
             found = np.array([pairs[place] for place in good], dtype=np.float32).reshape(-1, 2, width)
             return Embedded(torch.from_numpy(rows[good]), *torch.from_numpy(found).unbind(1))
 
-        cache = write_parts(directory, manifest, pool, read, lambda embedded: embedded, batch_size, progress, dtype)
+        cache = write_rows(
+            directory, manifest, pool, read, lambda embedded: embedded, batch_size, progress, dtype, ranks
+        )
     check_usable(cache, skipped, data)
     return cache
 

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the embeddings of a pool. Reading, embedding and writing run in parallel."""
+"""Embed a pool and write the cache. Pairs are read while others are embedded, and ranks share the shards."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,26 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aced_sdk.cache.embeddings import EmbeddingCache
-from aced_sdk.cache.parts import (
-    CacheManifest,
-    Dtype,
-    Part,
-    bound_shards,
-    check_binding,
-    part_path,
-    read_manifest,
-    read_part,
-    write_part,
-)
+from aced_sdk.cache.embeddings import USABLE, EmbeddingCache, read_ahead, write_usable
+from aced_sdk.cache.manifest import CacheManifest, Dtype, bound_shards, read_manifest
+from aced_sdk.cache.rows import Layout, RowReader, RowWriter
+from aced_sdk.cache.writer import bind, lock, scan, writable
 from aced_sdk.config import Data
 from aced_sdk.data import Decoding, Pool, SuperBatch, check_skipped
 from aced_sdk.data.source import Rows
-from aced_sdk.errors import CacheError, ModelError
-from aced_sdk.files import alone, one_line, printable, write_json
+from aced_sdk.engine import Launch, Ranks
+from aced_sdk.errors import ModelError
+from aced_sdk.files import inside, read_bytes, whole_file
 from aced_sdk.towers import DualEncoder
 
-_LEFTOVER = re.compile(r"\.(?:cache\.json|part-[0-9]{6,}\.safetensors)\.[0-9a-f]{16}\.tmp")  # see `whole_file`
 _AHEAD = 2  # batches read while one is embedded
 Read = TypeVar("Read")
 
@@ -64,8 +54,9 @@ def write_cache(
     batch_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
     dtype: Dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> EmbeddingCache:
-    """Embed all pairs of a pool. Complete shards are kept, so an interrupted call can be repeated.
+    """Embed all pairs of a pool. Intact rows are kept, so an interrupted call can be repeated.
 
     Args:
         encoder: the frozen model; it computes on its device.
@@ -73,12 +64,14 @@ def write_cache(
         directory: output folder. If another process is writing there, wait for it.
         data: how pairs are decoded, and the limit of unusable pairs.
         batch_size: pairs per batch.
-        progress: called with the number of pairs done and in total.
+        progress: called with the number of this rank's pairs done and in total.
         dtype: dtype of the stored embeddings. None: that of the existing cache, or fp16 for a new one.
+        ranks: share the work; all ranks call this function, each with the encoder on its own device. None: one process.
 
     Raises:
         CacheError: if the directory contains a cache of another model, pool or dtype, or cannot be written.
         DataError: if too many pairs are unusable.
+        EngineError: if another rank fails.
         ModelError: if the model's embeddings are not finite.
     """
     manifest = CacheManifest(
@@ -100,19 +93,19 @@ def write_cache(
         image, text = encoder.encode_image(batch.images).cpu(), encoder.encode_text(distinct).cpu()[inverse]
         finite = (image.isfinite() & text.isfinite()).all(dim=1)
         if not finite.all():
-            key = one_line(pool.key(int(batch.rows[~finite][0])))
             raise ModelError(
-                f"the frozen model's embeddings of {int((~finite).sum())} pairs are not finite, of {key} for one",
+                f"the frozen model's embeddings of {int((~finite).sum())} pairs are not finite, "
+                f"{pool.name(int(batch.rows[~finite][0]))} first",
                 remedy="check the model's weights",
             )
         return Embedded(batch.rows, image, text)
 
-    cache = write_parts(directory, manifest, pool, decoder.fetch, embed, batch_size, progress, dtype)
+    cache = write_rows(directory, manifest, pool, decoder.fetch, embed, batch_size, progress, dtype, ranks)
     check_usable(cache, decoder.skipped, data)
     return cache
 
 
-def write_parts(
+def write_rows(
     directory: Path,
     manifest: CacheManifest,
     pool: Pool,
@@ -121,8 +114,9 @@ def write_parts(
     batch_size: int,
     progress: Callable[[int, int], None] | None,
     dtype: Dtype | None,
+    ranks: Ranks | None,
 ) -> EmbeddingCache:
-    """Write the missing and damaged parts of a cache.
+    """Write the missing and damaged rows of a cache. Rank r writes shards r, r + W, r + 2 W, ...
 
     Args:
         directory: output folder.
@@ -131,44 +125,120 @@ def write_parts(
         read: reads rows for `embed`; called ahead in a thread.
         embed: returns the embeddings of the usable pairs.
         batch_size: rows per call.
-        progress: called with the number of pairs done and in total.
+        progress: called with the number of this rank's pairs done and in total.
         dtype: required dtype of an existing cache; None: any.
+        ranks: all must call this function; None: one process.
 
     Raises:
         CacheError: if the directory contains a cache of another model or pool, or cannot be written.
+        EngineError: if another rank fails.
     """
-    tell = progress or (lambda *_: None)
-    with _alone(directory):
-        manifest = _bind(directory, manifest, dtype)
-        _sweep(directory)
-        shards = [rows for _, rows in pool.shard_rows()]
-        done, missing = 0, []
-        for number, rows in enumerate(shards):
-            if _complete(directory, number, len(rows), manifest):
-                done += len(rows)
-                tell(done, len(pool))
+    ranks = ranks or Ranks(Launch(0, 0, 1), torch.device("cpu"))
+    with ExitStack() as held, writable(directory):
+
+        def prepare() -> None:
+            held.enter_context(lock(directory))
+            bound = bind(directory, manifest, dtype)
+            with closing(RowWriter(directory, Layout(bound, len(pool)))) as file:
+                file.reserve()
+
+        ranks.in_first(partial(_named, directory, prepare))
+        share = ranks.together(lambda: _Share(directory, pool, ranks, batch_size, progress))
+        held.callback(share.close)
+        ranks.together(share.find_missing)
+        if rounds := _most(ranks, len(share.missing)):
+            ranks.in_first(lambda: (directory / USABLE).unlink(missing_ok=True))
+            batches = [batch for shard in share.missing for batch in share.missing[shard]]
+            numbers = (np.arange(batch.start, batch.stop, dtype=np.int64) for batch in batches)
+            with closing(read_ahead(read, numbers, threads=1, ahead=_AHEAD)) as ahead:
+                turns = iter([*share.missing, *[None] * (rounds - len(share.missing))])
+                for shard in turns:  # one shard at a time on all ranks, so that a failure ends all soon
+                    ranks.together(partial(_named, directory, partial(share.write, shard, ahead, embed)))
+        ranks.together(partial(_named, directory, share.save))
+        ranks.in_first(partial(_named, directory, share.merge))
+        return ranks.together(lambda: EmbeddingCache(directory, share.manifest, len(pool)))
+
+
+class _Share:
+    """The shards of one rank.
+
+    Attributes:
+        manifest: of the cache.
+        missing: shard to its batches that are missing or damaged.
+    """
+
+    def __init__(
+        self, directory: Path, pool: Pool, ranks: Ranks, batch_size: int, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self.manifest = read_manifest(directory)
+        self.missing: dict[int, list[range]] = {}
+        self._directory, self._rank, self._ranks = directory, ranks.rank, ranks.world_size
+        self._shards = [rows for _, rows in pool.shard_rows()]
+        self._own = range(ranks.rank, len(self._shards), ranks.world_size)
+        self._usable = {shard: np.zeros(len(self._shards[shard]), np.bool_) for shard in self._own}
+        self._batch_size, self._tell, self._done = batch_size, progress or (lambda *_: None), 0
+        self._total = sum(len(usable) for usable in self._usable.values())
+        layout = Layout(self.manifest, len(pool))
+        self._reader, self._file = RowReader(directory, layout), RowWriter(directory, layout)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def find_missing(self) -> None:
+        """Read all rows of the shards whose first row is intact, and fill `missing`."""
+        for shard in self._own:
+            rows = self._shards[shard]
+            intact = np.zeros(len(rows), np.bool_)
+            if all(first.all() for _, _, first in self._reader.read(rows[:1])):
+                scan(self._reader, rows, intact, self._usable[shard])
+            batches = [rows[at : at + self._batch_size] for at in range(0, len(rows), self._batch_size)]
+            missing = [rows for rows in batches if not intact[rows.start - batches[0].start :][: len(rows)].all()]
+            if missing:
+                self.missing[shard] = missing
+            self._advance(len(rows) - sum(map(len, missing)))
+
+    def write(self, shard: int | None, ahead: Iterator[Read], embed: Callable[[Read], Embedded]) -> None:
+        """Embed and write the missing batches of a shard; None: there is none left on this rank."""
+        if shard is None:
+            return
+        for rows in self.missing[shard]:
+            embedded = embed(next(ahead))
+            numbers = embedded.rows.numpy()
+            self._file.write(numbers, embedded.image, embedded.text)
+            self._file.blank(np.setdiff1d(np.arange(rows.start, rows.stop), numbers))
+            usable = self._usable[shard][rows.start - self._shards[shard].start :][: len(rows)]
+            usable[:] = False
+            usable[numbers - rows.start] = True
+            self._advance(len(rows))
+
+    def save(self) -> None:
+        """Wait until the rows are on the disk, and pass the usable rows to rank 0."""
+        if self.missing:
+            self._file.sync()
+        if self._rank:
+            with whole_file(_share_path(self._directory, self._rank)) as temporary:
+                temporary.write_bytes(b"".join(usable.tobytes() for usable in self._usable.values()))
+
+    def merge(self) -> None:
+        """Mark the cache as complete. Called on rank 0 only."""
+        usable = np.zeros(sum(map(len, self._shards)), np.bool_)
+        for rank in range(self._ranks):
+            shards = self._shards[rank :: self._ranks]
+            if rank:
+                path = _share_path(self._directory, rank)
+                content = read_bytes(inside(self._directory, path.name), sum(map(len, shards)))
+                parts = np.split(np.frombuffer(content, np.bool_), np.cumsum([len(rows) for rows in shards])[:-1])
+                path.unlink()
             else:
-                missing.append(number)
-        batches = {number: _cut(shards[number], batch_size) for number in missing}
-        ahead = _read_ahead(read, [batch for number in missing for batch in batches[number]])
-        with closing(ahead), ThreadPoolExecutor(1, thread_name_prefix="write-cache") as writer:
-            writing: Future[None] | None = None
-            for number in missing:
-                part = Part.empty(len(shards[number]), manifest)
-                for rows in batches[number]:
-                    embedded = embed(next(ahead))
-                    places = embedded.rows - shards[number].start
-                    part.image[places] = embedded.image.to(part.image.dtype)
-                    part.text[places] = embedded.text.to(part.text.dtype)
-                    part.usable[places] = True
-                    done += len(rows)
-                    tell(done, len(pool))
-                if writing is not None:
-                    writing.result()  # at most one finished part stays in memory
-                writing = writer.submit(_save, directory, number, part, manifest.shards[number][1])
-            if writing is not None:
-                writing.result()
-        return EmbeddingCache(directory, manifest, [len(rows) for rows in shards], verified=True)
+                parts = list(self._usable.values())
+            for rows, part in zip(shards, parts, strict=True):
+                usable[rows.start : rows.stop] = part
+        write_usable(self._directory, self.manifest, usable)
+
+    def _advance(self, pairs: int) -> None:
+        if pairs:
+            self._done += pairs
+            self._tell(self._done, self._total)
 
 
 def check_usable(cache: EmbeddingCache, skipped: Counter[str], data: Data) -> None:
@@ -182,75 +252,16 @@ def check_usable(cache: EmbeddingCache, skipped: Counter[str], data: Data) -> No
     check_skipped(reasons, len(cache.usable), data.max_unusable_fraction)
 
 
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Lock the directory; a second writer waits and then finds the parts."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(alone(directory, "embeddings", wait=True))
-        except OSError as error:
-            raise _unwritable(directory, error) from error
-        yield
+def _most(ranks: Ranks, value: int) -> int:
+    """The largest value of all ranks."""
+    return max(int(ranks.sum(value if rank == ranks.rank else 0)) for rank in range(ranks.world_size))
 
 
-def _sweep(directory: Path) -> None:
-    """Remove temporary files of killed writers. Requires the lock; files with other names are kept."""
-    with suppress(OSError):  # leftover files are harmless
-        for path in directory.iterdir():
-            if _LEFTOVER.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
-                path.unlink(missing_ok=True)
+def _named(directory: Path, action: Callable[[], None]) -> None:
+    """Run an action; an OSError is raised as a CacheError, on other ranks too."""
+    with writable(directory):
+        action()
 
 
-def _bind(directory: Path, manifest: CacheManifest, dtype: Dtype | None) -> CacheManifest:
-    path = directory / "cache.json"
-    if os.path.lexists(path):
-        found = read_manifest(directory)
-        check_binding(found, manifest.model, manifest.shards, directory, dtype, manifest.dim)
-        return found
-    try:
-        write_json(path, manifest.model_dump(mode="json"))
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-    return manifest
-
-
-def _complete(directory: Path, number: int, rows: int, manifest: CacheManifest) -> bool:
-    try:
-        read_part(directory, number, rows, manifest, verify=True)
-    except CacheError:
-        return False
-    return True
-
-
-def _cut(rows: range, size: int) -> list[range]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _read_ahead(read: Callable[[Rows], Read], batches: Sequence[range]) -> Generator[Read]:
-    """Yield the result of `read` for each batch, in order."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read-cache") as reader:
-        waiting: deque[Future[Read]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(reader.submit(read, np.arange(batch.start, batch.stop, dtype=np.int64)))
-                if len(waiting) > _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            reader.shutdown(wait=True, cancel_futures=True)
-
-
-def _save(directory: Path, number: int, part: Part, shard: str) -> None:
-    try:
-        write_part(part_path(directory, number), part, shard)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-
-
-def _unwritable(directory: Path, error: OSError) -> CacheError:
-    return CacheError(
-        f"cannot write embeddings to {printable(directory)}: {error.strerror or error}",
-        remedy="free disk space and run again: complete shards are kept",
-        field="cache",
-    )
+def _share_path(directory: Path, rank: int) -> Path:
+    return directory / f".usable-{rank:05d}"

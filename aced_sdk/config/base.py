@@ -180,7 +180,7 @@ def unknown(what: str, value: object, known: Iterable[str], field: str) -> Confi
 
 
 # Pydantic adds the members of unions to the path of a field.
-_NO_PLACES = re.compile(r"Frozen|Stored|tuple\[.*|dict\[.*|str")
+_NO_PLACES = re.compile(r"Frozen|Stored|Cached|tuple\[.*|dict\[.*|str")
 
 
 def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:

@@ -73,6 +73,15 @@ class Stored(Component):
     cache: Path | None = Field(None, description="folder of the embedding cache; default: in the cache home")
 
 
+class Cached(Component):
+    """Embeddings of an encoder of your own, written with `aced_sdk.cache.CacheWriter`. No model is loaded."""
+
+    target: ClassVar[str] = "aced_sdk.cache.frozen:CachedEmbeddings"
+
+    directory: Path = Field(description="folder of the embedding cache; it must be complete and of the same shards")
+    model: str | None = Field(None, description="required name of the model; None: any")
+
+
 class Data(Config):
     """The pool: pairs in WebDataset tars (KEY.jpg|png|webp, KEY.txt, KEY.json)."""
 

@@ -17,19 +17,20 @@ import pytest
 import torch
 from tiny import encoder, write_pool
 
-from aced_sdk.cache import open_cache, parts, write_cache
+from aced_sdk.cache import open_cache, write_cache
+from aced_sdk.cache.rows import RowWriter
 from aced_sdk.config import Data
-from aced_sdk.data import Pool
+from aced_sdk.data import Decoding, Pool
 from aced_sdk.errors import CacheError, DataError, ModelError
 
-# Stops for good where it is told to, so that the kill meets it there.
+# Stops where it is told to, so that the kill meets it there.
 SCRIPT = """
 import sys
 from pathlib import Path
 tests, pool, directory, dtype, moment = sys.argv[1:]
 sys.path.insert(0, tests)
 from tiny import encoder
-from aced_sdk.cache import parts, write_cache
+from aced_sdk.cache import rows, write_cache
 from aced_sdk.config import Data
 from aced_sdk.data import Pool
 
@@ -37,20 +38,20 @@ def stop():
     print("there", flush=True)
     sys.stdin.read()
 
-def told(done, total):
+def report(done, total):
     if moment == "embedding" and done == 25:
         stop()
 
-save = parts.save_tensors
+write = rows.os.pwrite
 
-def torn(target, tensors, metadata):
-    if moment == "writing" and "000001" in target.name:
-        target.write_bytes(b"half of it")
+def torn(handle, content, offset):
+    if moment == "writing" and offset:
+        write(handle, content[: len(content) // 2 + 3], offset)
         stop()
-    save(target, tensors, metadata)
+    return write(handle, content, offset)
 
-parts.save_tensors = torn
-write_cache(encoder(), Pool([pool]), Path(directory), Data(shards=(pool,)), 5, told, dtype)
+rows.os.pwrite = torn
+write_cache(encoder(), Pool([pool]), Path(directory), Data(shards=(pool,)), 5, report, dtype)
 """
 
 
@@ -82,9 +83,7 @@ def until(true: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("moment", ["embedding", "writing"])
-def test_a_writer_killed_in_the_middle_of_a_part_is_resumed(
-    root: Path, pool: Pool, tmp_path: Path, moment: str, dtype: Any
-) -> None:
+def test_a_killed_writer_is_resumed(root: Path, pool: Pool, tmp_path: Path, moment: str, dtype: Any) -> None:
     directory = tmp_path / "c"
     arguments = [str(root / "tests"), str(pool.shards[0].parent), str(directory), dtype, moment]
     process = subprocess.Popen(
@@ -96,40 +95,54 @@ def test_a_writer_killed_in_the_middle_of_a_part_is_resumed(
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
-    first = directory / "part-000000.safetensors"
-    until(first.is_file)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    assert not (directory / "part-000001.safetensors").exists()
-    assert len(list(directory.glob(".part-000001.*.tmp"))) == (moment == "writing")
     tower = encoder()
-    with pytest.raises(CacheError, match="part-000001"):
-        open_cache(directory, tower.fingerprint(), pool)
-    kept = first.stat().st_mtime_ns
+    with pytest.raises(CacheError, match="incomplete: its writer was interrupted"):
+        open_cache(directory, pool, tower.fingerprint())
+    kept = 25 if moment == "embedding" else 5
+    content = (directory / "rows.bin").read_bytes()
     heard: list[int] = []
     write_cache(tower, pool, directory, settings(pool), 5, lambda done, _: heard.append(done))
-    assert heard == [*range(20, 61, 5)]
-    assert first.stat().st_mtime_ns == kept
+    assert heard == [*([20] if kept > 20 else []), *range(kept, 61, 5)]
+    assert (directory / "rows.bin").read_bytes()[: kept * len(content) // 60] == content[: kept * len(content) // 60]
     write_cache(tower, pool, tmp_path / "whole", settings(pool), 5, dtype=dtype)
     assert contents(directory) == contents(tmp_path / "whole")
 
 
-def test_a_disk_that_fills_leaves_whole_parts(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, tower = parts.save_tensors, encoder()
+def test_a_disk_that_fails_keeps_whole_rows(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, tower = RowWriter._put, encoder()
 
-    def full(target: Path, tensors: Any, metadata: Any = None) -> None:
-        if "000001" in target.name:
-            target.write_bytes(b"as far as it went")
+    def full(self: RowWriter, numbers: Any, rows: Any) -> None:
+        if len(numbers) and numbers[0] >= 20:
             raise OSError(28, "No space left on device")
-        save(target, tensors, metadata)
+        put(self, numbers, rows)
 
-    monkeypatch.setattr(parts, "save_tensors", full)
+    monkeypatch.setattr(RowWriter, "_put", full)
     with pytest.raises(CacheError, match="No space left on device") as caught:
         write_cache(tower, pool, tmp_path / "c", settings(pool))
-    assert "complete shards are kept" in caught.value.remedy
-    assert list(contents(tmp_path / "c")) == [".lock", "cache.json", "part-000000.safetensors"]
+    assert "complete rows are kept" in caught.value.remedy
+    assert not working()
     monkeypatch.undo()
-    assert bool(write_cache(tower, pool, tmp_path / "c", settings(pool)).usable.all())
+    heard: list[int] = []
+    cache = write_cache(tower, pool, tmp_path / "c", settings(pool), 20, lambda done, _: heard.append(done))
+    assert heard == [20, 40, 60]
+    assert bool(cache.usable.all())
+
+
+def test_a_disk_without_room_is_an_error_at_the_start(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aced_sdk.cache.rows._allocate", full)
+    monkeypatch.setattr(Decoding, "fetch", lambda self, rows: pytest.fail("read before the space was there"))
+    with pytest.raises(CacheError, match="No space left on device"):
+        write_cache(encoder(), pool, tmp_path / "c", settings(pool))
+    assert (tmp_path / "c" / "rows.bin").stat().st_size == 0
+    monkeypatch.undo()
+    assert bool(write_cache(encoder(), pool, tmp_path / "c", settings(pool)).usable.all())
 
 
 def test_a_second_writer_waits_and_finds_the_parts_there(pool: Pool, tmp_path: Path) -> None:
@@ -159,11 +172,12 @@ def test_a_model_that_gives_nan_is_told_before_anything_is_kept(pool: Pool, tmp_
     tower = encoder()
     with torch.no_grad():
         tower.model.visual.proj[0] = torch.nan  # type: ignore[union-attr, index, operator]
-    with pytest.raises(ModelError, match="embeddings of 5 pairs are not finite, of 000000 for one") as caught:
+    with pytest.raises(ModelError, match=r"embeddings of 5 pairs are not finite, 000000 in .* first") as caught:
         write_cache(tower, pool, tmp_path / "c", settings(pool), 5)
     assert not working()
     assert caught.value.remedy == "check the model's weights"
-    assert not list((tmp_path / "c").glob("part-*"))
+    assert not (tmp_path / "c" / "usable.bin").exists()
+    assert not any((tmp_path / "c" / "rows.bin").read_bytes())
 
 
 def test_an_error_while_reading_ahead_ends_the_call(
@@ -181,5 +195,7 @@ def test_an_error_while_reading_ahead_ends_the_call(
         write_cache(encoder(), pool, tmp_path / "c", settings(pool), 5)
     assert not working()
     monkeypatch.undo()
-    assert [path.name for path in (tmp_path / "c").glob("part-*")] == ["part-000000.safetensors"]
-    assert bool(write_cache(encoder(), pool, tmp_path / "c", settings(pool)).usable.all())
+    heard: list[int] = []
+    cache = write_cache(encoder(), pool, tmp_path / "c", settings(pool), 5, lambda done, _: heard.append(done))
+    assert heard[0] == 20
+    assert bool(cache.usable.all())

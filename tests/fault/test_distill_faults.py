@@ -139,7 +139,7 @@ def test_a_missing_task_is_told_before_anything_is_cached(tmp_path: Path, monkey
     made = distillation(tmp_path / "run", pool, tmp_path / "reference").replace(evaluation=held_out)
     with pytest.raises(EvaluationError, match="no task 'nothing'"):
         aced.distill(made)
-    assert not list(tmp_path.rglob("part-*.safetensors"))
+    assert not list(tmp_path.rglob("rows.bin"))
 
 
 # -- steps --------------------------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from aced_sdk.cache.parts import part_path, read_part
 from aced_sdk.data import Pool
 from aced_sdk.engine import checkpoints
-from aced_sdk.errors import CacheError, ConfigError, DataError, EvaluationError
+from aced_sdk.errors import ConfigError, DataError, EvaluationError
 from aced_sdk.evaluation import kinds, tasks
 from aced_sdk.files.writing import alone
 from aced_sdk.processing.plain import PictureError, open_picture
@@ -67,19 +66,6 @@ def test_multilabel_tasks_have_a_bound(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(kinds, "_MAX_SCORES", 5)
     with pytest.raises(EvaluationError, match="3 pictures and 2 classes, too many to rank"):
         tasks.load_task("task", tmp_path, tiny.encoder())
-
-
-def test_a_part_that_does_not_fit_into_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*_: object, **__: object) -> None:
-        raise MemoryError("Cannot allocate memory")
-
-    path = part_path(tmp_path, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"x")
-    monkeypatch.setattr("aced_sdk.cache.parts.check_tensors", lambda _: None)
-    monkeypatch.setattr("aced_sdk.cache.parts.safe_open", no_memory)
-    with pytest.raises(CacheError, match="Cannot allocate memory"):
-        read_part(tmp_path, 0, 1, None, verify=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")

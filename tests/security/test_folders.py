@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 
 from aced_sdk.cache import open_cache, write_cache
-from aced_sdk.cache.parts import Part
 from aced_sdk.config import Data
 from aced_sdk.data import Pool, prepare
+from aced_sdk.errors import CacheError
 from tests.security.sandbox import MIB, canary, run
 
 DATA = Data(shards=("unused",))
-PART = "part-000000.safetensors"
+FILES = ("cache.json", "rows.bin", "usable.bin")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def copy(world: Path, tmp_path: Path) -> Path:
 
 
 def _open(root: Path) -> list[bool]:
-    cache = open_cache(root / "cache", tiny.encoder().fingerprint(), Pool([root / "pool"]))
+    cache = open_cache(root / "cache", Pool([root / "pool"]), tiny.encoder().fingerprint())
     return list(cache.usable.tolist())
 
 
@@ -57,28 +55,36 @@ def _write(root: Path) -> list[bool]:
 # -- caches -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("digest", ["kept", "of an older version"])
-def test_marks_of_usable_pairs_are_verified_at_opening(copy: Path, digest: str) -> None:
+def test_marks_of_usable_pairs_are_verified_at_opening(copy: Path) -> None:
     """A cache whose every pair is marked as unusable would never be read, and so never be verified."""
-    path = copy / "cache" / PART
-    content = bytearray(path.read_bytes())
-    content[-8:] = bytes(8)
-    if digest != "kept":
-        size = struct.unpack("<Q", content[:8])[0]
-        head = json.loads(content[8 : 8 + size])
-        head["__metadata__"]["sha256"] = head["__metadata__"]["sha256"].split()[0]
-        text = json.dumps(head).encode()
-        content = bytearray(struct.pack("<Q", len(text)) + text) + content[8 + size :]
-    path.write_bytes(content)
-    assert run(_open, copy).refused(PART, "checksum")
-    assert run(_write, copy).returned() == [True] * 16  # it is written anew
+    path = copy / "cache" / "usable.bin"
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    assert run(_open, copy).refused("usable.bin", "checksum")
+    assert run(_write, copy).returned() == [True] * 16  # derived from the rows again
 
 
-def test_a_part_of_an_older_version_opens_and_is_verified(copy: Path) -> None:
-    path = copy / "cache" / PART
-    tensors = load_file(path)
-    save_file(tensors, path, {"sha256": Part(**tensors).digest()})
-    assert run(_open, copy).returned() == [True] * 16
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_cache_of_an_older_format_is_refused(copy: Path, number: int) -> None:
+    path = copy / "cache" / "cache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": number}))
+    for call in (_open, _write):
+        assert run(call, copy).refused("older format", "delete the folder")
+
+
+@pytest.mark.parametrize("file", FILES[1:])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_of_another_size_is_refused(copy: Path, file: str, change: int) -> None:
+    path = copy / "cache" / file
+    os.truncate(path, path.stat().st_size + change)
+    assert run(_open, copy).refused(file)
+    assert run(_write, copy).returned() == [True] * 16
+
+
+def test_a_file_that_is_cut_off_while_it_is_in_use_does_not_end_the_process(copy: Path) -> None:
+    cache = open_cache(copy / "cache", Pool([copy / "pool"]))
+    os.truncate(copy / "cache" / "rows.bin", 0)
+    with pytest.raises(CacheError, match="another size"):
+        cache.rows(torch.arange(16), torch.device("cpu"))
 
 
 def pipe(path: Path) -> None:
@@ -98,13 +104,13 @@ def link_out(path: Path) -> None:
 
 
 @pytest.mark.parametrize("attack", [pipe, device, link_out], ids=lambda attack: attack.__name__)
-@pytest.mark.parametrize("file", ["cache.json", PART])
+@pytest.mark.parametrize("file", FILES)
 def test_a_file_of_a_cache_is_a_regular_one_inside(copy: Path, file: str, attack: Callable[[Path], None]) -> None:
     attack(copy / "cache" / file)
     before = (copy / f"elsewhere-{file}").read_bytes() if attack is link_out else b""
     assert run(_open, copy).refused(file)
     written = run(_write, copy)
-    if file == PART:
+    if file == "usable.bin":
         assert written.returned() == [True] * 16
         assert not (copy / "cache" / file).is_symlink()
     else:
@@ -129,27 +135,17 @@ MANIFESTS: dict[str, dict[str, Any] | str] = {
 def test_a_hostile_manifest_is_refused(copy: Path, name: str) -> None:
     path, content = copy / "cache" / "cache.json", MANIFESTS[name]
     path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
-    (copy / "cache" / PART).unlink()
+    (copy / "cache" / "rows.bin").unlink()
     for call in (_open, _write):
         assert run(call, copy, mib=512).refused()
 
 
-@pytest.mark.parametrize("name", ["usable", "image", "text"])
-@pytest.mark.parametrize("kind", [torch.float32, torch.int64, torch.uint8])
-def test_every_tensor_of_a_part_has_its_type(copy: Path, name: str, kind: torch.dtype) -> None:
-    tensors = load_file(copy / "cache" / PART)
-    tensors[name] = tensors[name].to(kind)
-    part = Part(**tensors)
-    save_file(tensors, copy / "cache" / PART, {"sha256": f"{part.digest()} {part.usable_digest()}"})
-    assert run(_open, copy).refused(PART)
-
-
 def test_leftovers_of_other_kinds_stop_no_writer(copy: Path) -> None:
-    (copy / "cache" / ".part-000000.safetensors.1.tmp").mkdir()
+    (copy / "cache" / ".usable-00001").mkdir()
     os.mkfifo(copy / "cache" / ".x.tmp")
     (copy / "private").write_text("mine")
     (copy / "cache" / ".y.tmp").symlink_to(copy / "private")
-    (copy / "cache" / PART).unlink()
+    (copy / "cache" / "rows.bin").unlink()
     assert run(_write, copy).returned() == [True] * 16
     assert (copy / "private").read_text() == "mine"
 

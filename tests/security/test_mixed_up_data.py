@@ -22,7 +22,6 @@ import torch
 import aced_sdk as aced
 from aced_sdk import towers
 from aced_sdk.cache import open_cache
-from aced_sdk.cache.parts import Part, part_path, write_part
 from aced_sdk.data import Pool, Prepared, prepare
 from aced_sdk.errors import AcedError, CacheError, DataError, EvaluationError
 from aced_sdk.evaluation import Task, evaluate, load_task, metrics, run_task
@@ -138,35 +137,46 @@ def made(world: Path, directory: Path) -> aced.EmbeddingCache:
     return aced.cache_embeddings(world / "reference", world / "pool", directory)
 
 
-def test_parts_of_two_shards_cannot_change_places(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["rows", "shards", "half a row"])
+def test_rows_cannot_change_places(world: Path, tmp_path: Path, part: str) -> None:
     shutil.copytree(world / "cache", tmp_path / "c")
-    first, second = (part_path(tmp_path / "c", number) for number in range(2))
-    for source, target in ((first, tmp_path / "x"), (second, first), (tmp_path / "x", second)):
-        source.rename(target)
-    encoder, pool = aced.load(world / "reference"), Pool([world / "pool"])
-    with pytest.raises(CacheError, match="of another shard"):
-        open_cache(tmp_path / "c", encoder.fingerprint(), pool)
-    rows = torch.arange(16)
-    want = made(world, world / "cache").rows(rows, torch.device("cpu"))
-    assert torch.equal(made(world, tmp_path / "c").rows(rows, torch.device("cpu")).image, want.image)
-
-
-def test_a_part_that_names_no_shard_is_an_older_one(world: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "cache", tmp_path / "c")
-    part = made(world, tmp_path / "c")._read(0, True)
-    write_part(part_path(tmp_path / "c", 0), Part(*(tensor.clone() for tensor in vars(part).values())))
-    before = part_path(tmp_path / "c", 0).read_bytes()
+    path = tmp_path / "c" / "rows.bin"
+    content = path.read_bytes()
+    stride = len(content) // 16
+    size = {"rows": stride, "shards": 8 * stride, "half a row": 32}[part]
+    path.write_bytes(
+        content[8 * stride :][:size] + content[size : 8 * stride] + content[:size] + content[8 * stride + size :]
+    )
+    pool = Pool([world / "pool"])
+    with pytest.raises(CacheError, match=r"row [01] of .*rows\.bin.* checksum"):
+        open_cache(tmp_path / "c", pool).rows(torch.tensor([1, 0]), torch.device("cpu"))
     made(world, tmp_path / "c")
-    assert part_path(tmp_path / "c", 0).read_bytes() == before
+    assert path.read_bytes() == content
+
+
+def test_rows_of_another_pool_or_model_are_not_those_of_this_cache(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "cache", tmp_path / "c")
+    tiny.write_tar(tmp_path / "pool" / "0.tar", [tiny.pair(row) for row in range(16)])
+    made_of_pool = aced.cache_embeddings(world / "reference", tmp_path / "pool", tmp_path / "d")
+    made_of_model = aced.cache_embeddings(tiny.encoder(5), world / "pool", tmp_path / "e")
+    for other in (made_of_pool.directory, made_of_model.directory):
+        shutil.copy(other / "rows.bin", tmp_path / "c" / "rows.bin")
+        with pytest.raises(CacheError, match="checksum"):
+            open_cache(tmp_path / "c", Pool([world / "pool"])).rows(torch.arange(16), torch.device("cpu"))
+        shutil.copy(other / "usable.bin", tmp_path / "c" / "usable.bin")
+        with pytest.raises(CacheError, match=r"usable\.bin.*checksum"):
+            open_cache(tmp_path / "c", Pool([world / "pool"]))
+        shutil.copy(world / "cache" / "usable.bin", tmp_path / "c" / "usable.bin")
 
 
 def test_a_cache_removes_only_its_own_leftovers(world: Path, tmp_path: Path) -> None:
-    kept = [tmp_path / name for name in (".thesis.tmp", ".part-000000.safetensors.mine.tmp", "part.tmp")]
-    own = [tmp_path / f".{name}.{'0a' * 8}.tmp" for name in ("cache.json", "part-000001.safetensors")]
+    kept = [tmp_path / name for name in (".thesis.tmp", ".usable.bin.mine.tmp", "usable.tmp")]
+    own = [tmp_path / f".{name}.{'0a' * 8}.tmp" for name in ("cache.json", "usable.bin", ".usable-00003")]
+    own.append(tmp_path / ".usable-00003")
     for path in (*kept, *own):
         path.write_text("x")
     made(world, tmp_path)
-    assert [path.exists() for path in (*kept, *own)] == [True] * 3 + [False] * 2
+    assert [path.exists() for path in (*kept, *own)] == [True] * 3 + [False] * 4
 
 
 def test_a_cache_that_is_refused_loses_nothing(world: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from aced_sdk import config, presets
 from aced_sdk.cache import stored
-from aced_sdk.cache.parts import read_manifest
+from aced_sdk.cache.manifest import read_manifest
 from aced_sdk.data import Pool, UnusablePair
 from aced_sdk.engine import deepspeed_engine
 from aced_sdk.engine.deepspeed_engine import deepspeed_json

@@ -11,11 +11,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import aced_sdk
 from aced_sdk import config, planning, towers
-from aced_sdk.cache.parts import Part, read_manifest, read_part, write_part
+from aced_sdk.cache.manifest import read_manifest
+from aced_sdk.cache.rows import Layout, RowWriter
 from aced_sdk.engine.state import load_tensors
 from aced_sdk.errors import ConfigError, EngineError, EvaluationError, ModelError
 from aced_sdk.evaluation import tasks
@@ -65,10 +68,8 @@ def test_weight_decay_has_a_bound() -> None:
 def test_a_run_whose_steps_were_all_skipped_is_an_error(world: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     aced_sdk.cache_embeddings(world / "reference", world / "pool", cache)
-    part = read_part(cache, 0, 32, read_manifest(cache), verify=True)
-    write_part(
-        cache / "part-000000.safetensors", Part(part.image * float("inf"), part.text.clone(), part.usable.clone())
-    )
+    image = torch.full((32, 16), torch.inf)
+    RowWriter(cache, Layout(read_manifest(cache), 32)).write(np.arange(32), image, -image)
     teacher = config.Frozen(model=str(world / "reference"), cache=cache)
     objective = config.Objective(distillation=(config.Distillation(weight=1.0),))
     short = iid(tmp_path, world / "pool", teacher=teacher, objective=objective, schedule=config.Schedule(steps=2))

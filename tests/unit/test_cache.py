@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of frozen models: memory-mapped, verified when touched, bound to model, preprocessing and shards."""
+"""Embeddings of frozen models: verified when read, bound to model, preprocessing and shards."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import io
 import json
 import pickle
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURE, distillation, encoder, pair, write_pool, write_tar
 
 import aced_sdk as aced
 from aced_sdk import towers
-from aced_sdk.cache import default_directory, embeddings, open_cache, stored_fingerprint, write_cache, write_stored
-from aced_sdk.cache.parts import Part
+from aced_sdk.cache import default_directory, open_cache, stored_fingerprint, write_cache, write_stored
 from aced_sdk.config import Data, Stored
 from aced_sdk.data import Decoding, Pool
 from aced_sdk.errors import CacheError, DataError
@@ -50,13 +47,21 @@ def written(tower: DualEncoder, pool: Pool, tmp_path_factory: pytest.TempPathFac
     return directory
 
 
+def test_a_batch_without_a_usable_pair_is_written(
+    written: Path, tower: DualEncoder, pool: Pool, tmp_path: Path
+) -> None:
+    cache = write_cache(tower, pool, tmp_path / "c", settings(pool), batch_size=1)
+    assert torch.nonzero(~cache.usable).flatten().tolist() == [5, 40]
+    assert (tmp_path / "c" / "usable.bin").read_bytes() == (written / "usable.bin").read_bytes()
+
+
 @pytest.fixture
 def copied(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "copy"))
 
 
 def test_rows_are_what_the_model_says_of_the_pairs(written: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(written, tower.fingerprint(), pool)
+    cache = open_cache(written, pool, tower.fingerprint())
     rows = torch.tensor([65, 0, 22, 21, 44])
     found = cache.rows(rows, torch.device("cpu"))
     batch = Decoding(pool, tower.processor, settings(pool)).fetch(rows.numpy())
@@ -68,24 +73,30 @@ def test_rows_are_what_the_model_says_of_the_pairs(written: Path, tower: DualEnc
 
 
 def test_unusable_pairs_are_marked(written: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(written, tower.fingerprint(), pool)
+    cache = open_cache(written, pool, tower.fingerprint())
     assert torch.nonzero(~cache.usable).flatten().tolist() == [5, 40]
     assert float(cache.embeddings.image[5].abs().sum()) == 0
     assert float(cache.embeddings.image[cache.usable].float().norm(dim=1).min()) > 0.99
 
 
-def test_only_what_is_missing_or_torn_is_written_again(copied: Path, tower: DualEncoder, pool: Pool) -> None:
-    parts = sorted(copied.glob("part-*.safetensors"))
-    before = {part.name: part.read_bytes() for part in parts}
-    parts[1].unlink()
-    parts[2].write_bytes(parts[2].read_bytes()[:100])
-    kept = parts[0].stat().st_mtime_ns
+def test_only_what_is_missing_or_torn_is_written_again(
+    copied: Path, tower: DualEncoder, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    content = bytearray(before["rows.bin"])
+    stride = len(content) // 66
+    content[30 * stride : 31 * stride] = bytes(stride)
+    content[50 * stride] ^= 1
+    (copied / "rows.bin").write_bytes(content)
+    (copied / "usable.bin").unlink()
+    read: list[int] = []
+    fetch = Decoding.fetch
+    monkeypatch.setattr(Decoding, "fetch", lambda self, rows: read.extend(rows) or fetch(self, rows))
     heard: list[int] = []
-    write_cache(tower, pool, copied, settings(pool), progress=lambda done, total: heard.append(done))
-    assert {part.name: part.read_bytes() for part in parts} == before
-    assert parts[0].stat().st_mtime_ns == kept
+    write_cache(tower, pool, copied, settings(pool), 10, lambda done, total: heard.append(done))
+    assert read == [*range(22, 32), *range(44, 54)]  # two batches
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
     assert heard[-1] == 66
-    assert sorted(path.name for path in copied.iterdir()) == [".lock", "cache.json", *sorted(before)]
 
 
 def test_another_model_or_other_shards_are_refused(
@@ -93,86 +104,90 @@ def test_another_model_or_other_shards_are_refused(
 ) -> None:
     other = encoder(1)
     with pytest.raises(CacheError, match="of another model"):
-        open_cache(copied, other.fingerprint(), pool)
+        open_cache(copied, pool, other.fingerprint())
     with pytest.raises(CacheError, match="of another model"):
         write_cache(other, pool, copied, settings(pool))
     squashed = towers.build(aced.Student(architecture=ARCHITECTURE, resize="shortest"), 0).eval()
     with pytest.raises(CacheError, match="or preprocessing"):  # the same weights
-        open_cache(copied, squashed.fingerprint(), pool)
+        open_cache(copied, pool, squashed.fingerprint())
     changed = Pool([write_pool(tmp_path / "changed", pairs=66, shards=3, broken=BROKEN | {7: pair(99)})])
     for moved in (changed, Pool(pool.shards[::-1]), Pool(pool.shards[:2])):
         with pytest.raises(CacheError, match="of other shards") as caught:
-            open_cache(copied, tower.fingerprint(), moved)
+            open_cache(copied, moved, tower.fingerprint())
         assert caught.value.field == "cache"
         with pytest.raises(CacheError, match="of other shards"):
             write_cache(tower, moved, copied, settings(moved))
 
 
-@pytest.mark.parametrize("damage", ["torn", "gone", "flipped", "foreign", "wider", "bf16"])
-def test_a_damaged_part_is_refused(copied: Path, tower: DualEncoder, pool: Pool, damage: str) -> None:
-    part = copied / "part-000001.safetensors"
-    content, tensors = bytearray(part.read_bytes()), load_file(part)
-    if damage == "gone":
-        part.unlink()
-    elif damage == "torn":
-        part.write_bytes(content[:-1])
-    elif damage == "flipped":
-        content[-30] ^= 1
-        part.write_bytes(content)
-    elif damage == "foreign":
-        save_file({"image": tensors["image"]}, part)
-    elif damage == "wider":
-        save_file(tensors | {"text": torch.zeros(22, 17, dtype=torch.float16)}, part)
-    else:
-        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, part)
-    opened = open_cache(copied, tower.fingerprint(), pool) if damage == "flipped" else None  # no header tells that
-    with pytest.raises(CacheError, match="part-000001") as caught:
-        _ = opened.embeddings if opened else open_cache(copied, tower.fingerprint(), pool)
-    assert "delete that file" in caught.value.remedy
-    cache = write_cache(tower, pool, copied, settings(pool))
-    assert cache.rows(torch.tensor([30]), torch.device("cpu")).image.norm() == pytest.approx(1)
-
-
-def test_a_part_is_verified_once_and_only_when_touched(
-    copied: Path, tower: DualEncoder, pool: Pool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("file", ["rows.bin", "usable.bin"])
+@pytest.mark.parametrize("damage", ["torn", "gone", "zeroed", "longer"])
+def test_a_damaged_file_is_refused_and_written_again(
+    copied: Path, tower: DualEncoder, pool: Pool, damage: str, file: str
 ) -> None:
-    part = copied / "part-000002.safetensors"
-    content = bytearray(part.read_bytes())
-    content[-30] ^= 1
-    part.write_bytes(content)
-    checked: list[int] = []
-    digest = Part.digest
-    monkeypatch.setattr(Part, "digest", lambda self: checked.append(len(self.usable)) or digest(self))
-    monkeypatch.setattr(embeddings, "_OPEN_PARTS", 1)
-    cache = open_cache(copied, tower.fingerprint(), pool)
-    assert checked == []
-    for rows in ([3, 40, 4], [0], [22], [43, 21]):  # maps are closed and opened again, and not verified again
-        found = cache.rows(torch.tensor(rows), torch.device("cpu"))
-        assert found.text.shape == (len(rows), 16)
-    assert len(checked) == 2
-    with pytest.raises(CacheError, match=r"part-000002.*checksum"):
+    path = copied / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        changed = {"torn": content[:-1], "zeroed": content[:-30] + bytes(30), "longer": content + b"x"}
+        path.write_bytes(changed[damage])
+    with pytest.raises(CacheError) as caught:
+        _ = open_cache(copied, pool, tower.fingerprint()).embeddings
+    assert file in caught.value.cause or "incomplete" in caught.value.cause
+    assert "write the cache again" in caught.value.remedy
+    write_cache(tower, pool, copied, settings(pool), batch_size=10)
+    assert path.read_bytes() == content
+
+
+def test_a_flipped_bit_in_any_file_is_detected(copied: Path, pool: Pool) -> None:
+    for name in ("cache.json", "rows.bin", "usable.bin"):
+        content = (copied / name).read_bytes()
+        for place in np.random.default_rng(0).integers(len(content), size=40):
+            for bit in (0, 7):
+                changed = bytearray(content)
+                changed[place] ^= 1 << bit
+                (copied / name).write_bytes(changed)
+                with pytest.raises(CacheError):
+                    open_cache(copied, pool).rows(torch.arange(66), torch.device("cpu"))
+        (copied / name).write_bytes(content)
+
+
+def test_a_row_is_verified_when_it_is_read(copied: Path, tower: DualEncoder, pool: Pool) -> None:
+    content = bytearray((copied / "rows.bin").read_bytes())
+    content[44 * (len(content) // 66) + 5] ^= 1
+    cache = open_cache(copied, pool, tower.fingerprint())
+    (copied / "rows.bin").write_bytes(content)
+    for rows in ([3, 40, 4], [0], [22], [43, 21]):
+        assert cache.rows(torch.tensor(rows), torch.device("cpu")).text.shape == (len(rows), 16)
+    with pytest.raises(CacheError, match=r"row 44 of .*rows.bin.*checksum"):
         cache.rows(torch.tensor([1, 44]), torch.device("cpu"))
-    with pytest.raises(CacheError, match="part-000002"):
+    with pytest.raises(CacheError, match=r"row 44 of "):
         _ = cache.embeddings
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_embeddings_stay_on_disk(copied: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(copied, tower.fingerprint(), pool)
-    cache.rows(torch.arange(66), torch.device("cpu"))
-    mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
-    assert all(f"{copied}/part-00000{number}.safetensors" in mapped for number in range(3))
+    blocks = cache.blocks(22)
+    assert [len(next(blocks)[1]) for _ in range(2)] == [22, 22]
+    with pytest.raises(CacheError, match=r"row 44 of "):
+        next(blocks)
 
 
 def test_all_rows_in_any_order_are_those_of_the_whole(written: Path, tower: DualEncoder, pool: Pool) -> None:
-    cache = open_cache(written, tower.fingerprint(), pool)
+    cache = open_cache(written, pool, tower.fingerprint())
     rows = torch.randint(66, (200,), generator=torch.Generator().manual_seed(0))
     found, whole = cache.rows(rows, torch.device("cpu")), cache.embeddings
     for part, all_of_it in ((found.image, whole.image), (found.text, whole.text)):
         torch.testing.assert_close(part, torch.nn.functional.normalize(all_of_it[rows].float(), dim=1))
     assert cache.rows(rows[:0], torch.device("cpu")).image.shape == (0, 16)
-    with pytest.raises(IndexError):
-        cache.rows(torch.tensor([66]), torch.device("cpu"))
+    for row in (66, -1):
+        with pytest.raises(IndexError):
+            cache.rows(torch.tensor([row]), torch.device("cpu"))
+
+
+def test_blocks_are_all_rows_in_order(written: Path, pool: Pool) -> None:
+    cache = open_cache(written, [str(shard) for shard in pool.shards])
+    everything = cache.rows(torch.arange(66), torch.device("cpu"))
+    blocks = list(cache.blocks(20))
+    assert [block for block, _ in blocks] == [range(20), range(20, 40), range(40, 60), range(60, 66)]
+    assert torch.equal(torch.cat([found.image for _, found in blocks]), everything.image)
+    assert torch.equal(torch.cat([found.text for _, found in blocks]), everything.text)
+    assert blocks[0][1].scale == everything.scale
 
 
 def test_bf16_is_recorded_kept_and_not_mixed_with_fp16(tmp_path: Path, tower: DualEncoder, pool: Pool) -> None:
@@ -181,40 +196,31 @@ def test_bf16_is_recorded_kept_and_not_mixed_with_fp16(tmp_path: Path, tower: Du
     assert cache.embeddings.image.dtype == torch.bfloat16
     rows = torch.arange(6, 40)
     exact = write_cache(tower, pool, tmp_path / "exact", settings(pool)).rows(rows, torch.device("cpu"))
-    found = open_cache(tmp_path / "c", tower.fingerprint(), pool).rows(rows, torch.device("cpu"))
+    found = open_cache(tmp_path / "c", pool, tower.fingerprint()).rows(rows, torch.device("cpu"))
     torch.testing.assert_close(found.image, exact.image, atol=4e-3, rtol=0)
     torch.testing.assert_close(found.image.norm(dim=1), torch.ones(34))
-    (tmp_path / "c" / "part-000000.safetensors").unlink()
+    (tmp_path / "c" / "usable.bin").unlink()
     with pytest.raises(CacheError, match="holds bf16, not fp16") as caught:
         write_cache(tower, pool, tmp_path / "c", settings(pool), dtype="fp16")
     assert caught.value.field == "dtype"
     assert write_cache(tower, pool, tmp_path / "c", settings(pool)).embeddings.text.dtype == torch.bfloat16
 
 
-def test_a_cache_of_the_first_format_opens_as_fp16(copied: Path, tower: DualEncoder, pool: Pool) -> None:
-    manifest = json.loads((copied / "cache.json").read_text())
-    del manifest["dtype"]
-    (copied / "cache.json").write_text(json.dumps(manifest | {"format": 1}))
-    assert open_cache(copied, tower.fingerprint(), pool).embeddings.image.dtype == torch.float16
-    (copied / "part-000002.safetensors").unlink()
-    assert len(write_cache(tower, pool, copied, settings(pool)).usable) == 66
-
-
-def test_a_shard_without_samples_has_an_empty_part(tmp_path: Path, tower: DualEncoder) -> None:
+def test_a_shard_without_samples_has_no_rows(tmp_path: Path, tower: DualEncoder) -> None:
     write_pool(tmp_path / "pool", pairs=8)
     write_tar(tmp_path / "pool" / "0000a.tar", [])
     cache = write_cache(tower, Pool([tmp_path / "pool"]), tmp_path / "c", Data(shards=("unused",)))
     assert cache.rows(torch.tensor([3, 4]), torch.device("cpu")).image.norm(dim=1).tolist() == pytest.approx([1, 1])
-    reopened = open_cache(tmp_path / "c", tower.fingerprint(), Pool([tmp_path / "pool"]))
+    reopened = open_cache(tmp_path / "c", Pool([tmp_path / "pool"]), tower.fingerprint())
     assert reopened.rows(torch.arange(8), torch.device("cpu")).text.shape == (8, 16)
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path, tower: DualEncoder, pool: Pool) -> None:
     with pytest.raises(CacheError, match="no embedding cache"):
-        open_cache(tmp_path, tower.fingerprint(), pool)
-    (tmp_path / "cache.json").write_text('{"format": 3}')
+        open_cache(tmp_path, pool, tower.fingerprint())
+    (tmp_path / "cache.json").write_text('{"format": 4}')
     with pytest.raises(CacheError, match="no embedding cache"):
-        open_cache(tmp_path, tower.fingerprint(), pool)
+        open_cache(tmp_path, pool, tower.fingerprint())
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CacheError, match="cannot write"):
         write_cache(tower, pool, tmp_path / "file" / "cache", settings(pool))
@@ -275,7 +281,7 @@ def unit(vector: Any) -> Any:
 def test_stored_embeddings_are_the_augmentations_mean_and_the_first_caption(carrying: Path, tmp_path: Path) -> None:
     pool = Pool([carrying])
     write_stored(STORED, pool, tmp_path / "c", settings(pool))
-    cache = open_cache(tmp_path / "c", stored_fingerprint(STORED), pool)
+    cache = open_cache(tmp_path / "c", pool, stored_fingerprint(STORED))
     found = cache.rows(torch.arange(32), torch.device("cpu"))
     assert (found.scale, found.bias) == (50.0, 0.0)
     torch.testing.assert_close(cache.embeddings.image.float().norm(dim=1), torch.ones(32), atol=2e-3, rtol=0)
@@ -296,7 +302,7 @@ def test_another_reading_of_stored_embeddings_is_refused(carrying: Path, tmp_pat
             write_stored(other, pool, tmp_path / "c", settings(pool))
     moved = STORED.replace(cache=tmp_path / "elsewhere")
     assert stored_fingerprint(moved) == stored_fingerprint(STORED)
-    assert len(open_cache(tmp_path / "c", stored_fingerprint(moved), pool).usable) == 32
+    assert len(open_cache(tmp_path / "c", pool, stored_fingerprint(moved)).usable) == 32
 
 
 ODD: dict[str, bytes | None] = {
