@@ -24,13 +24,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from aced_sdk.config import Data
-from aced_sdk.curation import DrawStatistics
+from aced_sdk.config import Data, Joint
+from aced_sdk.curation import DrawStatistics, Embeddings
 from aced_sdk.data import (
     FullOrder,
     Pool,
@@ -43,6 +44,11 @@ from aced_sdk.data import (
     own_lanes,
 )
 from aced_sdk.data.index import Columns, Identity, beside
+from aced_sdk.engine import Step
+from aced_sdk.reporting import JsonlWriter
+from aced_sdk.training.drawn import Drawn
+from aced_sdk.training.progress import Totals
+from aced_sdk.training.step import Gradient
 from benchmarks.machine import machine
 
 _PER_SHARD = 10_000
@@ -218,6 +224,44 @@ def opened(folder: Path, repeats: int) -> dict[str, Any]:
         )
         + state.nbytes,
     }
+
+
+def logged(repeats: int) -> dict[str, Any]:
+    """Milliseconds to count, describe and log a step with 163,840 candidates, and bytes of its log entries."""
+    dice = torch.Generator().manual_seed(0)
+
+    def embeddings() -> Embeddings:
+        image, text = torch.nn.functional.normalize(torch.randn(2, _BATCH, 256, generator=dice), dim=2)
+        return Embeddings(image, text, 10.0, -10.0)
+
+    student, reference = embeddings(), embeddings()
+    rows = torch.randperm(128_000_000, generator=dice)[:_BATCH]
+    images, tokens = torch.zeros(_BATCH, 1, dtype=torch.uint8), torch.zeros(_BATCH, 1, dtype=torch.int64)
+    super_batch, picked = SuperBatch(images, tokens, rows), torch.randperm(_BATCH, generator=dice)[:32_768]
+    gradient = Gradient(1.0, {"sigmoid": 1.0}, student[picked[:4]])
+    drawn = Drawn(super_batch, picked, super_batch[picked], student, reference, gradient, 0.0)
+    selector = Joint(sub_batch=32_768, super_batch=_BATCH).build()
+    unmarked = SimpleNamespace(knows_noisy=False)
+    parts: Any = SimpleNamespace(pool=unmarked, selector=selector, statistics=DrawStatistics(128_000_000))
+    times: dict[str, list[float]] = {"count": [], "describe": [], "write": []}
+    with tempfile.TemporaryDirectory() as folder, JsonlWriter(Path(folder) / "events.jsonl") as writer:
+        for number in range(repeats):
+            marks = [time.perf_counter()]
+            parts.statistics.update(rows[picked])
+            marks.append(time.perf_counter())
+            events = [
+                drawn.selected(number, parts),
+                drawn.student_step(Step(number, 1.0, 1e-3, 1.0, 1.0), Totals(step=number, trained=1, scored=1)),
+            ]
+            marks.append(time.perf_counter())
+            for event in events:
+                writer(event)
+            marks.append(time.perf_counter())
+            for values, (first, last) in zip(times.values(), pairwise(marks), strict=True):
+                values.append(last - first)
+        size = writer.path.stat().st_size // repeats
+    milliseconds = {name: [round(1e3 * value, 2) for value in values] for name, values in times.items()}
+    return {"candidates": _BATCH, "milliseconds": milliseconds, "log_bytes_per_step": size}
 
 
 class _Numbers:

@@ -18,7 +18,7 @@ from aced_sdk.towers.embeddings import Embeddings
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """The quantiles returned by `Selector.quantiles`."""
 
-_FOR_QUANTILES = 8192  # pairs that they are computed from
+_ALL_SCORED, _FOR_QUANTILES = 4096, 1024  # of more pairs than the first number, so many are scored for quantiles
 
 
 class Selector:
@@ -84,7 +84,7 @@ class Selector:
         """Quantiles of the scores of all candidates and of the picked pairs, for the log.
 
         The score of a pair is its log-weight before the first pick, without the gain: the diagonal of the joint score
-        (JEST, arXiv 2406.17711, section 3). Of more than 8192 pairs, an even sample is scored.
+        (JEST, arXiv 2406.17711, section 3). Of more than 4096 pairs, 1024 are scored.
 
         Args:
             student: as for `select`.
@@ -165,8 +165,8 @@ class JointSelector(IndependentSelector):
 
 
 def _spread(places: Tensor) -> Tensor:
-    """At most `_FOR_QUANTILES` of these places, evenly spread."""
-    if len(places) <= _FOR_QUANTILES:
+    """These places, or `_FOR_QUANTILES` of them, evenly spread."""
+    if len(places) <= _ALL_SCORED:
         return places
     return places[torch.linspace(0, len(places) - 1, _FOR_QUANTILES).long()]
 
