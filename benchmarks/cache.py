@@ -11,6 +11,7 @@ tenth.
 Reading: random rows of a cache of random embeddings, in the page cache as after an epoch, beside the same rows of
 tensors in RAM and beside the pictures of the same pairs, decoded from tars or read from prepared arrays. `read_seconds`
 of a large step is reading and verifying alone; `rows_seconds` also converts to normalised float32 on the device.
+`one_file_per_shard` in the results has the figures of the layout before this one, from its last commit on the same machine.
 Opening: caches whose rows are a hole in the file, so that they need no space; the list of usable pairs is real.
 """
 
@@ -218,6 +219,7 @@ def large_step(cache: EmbeddingCache, pairs: int, written: float, arguments: arg
         "rows_seconds": min(run[0] for run in runs),
         "read_seconds": min(run[1] for run in runs),
         "run_seconds": {"rows": [run[0] for run in runs], "read": [run[1] for run in runs]},
+        "noisy": any(max(times) > 1.1 * min(times) for times in zip(*runs, strict=True)),
         "checksum_gigabytes_per_second": 100 * block.nbytes / min(seconds(check) for _ in range(5)) / 1e9,
         "scan_gigabytes_per_second": layout.size / min(seconds(scan) for _ in range(3)) / 1e9,
         "write_gigabytes_per_second": layout.size / written / 1e9,
