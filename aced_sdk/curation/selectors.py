@@ -18,7 +18,7 @@ from aced_sdk.towers.embeddings import Embeddings
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """The quantiles returned by `Selector.quantiles`."""
 
-_ALL_SCORED, _FOR_QUANTILES = 4096, 1024  # of more pairs than the first number, so many are scored for quantiles
+_ALL_SCORED, _FOR_QUANTILES = 4096, 512  # of more pairs than the first number, so many are scored for quantiles
 
 
 class Selector:
@@ -84,7 +84,7 @@ class Selector:
         """Quantiles of the scores of all candidates and of the picked pairs, for the log.
 
         The score of a pair is its log-weight before the first pick, without the gain: the diagonal of the joint score
-        (JEST, arXiv 2406.17711, section 3). Of more than 4096 pairs, 1024 are scored.
+        (JEST, arXiv 2406.17711, section 3). Of more than 4096 pairs, 512 are scored.
 
         Args:
             student: as for `select`.

@@ -73,8 +73,8 @@ class Drawn:
                 some = of if len(of) <= MAX_LOGGED else of[:: len(of) // _FOR_NOISY]
                 statistics[name] = float(parts.pool.noisy(some.numpy()).mean())
         scores = parts.selector.quantiles(self.student, self.reference, self.picked)
-        candidates = tuple(self.super_batch.rows.tolist())
-        return Selected(number, tuple(rows.tolist()), candidates, statistics, scores, *digests(rows))
+        picked, candidates = (tuple(of.numpy().tolist()) for of in (rows, self.super_batch.rows))
+        return Selected(number, picked, candidates, statistics, scores, *digests(rows))
 
     def suspects(self) -> Tensor:
         """Rows of the pairs with non-finite embeddings; all pairs of the step if there are none."""
