@@ -11,7 +11,7 @@ tenth.
 Reading: random rows of a cache of random embeddings, in the page cache as after an epoch, beside the same rows of
 tensors in RAM and beside the pictures of the same pairs, decoded from tars or read from prepared arrays. `read_seconds`
 of a large step is reading and verifying alone; `rows_seconds` also converts to normalised float32 on the device.
-`one_file_per_shard` in the results has the figures of the layout before this one, from its last commit on the same machine.
+`one_file_per_shard` in the results has figures of the earlier layout, from its last commit on the same machine.
 Opening: caches whose rows are a hole in the file, so that they need no space; the list of usable pairs is real.
 """
 

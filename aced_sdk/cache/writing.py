@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -148,11 +149,11 @@ def write_rows(
         ranks.together(share.find_missing)
         if rounds := _most(ranks, len(share.missing)):
             ranks.in_first(lambda: (directory / USABLE).unlink(missing_ok=True))
-            batches = [batch for shard in share.missing for batch in share.missing[shard]]
+            batches = chain.from_iterable(share.missing.values())
             numbers = (np.arange(batch.start, batch.stop, dtype=np.int64) for batch in batches)
             with closing(read_ahead(read, numbers, threads=1, ahead=_AHEAD)) as ahead:
-                turns = iter([*share.missing, *[None] * (rounds - len(share.missing))])
-                for shard in turns:  # one shard at a time on all ranks, so that a failure ends all soon
+                # One shard at a time on all ranks, so that a failure ends all soon.
+                for shard in [*share.missing, *[None] * (rounds - len(share.missing))]:
                     ranks.together(partial(_named, directory, partial(share.write, shard, ahead, embed)))
         ranks.together(partial(_named, directory, share.save))
         ranks.in_first(partial(_named, directory, share.merge))
