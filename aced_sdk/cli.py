@@ -37,7 +37,7 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="a DistillConfig as YAML")]
 _INTERRUPTED = 130  # typer's exit code after Ctrl-C
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run")]
-_OVER_RANKS = ("cache", "distill", "resume")
+_OVER_RANKS = ("distill", "resume", "cache", "index")  # rank 0 alone runs the other commands
 _LAUNCHED = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set by a launcher
 
 
@@ -111,7 +111,7 @@ def index(
     import aced_sdk
 
     pool = aced_sdk.index(shards, beside, workers)
-    typer.echo(json.dumps({"shards": len(pool.shards), "pairs": len(pool), "fingerprint": pool.fingerprint}))
+    _print({"shards": len(pool.shards), "pairs": len(pool), "fingerprint": pool.fingerprint})
 
 
 @app.command()

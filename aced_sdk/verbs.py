@@ -324,9 +324,9 @@ def cache_embeddings(
         config = model if isinstance(model, Stored) else Frozen(model=fspath(model))
         source = config.build().to(device)
     ranks = Ranks(launch, device)
-    pool = index(data)
-    target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
-    with RunBar("cache embeddings") as bar:
+    with ranks.guarded(), RunBar("cache embeddings") as bar:
+        pool = index(data)
+        target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
         watch = partial(bar.watch, "cache embeddings")
         return source.write(pool, target, data, batch_size, watch, dtype, ranks)
 
@@ -349,15 +349,18 @@ def index(
 
     Raises:
         DataError: if shards are missing or broken, or an index cannot be written beside its shard.
+        EngineError: if another process of the launch fails, or sees other shards.
     """
     data = _pool_config(data)
     launch = read_launch()
     ranks = Ranks(launch, torch.device("cpu"))
-    with RunBar("index the pool") as bar:
+    with ranks.guarded(), RunBar("index the pool") as bar:
         shards = [shard for group in shard_paths(data.shards) for shard in group]
         own, watch = shards[launch.rank :: launch.world_size], partial(bar.watch, "index the pool")
         ranks.together(lambda: open_indexes(own, watch, beside_shards=beside, workers=workers))
-    return Pool(data.shards, caption_lines=data.caption_lines)
+        pool = ranks.together(lambda: Pool(data.shards, caption_lines=data.caption_lines))
+        ranks.agree({"pool": pool.fingerprint}, remedy="let all processes see the same files")
+        return pool
 
 
 def _pool_config(data: Data | str | PathLike[str] | Sequence[str | PathLike[str]]) -> Data:

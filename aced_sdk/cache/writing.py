@@ -147,7 +147,7 @@ def write_rows(
         share = ranks.together(lambda: _Share(directory, pool, ranks, batch_size, progress))
         held.callback(share.close)
         ranks.together(share.find_missing)
-        if rounds := _most(ranks, len(share.missing)):
+        if rounds := int(ranks.max(len(share.missing))):
             ranks.in_first(lambda: (directory / USABLE).unlink(missing_ok=True))
             batches = chain.from_iterable(share.missing.values())
             numbers = (np.arange(batch.start, batch.stop, dtype=np.int64) for batch in batches)
@@ -251,11 +251,6 @@ def check_usable(cache: EmbeddingCache, skipped: Counter[str], data: Data) -> No
     unusable = int((~cache.usable).sum())
     reasons = skipped if skipped.total() == unusable else Counter(unusable=unusable)
     check_skipped(reasons, len(cache.usable), data.max_unusable_fraction)
-
-
-def _most(ranks: Ranks, value: int) -> int:
-    """The largest value of all ranks."""
-    return max(int(ranks.sum(value if rank == ranks.rank else 0)) for rank in range(ranks.world_size))
 
 
 def _named(directory: Path, action: Callable[[], None]) -> None:
