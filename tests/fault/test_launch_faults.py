@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -208,3 +209,31 @@ def test_every_launcher_starts_the_command(root: Path, tmp_path: Path) -> None:
     assert [process.returncode for process in started[-2:]] == [1, 1], tasks
     assert ["UnsupportedError: 2 ranks were launched" in errors for _, errors in tasks] == [True, False], tasks
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_share_the_indexing_of_a_pool(root: Path, tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool", pairs=40, shards=5)
+    environment = os.environ | {"PYTHONPATH": str(root), "ACED_HOME": str(tmp_path / "home")}
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    command = [
+        torchrun,
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "--module",
+        "aced_sdk.cli",
+        "index",
+    ]
+    done = subprocess.run(
+        [*command, "index", str(pool)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS * 2,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(line)["pairs"] == 40
+    assert len(list((tmp_path / "home").rglob("*.index"))) == 5
