@@ -13,7 +13,7 @@ from aced_sdk.cache.embeddings import EmbeddingCache, default_directory, open_ca
 from aced_sdk.cache.parts import Dtype
 from aced_sdk.cache.stored import stored_fingerprint, stored_width, write_stored
 from aced_sdk.cache.writing import write_cache
-from aced_sdk.config import Data, Frozen, Stored
+from aced_sdk.config import Data, Frozen, FrozenConfig, Stored
 from aced_sdk.data import Pool
 from aced_sdk.errors import CacheError, ModelError
 from aced_sdk.towers import DualEncoder, load
@@ -95,7 +95,7 @@ class StoredEmbeddings:
         return write_stored(self.config, pool, directory, data, batch_size, progress, dtype=dtype)
 
 
-def build_frozen(config: Frozen | Stored, field: str) -> FrozenSource:
+def build_frozen(config: FrozenConfig, field: str) -> FrozenSource:
     """Build the source of a config.
 
     Args:

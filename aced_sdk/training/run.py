@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aced_sdk.cache import EmbeddingCache, FrozenSource, build_frozen, open_or_write
+from aced_sdk.cache import EmbeddingCache, FrozenSource, open_or_write
 from aced_sdk.config import DistillConfig
 from aced_sdk.curation import DrawStatistics, Embeddings, Selector
 from aced_sdk.data import Decoding, Pool, Source, SuperBatches, prepare
@@ -23,8 +23,9 @@ from aced_sdk.engine import build_engine, pick_device, read_launch, step_of
 from aced_sdk.engine.events import Warned
 from aced_sdk.errors import ConfigError, DataError, EngineError, UnsupportedError
 from aced_sdk.files import printable
-from aced_sdk.objectives import build_objective
+from aced_sdk.objectives import WeightedLosses
 from aced_sdk.towers import DualEncoder, build, check_size, names_weights, save
+from aced_sdk.training.components import build_losses, build_selector, build_sources
 from aced_sdk.training.events import RunEnded, RunStarted
 from aced_sdk.training.loop import train
 from aced_sdk.training.parts import Parts, Trainee
@@ -65,12 +66,16 @@ class Inputs:
         student: the encoder to train.
         reference: source of the reference's embeddings; None if curation does not use them.
         teachers: sources of the teachers' embeddings, by index.
+        selector: selects sub-batches.
+        objective: computes the loss of a sub-batch.
     """
 
     pool: Pool
     student: DualEncoder
     reference: FrozenSource | None
     teachers: tuple[FrozenSource, ...]
+    selector: Selector
+    objective: WeightedLosses
 
     @property
     def frozen(self) -> list[FrozenSource]:
@@ -88,7 +93,7 @@ def open_inputs(config: DistillConfig, resume_from: Path | None = None) -> Input
 
     Raises:
         UnsupportedError: for several processes or ZeRO stage 3.
-        ConfigError: if the config does not match the student or the pool.
+        ConfigError: if the config does not match the student or the pool, or names a component that cannot be used.
         DataError: if the shards cannot be read, or have changed since the checkpoint.
         ModelError: if a model cannot be loaded.
     """
@@ -112,17 +117,14 @@ def open_inputs(config: DistillConfig, resume_from: Path | None = None) -> Input
     can_accumulate(config, student)
     if config.curation.scoring_side is not None:
         check_size(student, config.curation.scoring_side, field="curation.scoring_size")
-    built: dict[str, FrozenSource] = {}
-    named = [("reference", config.reference)] if config.curation.needs_reference else []
-    for role, frozen in [*named, *(("teacher", teacher) for teacher in config.teachers)]:
-        if frozen is not None and frozen.hash() not in built:  # load a model with two roles once
-            built[frozen.hash()] = build_frozen(frozen, "reference" if frozen == config.reference else role)
-    reference = built[config.reference.hash()] if named and config.reference is not None else None
-    return Inputs(pool, student, reference, tuple(built[teacher.hash()] for teacher in config.teachers))
+    selector = build_selector(config.curation)
+    reference, teachers = build_sources(config)
+    objective = build_losses(config, student, teachers, pool)
+    return Inputs(pool, student, reference, teachers, selector, objective)
 
 
 def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
-    """Build the components of the loop: cached embeddings, source of pairs, selector, objective and engine.
+    """Build the components of the loop: cached embeddings, source of pairs and engine.
 
     Args:
         config: the run.
@@ -148,7 +150,7 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
     else:
         source = Decoding(pool, student.processor, data)
     usable = _usable(config, pool, source, list(caches.values()))
-    selector: Selector = config.curation.build()
+    selector = inputs.selector
     kept = selector.keep(lambda: _rows_of(reference, usable), len(usable))
     rows = usable[kept.numpy()]
     config.check_pool(len(rows))
@@ -160,7 +162,7 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
         selector=selector,
         reference=reference if config.curation.needs_reference and not config.curation.filters_pool else None,
         teachers=tuple(caches[teacher] for teacher in inputs.teachers),
-        objective=build_objective(config.objective),
+        objective=inputs.objective,
         statistics=DrawStatistics(len(pool)),
         pool=pool,
         source=source,
