@@ -120,7 +120,7 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # standard output or a temporary folder
             error = ConfigError("no space is left on the disk that is written to", remedy="free some space")
-        # The ONNX runtime must not import this package. Its errors are not AcedErrors but have the same attributes.
+        # Errors of other packages that add commands have these attributes too.
         if not hasattr(error, "remedy"):
             raise
         typer.echo(f"{type(error).__name__}: {one_line(error, 4000)}", err=True)

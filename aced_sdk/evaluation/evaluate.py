@@ -83,8 +83,8 @@ def evaluate(
 class EvaluateEvery:
     """A callback that evaluates the student every `every` steps and at the end, and passes metrics to other callbacks.
 
-    It comes first, so that the others receive the last metrics before the end of the run. Kinds of your own are tried on
-    their smallest task before the first step, so that a mistake in them does not end the run later.
+    It comes first, so that the others receive the last metrics before the end of the run. Kinds of your own are tried
+    on their smallest task before the first step, so that a mistake in them does not end the run later.
     """
 
     def __init__(self, encoder: DualEncoder, tasks: Sequence[Task], every: int, listeners: Sequence[Callback]) -> None:
