@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from importlib.metadata import entry_points, version
 from io import TextIOWrapper
@@ -39,8 +40,24 @@ def _options(
     _wanted: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="import a module of your own first; it may lie in the working folder; repeatable",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    from aced_sdk.config.base import import_named
+
+    if modules:
+        sys.path.append(os.getcwd())
+    for module in modules or ():
+        try:
+            import_named(module, "name a module in the working folder or an installed one")
+        except ConfigError as error:
+            raise error.under("--import") from None
 
 
 @app.command()

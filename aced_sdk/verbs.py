@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from aced_sdk.cache import EmbeddingCache, FrozenModel, FrozenSource, default_directory
-from aced_sdk.config import Data, DistillConfig, Engine, Frozen, Stored
+from aced_sdk.config import Data, DistillConfig, Engine, Frozen, FrozenConfig
 from aced_sdk.data import Pool
 from aced_sdk.engine import (
     Callback,
@@ -221,7 +221,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def cache_embeddings(
-    model: str | PathLike[str] | DualEncoder | Stored,
+    model: str | PathLike[str] | DualEncoder | FrozenConfig,
     data: Data | str | PathLike[str] | Sequence[str | PathLike[str]],
     directory: str | PathLike[str] | None = None,
     batch_size: int = 256,
@@ -230,8 +230,8 @@ def cache_embeddings(
     """Embed a pool with a frozen model, shard by shard. An interrupted call can be repeated: complete shards are kept.
 
     Args:
-        model: folder or hub name of a dual encoder, the encoder itself (it stays on its device), or `Stored` to read
-            embeddings from the shards.
+        model: folder or hub name of a dual encoder, the encoder itself (it stays on its device), or the config of a
+            frozen source, such as `Stored` to read embeddings from the shards.
         data: the pool's `Data` config, or its shards.
         directory: output folder. Default: a folder in the cache home, named after model and pool.
         batch_size: pictures per forward pass.
@@ -249,7 +249,7 @@ def cache_embeddings(
     if isinstance(model, DualEncoder):
         source = FrozenModel.of(model)
     else:
-        config = model if isinstance(model, Stored) else Frozen(model=fspath(model))
+        config = model if isinstance(model, FrozenConfig) else Frozen(model=fspath(model))
         source = config.build().to(pick_device(Engine(), 0))
     target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
     with RunBar("cache embeddings") as bar:

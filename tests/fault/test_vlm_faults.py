@@ -303,7 +303,7 @@ def test_losses_that_stay_non_finite_stop_the_run_and_leave_the_weights(model: A
     with torch.no_grad():
         llava.lm_head.weight[5] = float("inf")
     before = llava.model.multi_modal_projector.linear_1.weight.clone()
-    with pytest.raises(EngineError, match=r"4 steps in a row were not finite.*field: stages\.0\.learning_rate"):
+    with pytest.raises(EngineError, match=r"nothing was trained: all 4 steps of stage 0 .*non-finite"):
         vlm.tune(*model, samples(), config(align=9), directory=tmp_path)
     assert torch.equal(llava.model.multi_modal_projector.linear_1.weight, before)
 
