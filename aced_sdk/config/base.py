@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
@@ -163,6 +164,11 @@ class Component(Config):
         if not isinstance(found, type):
             cause = f"the target '{one_line(target, 200)}' of {kind} is not a class"
             raise ConfigError(cause, remedy="name the class that is built from the config")
+        try:
+            signature(found).bind(self)
+        except TypeError as error:
+            cause = f"the target '{one_line(target, 200)}' cannot be built from {kind} alone: {error}"
+            raise ConfigError(cause, remedy="give it one argument, the config") from None
         return found(self)
 
 
