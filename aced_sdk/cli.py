@@ -45,7 +45,7 @@ def _options(
         typer.Option(
             "--import",
             metavar="MODULE",
-            help="import a module of your own first; it may lie in the working folder; repeatable",
+            help="import a module of your own first; from the working folder or installed; repeatable",
         ),
     ] = None,
 ) -> None:

@@ -231,7 +231,7 @@ def cache_embeddings(
 
     Args:
         model: folder or hub name of a dual encoder, the encoder itself (it stays on its device), or the config of a
-            frozen source, such as `Stored` to read embeddings from the shards.
+            frozen source. `Stored` reads embeddings from the shards.
         data: the pool's `Data` config, or its shards.
         directory: output folder. Default: a folder in the cache home, named after model and pool.
         batch_size: pictures per forward pass.
