@@ -52,8 +52,24 @@ def _options(
     _wanted: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="import a module of your own first; from the working folder or installed; repeatable",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    from aced_sdk.config.base import import_named
+
+    if modules:
+        sys.path.append(os.getcwd())
+    for module in modules or ():
+        try:
+            import_named(module, "name a module in the working folder or an installed one")
+        except ConfigError as error:
+            raise error.under("--import") from None
 
 
 class Resume(StrEnum):
@@ -183,7 +199,8 @@ def _run_over_ranks(launch: Launch) -> None:
         raise
     with ranks.guarded(_report):
         ranks.agree_on_versions()
-        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        words = zip(sys.argv, sys.argv[1:], strict=False)  # each word with the one before it
+        command = next((word for before, word in words if not word.startswith("-") and before != "--import"), "")
         if command in _OVER_RANKS:
             _run()
         else:
@@ -225,7 +242,7 @@ def _report(error: BaseException) -> None:
     """Print an error: one line if the user can fix it, else the traceback."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # standard output or a temporary folder
         error = ConfigError("no space is left on the disk that is written to", remedy="free some space")
-    # The ONNX runtime must not import this package. Its errors are not AcedErrors but have the same attributes.
+    # Errors of other packages that add commands have these attributes too.
     if hasattr(error, "remedy"):
         typer.echo(f"{type(error).__name__}: {one_line(error, 4000)}", err=True)
     elif isinstance(error, Exception):

@@ -51,6 +51,13 @@ class ConfigError(AcedError, ValueError):
 
     mistakes: tuple[ConfigError, ...] = ()
 
+    def under(self, *place: str) -> ConfigError:
+        """Return this error of a nested config, with the field's name in the outer one."""
+        field = ".".join([*place, self.field] if self.field else place) or None
+        error = ConfigError(self.cause, remedy=self.remedy, field=field)
+        error.mistakes = tuple(mistake.under(*place) for mistake in self.mistakes)
+        return error
+
 
 class DataError(AcedError):
     """Data is missing, has too many unusable pairs, or does not match the config."""

@@ -29,7 +29,6 @@ from typing import Any, Literal, TypedDict, Unpack
 from pydantic import field_validator
 
 from aced_sdk.config import (
-    Cached,
     Contrastive,
     Curation,
     Data,
@@ -38,6 +37,7 @@ from aced_sdk.config import (
     Engine,
     Evaluation,
     Frozen,
+    FrozenConfig,
     Iid,
     Independent,
     Joint,
@@ -45,7 +45,6 @@ from aced_sdk.config import (
     Optimizer,
     Schedule,
     StaticFilter,
-    Stored,
     Student,
 )
 from aced_sdk.errors import ConfigError
@@ -109,8 +108,8 @@ class Options(TypedDict, total=False):
     examples: int  # trained examples of the run; steps = examples // b
     student: Student
     data: Data
-    reference: Frozen | Stored | Cached | None
-    teacher: Frozen | Stored | Cached | tuple[Frozen | Stored | Cached, ...] | None
+    reference: FrozenConfig | None
+    teacher: FrozenConfig | tuple[FrozenConfig, ...] | None
     curation: Curation
     objective: Objective
     optimizer: Optimizer

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from aced_sdk.cache import EmbeddingCache, FrozenModel, FrozenSource, default_directory
-from aced_sdk.config import Data, DistillConfig, Engine, Frozen, Stored
+from aced_sdk.config import Data, DistillConfig, Engine, Frozen, FrozenConfig
 from aced_sdk.config.base import unknown
 from aced_sdk.data import Pool, open_indexes
 from aced_sdk.data.shards import shard_paths
@@ -291,7 +291,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def cache_embeddings(
-    model: str | PathLike[str] | DualEncoder | Stored,
+    model: str | PathLike[str] | DualEncoder | FrozenConfig,
     data: Data | str | PathLike[str] | Sequence[str | PathLike[str]],
     directory: str | PathLike[str] | None = None,
     batch_size: int = 256,
@@ -303,8 +303,8 @@ def cache_embeddings(
     device.
 
     Args:
-        model: folder or hub name of a dual encoder, the encoder itself (it stays on its device), or `Stored` to read
-            embeddings from the shards.
+        model: folder or hub name of a dual encoder, the encoder itself (it stays on its device), or the config of a
+            frozen source. `Stored` reads embeddings from the shards.
         data: the pool's `Data` config, or its shards.
         directory: output folder. Default: a folder in the cache home, named after model and pool.
         batch_size: pictures per forward pass.
@@ -321,7 +321,7 @@ def cache_embeddings(
     if isinstance(model, DualEncoder):
         device, source = next(model.parameters()).device, FrozenModel.of(model)
     else:
-        config = model if isinstance(model, Stored) else Frozen(model=fspath(model))
+        config = model if isinstance(model, FrozenConfig) else Frozen(model=fspath(model))
         source = config.build().to(device)
     ranks = Ranks(launch, device)
     with ranks.guarded(), RunBar("cache embeddings") as bar:

@@ -94,7 +94,7 @@ def _export(
         Path | None, typer.Option(help="check this ONNX folder again instead; with STUDENT also against torch")
     ] = None,
 ) -> None:
-    """Export a student: ONNX with verified parity, or a folder of transformers or timm; or the eyes of its VLM."""
+    """Export a student: ONNX with verified parity, a folder of transformers or timm, or the vision tower of its VLM."""
     given = {
         name
         for name in context.params
@@ -124,10 +124,10 @@ def _export(
         from export.onnx.vlm_vision import vlm_vision_to_onnx
 
         wanted: Any = [p.value for p in precision or [PrecisionName.fp32]]
-        eyes = vlm_vision_to_onnx(
+        tower = vlm_vision_to_onnx(
             student, directory, precisions=wanted, calibration=_files(calibration), opset=opset, **limit
         )
-        for graph in eyes.graphs:
+        for graph in tower.graphs:
             typer.echo(f"{graph.precision:8}{graph.bytes / 1e6:8.1f} MB  max abs {graph.max_abs:.1e}")
     else:
         from aced_sdk.files import read_text

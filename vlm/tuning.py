@@ -276,7 +276,7 @@ def _train_stage(run: _Run, number: int, stage: Align | Adapt, model: PreTrained
     if run.log is not None and done < stage.steps:
         run.log.truncate_after(run.step)  # events after the checkpoint are logged again
     run.emit(StageStarted(run.step, number, stage.stage, run.parameters[-1], len(run.rows), done))
-    tuning = _Tuning(run, number, stage, engine, folder, start, run.step - done)
+    tuning = _Tuning(run, number, stage, engine, folder, start, run.step - done, trained=done > 0)
     take_steps(tuning, engine, schedule, stage.learning_rate, config.engine, done, stop)
     run.step = tuning.before + stage.steps
     engine.release()
@@ -295,6 +295,7 @@ class _Tuning:
         folder: Path,
         start: Mapping[str, str],
         before: int,
+        trained: bool,
     ) -> None:
         self.run = run
         self.number = number
@@ -303,6 +304,7 @@ class _Tuning:
         self.folder = folder
         self.start = start
         self.before = before  # steps of earlier stages
+        self.trained = trained  # whether a step of this stage was taken, in an earlier call too
         self.losses: list[float] = []
         self.batches = Batches(run.rows, stage.batch_size, f"{run.config.seed} {number}")
 
@@ -316,6 +318,7 @@ class _Tuning:
         run.samples += sum(row.samples for row in self.chosen)
         run.tokens += sum(len(row.ids) for row in self.chosen)
         self.losses.append(step.loss)
+        self.trained = True
         run.emit(
             StepDone(
                 step=self.before + step.number,
@@ -332,6 +335,8 @@ class _Tuning:
     def skipped(self, step: Step, in_a_row: int) -> None:
         reason = f"the gradient norm is {step.gradient_norm}, the loss {step.loss}"
         self.run.emit(StepSkipped(self.before + step.number, reason, in_a_row))
+        if step.number == self.stage.steps and not self.trained:
+            raise self._untrained(step)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.folder, {"stage": self.number}, check=partial(check_saved, start=self.start))
@@ -339,7 +344,17 @@ class _Tuning:
     def saved(self, number: int, folder: Path) -> None:
         self.run.emit(CheckpointSaved(self.before + number, str(folder)))
 
+    def _untrained(self, step: Step) -> EngineError:
+        return EngineError(
+            f"nothing was trained: all {step.number} steps of stage {self.number} so far were skipped because of a "
+            "non-finite loss or gradient",
+            remedy="check the pictures and the model's weights, or use engine.precision='fp32'",
+            field=f"stages.{self.number}",
+        )
+
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
+        if not self.trained:
+            return self._untrained(step)
         return EngineError(
             f"{in_a_row} steps in a row were not finite, the last is number {step.number} of stage {self.number}",
             remedy="lower the learning rate, or use engine.precision='fp32'",

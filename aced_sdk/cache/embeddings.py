@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aced_sdk.cache.manifest import CacheManifest, Shards, as_pool, bound_shards, check_binding, read_manifest
+from aced_sdk.cache.manifest import FORMAT, CacheManifest, Shards, as_pool, bound_shards, check_binding, read_manifest
 from aced_sdk.cache.rows import AGAIN, Layout, RowReader, Words
 from aced_sdk.data import Pool
 from aced_sdk.errors import CacheError
@@ -120,7 +120,8 @@ class EmbeddingCache:
 
 def default_directory(fingerprint: str, pool: Pool) -> Path:
     """Default folder for the embeddings of a pool, in the cache home."""
-    return home() / "embeddings" / f"{fingerprint.rpartition(':')[2][:12]}-{pool.fingerprint[:12]}"
+    model = hashlib.sha256(f"{FORMAT} {fingerprint}".encode()).hexdigest()
+    return home() / "embeddings" / f"{model[:12]}-{pool.fingerprint[:12]}"
 
 
 def open_cache(directory: str | os.PathLike[str], pool: Pool | Shards, model: str | None = None) -> EmbeddingCache:

@@ -14,7 +14,7 @@ from aced_sdk.cache.embeddings import EmbeddingCache, default_directory, open_ca
 from aced_sdk.cache.manifest import Dtype, read_manifest
 from aced_sdk.cache.stored import stored_fingerprint, stored_width, write_stored
 from aced_sdk.cache.writing import write_cache
-from aced_sdk.config import Cached, Data, Frozen, Stored
+from aced_sdk.config import Cached, Data, Frozen, FrozenConfig, Stored
 from aced_sdk.data import Pool
 from aced_sdk.engine import Ranks
 from aced_sdk.errors import CacheError, ModelError
@@ -154,7 +154,7 @@ class CachedEmbeddings:
         return open_cache(directory, pool, self.fingerprint)
 
 
-def build_frozen(config: Frozen | Stored | Cached, field: str) -> FrozenSource:
+def build_frozen(config: FrozenConfig, field: str) -> FrozenSource:
     """Build the source of a config.
 
     Args:

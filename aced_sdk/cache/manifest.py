@@ -23,7 +23,7 @@ Dtype = Literal["fp16", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MANIFEST = "cache.json"
 MAX_SCALE = 1e6
-_FORMAT = 3
+FORMAT = 3
 _MAX_MANIFEST = 32 * MIB  # of 300,000 shards
 _SHORT = 19  # "stored:" and twelve digits, or enough of a model's
 Shards = str | PathLike[str] | Sequence[str | PathLike[str]]
@@ -58,7 +58,7 @@ def read_manifest(directory: Path) -> CacheManifest:
     """
     try:
         found: Any = read_json(inside(directory, MANIFEST), _MAX_MANIFEST)
-        if isinstance(found, dict) and found.get("format") in range(1, _FORMAT):
+        if isinstance(found, dict) and found.get("format") in range(1, FORMAT):
             raise CacheError(
                 f"the cache {printable(directory)} has an older format with one file per shard",
                 remedy="delete the folder and write the cache again",

@@ -7,11 +7,12 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator, model_validator
@@ -46,6 +47,7 @@ def _named(value: Any) -> Any:
     return value
 
 
+_C = TypeVar("_C", bound="Config")
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_named)]
 
 
@@ -161,26 +163,122 @@ class Component(Config):
     target: ClassVar[str]
 
     def build(self) -> Any:
-        """Return an instance of the class `target`, built from this config."""
-        return named(self.target)(self)
+        """Return an instance of the class `target`, built from this config.
+
+        Raises:
+            ConfigError: if there is no such class.
+        """
+        kind, target = type(self).__name__, getattr(self, "target", None)
+        if target is None:
+            remedy = 'add `target: ClassVar[str] = "module:Class"`'
+            raise ConfigError(f"the config {kind} has no target to build", remedy=remedy)
+        found = named(target)
+        if not isinstance(found, type):
+            cause = f"the target '{one_line(target, 200)}' of {kind} is not a class"
+            raise ConfigError(cause, remedy="name the class that is built from the config")
+        try:
+            signature(found).bind(self)
+        except TypeError as error:
+            cause = f"the target '{one_line(target, 200)}' cannot be built from {kind} alone: {error}"
+            raise ConfigError(cause, remedy="give it one argument, the config") from None
+        return found(self)
 
 
 def named(target: str) -> Any:
-    """Import and return the object named `module:name`."""
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
+    """Import and return the object named `module:name`.
+
+    Raises:
+        ConfigError: if the target has another form, or the module or the name is missing.
+    """
+    module, colon, name = target.partition(":") if isinstance(target, str) else ("", "", "")
+    if not (module and colon and name):
+        raise ConfigError(f"the target {shown(target)} is not 'module:name'", remedy="write 'module:name'")
+    found = import_named(module, f"correct the target '{one_line(target, 200)}'")
+    if not hasattr(found, name):
+        cause = f"the module '{one_line(module, 200)}' has no '{one_line(name, 200)}'"
+        raise ConfigError(cause, remedy=f"correct the target '{one_line(target, 200)}'")
+    return getattr(found, name)
 
 
-def unknown(what: str, value: object, known: Iterable[str], field: str) -> ConfigError:
-    """Return the error for an unknown name. It suggests a similar name, or lists the known ones."""
+def import_named(module: str, remedy: str) -> Any:
+    """Import a module. Errors of its own code are raised unchanged.
+
+    Raises:
+        ConfigError: if there is no such module.
+    """
+    try:
+        return import_module(module)
+    except (ModuleNotFoundError, TypeError, ValueError) as error:  # the last two: of names such as `.a` and ``
+        missing = getattr(error, "name", None) or module
+        if module != missing and not module.startswith(f"{missing}."):
+            raise
+        raise ConfigError(f"there is no module '{one_line(missing, 200)}'", remedy=remedy) from None
+
+
+IMPORT_HINT = "if it is your own, import its module first (`aced --import MODULE`)"
+
+
+def register(kind: type[Config], field: str, known: dict[str, Any]) -> None:
+    """Register a config class by its own value of `field`, the name that YAML uses.
+
+    A class without a value of its own is not registered. Defining the same class again replaces it.
+
+    Raises:
+        ConfigError: if another class has that name.
+    """
+    name = kind.model_fields[field].default
+    inherited = {base.model_fields[field].default for base in kind.__bases__ if hasattr(base, "model_fields")}
+    if not name or name in inherited:
+        return
+    other = known.get(name)
+    if other is not None and _path(other) != _path(kind):
+        cause = f"{kind.__name__} has the {field} '{name}' of {other.__module__}.{other.__qualname__}"
+        raise ConfigError(cause, remedy=f"give {kind.__name__} another {field}", field=field)
+    known[name] = kind
+
+
+def check_registered(value: Config, field: str, known: Mapping[str, Any]) -> None:
+    """Refuse a config that YAML would read back as another class.
+
+    Raises:
+        ConfigError: if its class is not registered under its name.
+    """
+    kind, name = type(value), getattr(value, field)
+    if name in known and _path(known[name]) == _path(kind):
+        return
+    text = kind.__name__.lower()
+    raise ConfigError(
+        f"{kind.__name__} has no {field} of its own, so that YAML cannot name it",
+        remedy=f'add `{field}: Literal["{text}"] = "{text}"` to the class',
+        field=field,
+    )
+
+
+def built(kind: type[_C], values: Mapping[Any, Any]) -> _C:
+    """Build a config from a mapping of fields.
+
+    Raises:
+        ConfigError: if a key is not a text, or as `kind`.
+    """
+    return kind(**_named(dict(values)))
+
+
+def _path(kind: type[Any]) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
+
+
+def unknown(what: str, value: object, known: Iterable[str], field: str, more: str = "") -> ConfigError:
+    """Return the error for an unknown name. It suggests a similar name, or lists the known ones; `more` is added."""
     names = list(known)
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
     hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(names)}"
+    if more:
+        hint += f" {more[0].upper()}{more[1:]}" if near else f"; {more}"
     return ConfigError(f"unknown {what} '{one_line(value, 80)}'", remedy=hint, field=field)
 
 
 # Pydantic adds the members of unions to the path of a field.
-_NO_PLACES = re.compile(r"Frozen|Stored|Cached|tuple\[.*|dict\[.*|str")
+_NO_PLACES = re.compile(r"tuple\[.*|dict\[.*|str")
 
 
 def _readable(error: ValidationError, kind: type[BaseModel]) -> ConfigError:
@@ -212,12 +310,7 @@ def _mistakes(found: dict[str, Any], kind: type[BaseModel]) -> list[ConfigError]
     place = [str(part) for part in found["loc"] if not _NO_PLACES.fullmatch(str(part))]
     inner = found.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
-        return [
-            ConfigError(
-                one.cause, remedy=one.remedy, field=".".join([*place, one.field] if one.field else place) or None
-            )
-            for one in (inner.mistakes or (inner,))
-        ]
+        return [one.under(*place) for one in (inner.mistakes or (inner,))]
     return [_mistake(found, place, kind)]
 
 
@@ -238,14 +331,14 @@ def _mistake(found: dict[str, Any], place: list[str], kind: type[BaseModel]) -> 
         known = re.findall(r"'([^']*)'", found["ctx"]["expected_tags"])
         return unknown(name, found["ctx"]["tag"], known, f"{field}.{name}")
     if found["type"] in ("model_type", "model_attributes_type"):
-        cause = f"'{field}' takes a mapping of fields (got {_shown(found.get('input'))})"
+        cause = f"'{field}' takes a mapping of fields (got {shown(found.get('input'))})"
         names = sorted(_fields(kind, place))
         return ConfigError(cause, remedy=f"its fields are {', '.join(names)}", field=field)
-    cause = f"{printable(found['msg'])} (got {_shown(found.get('input'))})"
+    cause = f"{printable(found['msg'])} (got {shown(found.get('input'))})"
     return ConfigError(cause, remedy=f"correct '{field}' in {kind.__name__}", field=field)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     try:
         return f"{value:.6g}" if isinstance(value, float) else printable(repr(value), 80)
     except ValueError:  # Python refuses to format integers of thousands of digits

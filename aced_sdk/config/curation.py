@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from aced_sdk.config.base import Component, unknown
+from aced_sdk.config.base import IMPORT_HINT, Component, built, check_registered, register, unknown
 from aced_sdk.errors import ConfigError
 
 Score = Literal["learnability", "easy_reference", "hard_learner"]
@@ -22,7 +22,8 @@ class Curation(Component):
     """Base class of the curation configs.
 
     Subclasses set `method`, the name used in YAML, and `target`, the class of the selector
-    (`aced_sdk.curation.Selector`). A subclass outside this package is registered when its module is imported.
+    (`aced_sdk.curation.Selector`). A subclass outside this package is registered when its module is imported. Its
+    method must be its own.
     """
 
     methods: ClassVar[dict[str, type[Curation]]] = {}
@@ -68,8 +69,17 @@ class Curation(Component):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if name := cls.model_fields["method"].default:
-            Curation.methods[name] = cls
+        register(cls, "method", Curation.methods)
+
+    @model_validator(mode="after")
+    def _enough_candidates(self) -> Self:
+        if self.candidates < self.sub_batch:
+            raise ConfigError(
+                f"the sub-batch of {self.sub_batch} cannot be selected from {self.candidates} candidates",
+                remedy=f"draw at least {self.sub_batch} candidates, or make sub_batch smaller",
+                field="super_batch" if "super_batch" in type(self).model_fields else "sub_batch",
+            )
+        return self
 
 
 class Iid(Curation):
@@ -208,18 +218,20 @@ def _of_method(value: Any) -> Any:
     """Build the curation config named by `method` in a mapping.
 
     Raises:
-        ConfigError: if the method is missing or unknown.
+        ConfigError: if the method is missing or unknown, or the config's class is not registered.
     """
-    if isinstance(value, Curation) and not value.method:
-        raise ConfigError("the base class selects nothing", remedy="use one of its subclasses, such as Iid()")
+    if isinstance(value, Curation):
+        if type(value) is Curation:
+            raise ConfigError("the base class selects nothing", remedy="use one of its subclasses, such as Iid()")
+        check_registered(value, "method", Curation.methods)
     if not isinstance(value, Mapping):
         return value
     if "method" not in value:
         raise ConfigError("'method' is missing", remedy=f"use one of {', '.join(Curation.methods)}", field="method")
     method = str(value["method"])
     if method not in Curation.methods:
-        raise unknown("method", method, Curation.methods, "method")
-    return Curation.methods[method](**value)
+        raise unknown("method", method, Curation.methods, "method", IMPORT_HINT)
+    return built(Curation.methods[method], value)
 
 
 AnyCuration = Annotated[SerializeAsAny[Curation], BeforeValidator(_of_method)]

@@ -3,15 +3,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, ValidationInfo, model_validator
 
-from aced_sdk.config.base import Component, Config, JsonObject
+from aced_sdk.config.base import (
+    IMPORT_HINT,
+    Component,
+    Config,
+    JsonObject,
+    built,
+    check_registered,
+    register,
+    shown,
+    unknown,
+)
 from aced_sdk.config.curation import LossForm
 from aced_sdk.errors import ConfigError
+from aced_sdk.files import one_line
 
 CaptionLines = Literal["join", "first"]
 
@@ -46,20 +58,47 @@ class Student(Config):
     )
 
 
-class Frozen(Component):
+class FrozenConfig(Component):
+    """Base class of the configs of frozen sources, which are used as reference or teacher.
+
+    Subclasses set `kind`, the name used in YAML, and `target`, a class with the interface of
+    `aced_sdk.cache.FrozenSource`. A subclass outside this package is registered when its module is imported. Its kind
+    must be its own.
+    """
+
+    kinds: ClassVar[dict[str, type[FrozenConfig]]] = {}
+
+    kind: str = ""
+
+    @model_validator(mode="after")
+    def _own_kind(self) -> Self:
+        if self.kind != (own := type(self).model_fields["kind"].default):
+            cause = f"{type(self).__name__} is of kind '{own}', not '{one_line(self.kind, 80)}'"
+            raise ConfigError(cause, remedy="leave kind out", field="kind")
+        return self
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        register(cls, "kind", FrozenConfig.kinds)
+
+
+class Frozen(FrozenConfig):
     """A frozen dual encoder, used as reference or teacher through its cached embeddings."""
 
     target: ClassVar[str] = "aced_sdk.cache.frozen:FrozenModel"
 
+    kind: str = "frozen"
     model: str = Field(description="folder of a dual encoder, or an open_clip name such as `hf-hub:ORG/REPO`")
     cache: Path | None = Field(None, description="folder of its embedding cache; default: in the cache home")
 
 
-class Stored(Component):
+class Stored(FrozenConfig):
     """Embeddings stored in the shards (`KEY.npz`), as in DataCompDR. No model is loaded."""
 
     target: ClassVar[str] = "aced_sdk.cache.frozen:StoredEmbeddings"
 
+    kind: str = "stored"
     scale: float = Field(gt=0, description="scale on cosine similarities (not its logarithm)")
     bias: float = Field(0.0, description="bias of a sigmoid-trained model; 0 for a softmax-trained model")
     trained_with: LossForm | None = Field(
@@ -73,13 +112,61 @@ class Stored(Component):
     cache: Path | None = Field(None, description="folder of the embedding cache; default: in the cache home")
 
 
-class Cached(Component):
+class Cached(FrozenConfig):
     """Embeddings of an encoder of your own, written with `aced_sdk.cache.CacheWriter`. No model is loaded."""
 
     target: ClassVar[str] = "aced_sdk.cache.frozen:CachedEmbeddings"
 
+    kind: str = "cached"
     directory: Path = Field(description="folder of the embedding cache; it must be complete and of the same shards")
     model: str | None = Field(None, description="required name of the model; None: any")
+
+
+_WITHOUT_KIND: tuple[type[FrozenConfig], ...] = (
+    Frozen,
+    Stored,
+    Cached,
+)  # a mapping without a kind is read as one of these
+
+
+def _of_kind(value: Any, info: ValidationInfo) -> FrozenConfig:
+    """Build the config of a frozen source from a mapping: by its `kind`, or by its fields if it has none.
+
+    Raises:
+        ConfigError: if the kind is unknown, or the config's class is not registered.
+    """
+    if isinstance(value, FrozenConfig):
+        check_registered(value, "kind", FrozenConfig.kinds)
+        return value
+    if not isinstance(value, Mapping):
+        cause = f"'{info.field_name}' takes a mapping of fields (got {shown(value)})"
+        raise ConfigError(cause, remedy="write `model: FOLDER`, or a `kind` with its fields")
+    if "kind" not in value:
+        return built(max(_WITHOUT_KIND, key=lambda kind: len(value.keys() & kind.model_fields.keys())), value)
+    kind = value["kind"] if isinstance(value["kind"], str) else ""
+    if kind not in FrozenConfig.kinds:
+        raise unknown("kind of frozen source", value["kind"], FrozenConfig.kinds, "kind", IMPORT_HINT)
+    return built(FrozenConfig.kinds[kind], value)
+
+
+def _of_kinds(value: Any, info: ValidationInfo) -> FrozenConfig | tuple[FrozenConfig, ...]:
+    """As `_of_kind`, for one source or several."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return _of_kind(value, info)
+    sources = []
+    for place, one in enumerate(value):
+        try:
+            sources.append(_of_kind(one, info))
+        except ConfigError as error:
+            raise error.under(str(place)) from None
+    return tuple(sources)
+
+
+_Source = SerializeAsAny[FrozenConfig]
+AnyFrozen = Annotated[_Source, BeforeValidator(_of_kind)]
+"""Type of a field for a frozen source of any kind."""
+SeveralFrozen = Annotated[_Source | tuple[_Source, ...], BeforeValidator(_of_kinds)]
+"""Type of a field for one frozen source of any kind, or several."""
 
 
 class Data(Config):

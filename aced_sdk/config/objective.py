@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from aced_sdk.config.base import Config, unknown
+from aced_sdk.config.base import IMPORT_HINT, Config, shown, unknown
 from aced_sdk.config.curation import LossForm
 from aced_sdk.errors import ConfigError
 
@@ -77,9 +77,16 @@ class Distillation(Config):
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.loss not in DISTILLATION_LOSSES:
-            raise unknown("distillation loss", self.loss, DISTILLATION_LOSSES, "loss")
+            raise unknown("distillation loss", self.loss, DISTILLATION_LOSSES, "loss", IMPORT_HINT)
+        kind = DISTILLATION_LOSSES[self.loss]
+        if not isinstance(kind, LossKind) or not set(kind.settings) <= set(_ALL):
+            raise ConfigError(
+                f"the distillation loss '{self.loss}' is registered as {shown(kind)}",
+                remedy=f"register LossKind('module:name', settings), with settings of {', '.join(_ALL)}",
+                field="loss",
+            )
         for name in _ALL:
-            if getattr(self, name) is not None and name not in DISTILLATION_LOSSES[self.loss].settings:
+            if getattr(self, name) is not None and name not in kind.settings:
                 raise ConfigError(
                     f"the distillation loss '{self.loss}' has no {name}", remedy=f"leave {name} out", field=name
                 )

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from aced_sdk.config.base import Config
 from aced_sdk.config.curation import AnyCuration, Iid
 from aced_sdk.config.engine import Engine, Optimizer, Schedule
-from aced_sdk.config.models import Cached, Data, Frozen, Stored, Student
+from aced_sdk.config.models import AnyFrozen, Data, FrozenConfig, SeveralFrozen, Student
 from aced_sdk.config.objective import Objective
 from aced_sdk.errors import ConfigError
 
@@ -38,8 +38,8 @@ class DistillConfig(Config):
 
     student: Student
     data: Data
-    reference: Frozen | Stored | Cached | None = None
-    teacher: Frozen | Stored | Cached | tuple[Frozen | Stored | Cached, ...] | None = Field(
+    reference: AnyFrozen | None = None
+    teacher: SeveralFrozen | None = Field(
         None, description="one teacher, or several that terms refer to by index; None: the reference is the teacher"
     )
     curation: AnyCuration = Iid()
@@ -106,7 +106,7 @@ class DistillConfig(Config):
         return None
 
     @property
-    def teachers(self) -> tuple[Frozen | Stored | Cached, ...]:
+    def teachers(self) -> tuple[FrozenConfig, ...]:
         """The teachers by index; the reference if none is set; () without distillation."""
         if not self.objective.needs_teacher:
             return ()

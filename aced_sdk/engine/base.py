@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -34,7 +35,10 @@ class TrainingEngine(Protocol):
         """Run the module with gradient, in the engine's precision."""
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Add the gradient of `loss`, averaged over ranks; set `last` in the last call before `step`."""
+        """Add the gradient of `loss`, averaged over ranks; set `last` in the last call before `step`.
+
+        The gradient of a non-finite loss is not finite, so that `step` skips it on all ranks.
+        """
 
     def step(self, learning_rate: float) -> float:
         """Clip gradients, update the weights, clear gradients; return the gradient norm before clipping.
@@ -116,6 +120,14 @@ def pick_device(config: Engine, local_rank: int) -> torch.device:
         )
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def marked(loss: Tensor) -> Tensor:
+    """Return a loss whose gradient is NaN if it is not finite itself; else the same loss. No device is synchronised.
+
+    A loss can overflow where its gradient is finite, such as exp of a constant that is added to it.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss.dtype)
 
 
 @contextmanager

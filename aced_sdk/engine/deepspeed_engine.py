@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
-from aced_sdk.engine.base import adamw, pick_device, precision, set_learning_rate
+from aced_sdk.engine.base import adamw, marked, pick_device, precision, set_learning_rate
 from aced_sdk.engine.launch import Launch
 from aced_sdk.engine.ranks import Ranks, join
 from aced_sdk.engine.state import load_weights, optimizer_state, read_state, trainable_state
@@ -93,7 +93,7 @@ class DeepSpeed:
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(is_boundary=last)
-        self._engine.backward(loss)
+        self._engine.backward(marked(loss))
 
     def step(self, learning_rate: float) -> float:
         norm = None

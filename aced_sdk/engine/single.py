@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aced_sdk.config import Engine as EngineConfig
 from aced_sdk.config import Optimizer as OptimizerConfig
-from aced_sdk.engine.base import adamw, pick_device, precision, set_learning_rate
+from aced_sdk.engine.base import adamw, marked, pick_device, precision, set_learning_rate
 from aced_sdk.engine.launch import Launch
 from aced_sdk.engine.ranks import Ranks
 from aced_sdk.engine.state import load_weights, optimizer_state, trainable_state
@@ -40,7 +40,7 @@ class SingleProcess:
             return self.module(*inputs)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        marked(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, learning_rate: float) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

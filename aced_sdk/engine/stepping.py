@@ -26,7 +26,8 @@ class Learned:
 
     Attributes:
         loss: the total loss, the same on all ranks.
-        has_gradient: whether the engine has a gradient. If not, the step is skipped.
+        has_gradient: whether the engine has a gradient. If not, the step is skipped. The gradient of a non-finite
+            loss is not finite either (`TrainingEngine.backward`).
     """
 
     loss: float

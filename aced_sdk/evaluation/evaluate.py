@@ -12,7 +12,7 @@ from typing import Any
 
 from aced_sdk.engine.events import Callback, Event
 from aced_sdk.errors import EvaluationError
-from aced_sdk.evaluation.kinds import Task, run_task
+from aced_sdk.evaluation.kinds import Task, first_of_own_kinds, main_metric, run_task
 from aced_sdk.evaluation.stable_eval import expand_names, group_of
 from aced_sdk.evaluation.tasks import load_task
 from aced_sdk.towers import DualEncoder, load
@@ -25,40 +25,28 @@ class EvaluationReport:
 
     Attributes:
         tasks: task to metric to value.
+        skipped: unusable samples by task and reason.
         main: the metric of each task that enters means: top-1 accuracy, for retrieval the mean of both recalls at 1,
             for several classes per picture the mean average precision.
-        skipped: unusable samples by task and reason.
     """
 
     tasks: dict[str, dict[str, float]]
     skipped: dict[str, dict[str, int]]
-
-    @property
-    def main(self) -> dict[str, float]:
-        return {name: main_metric(metrics) for name, metrics in self.tasks.items()}
+    main: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Metrics per task, means of StableEval's groups (`other`: tasks that are not in it), and the plain mean."""
-        main = self.main
         grouped: dict[str, list[float]] = {}
-        for name, value in main.items():
+        for name, value in self.main.items():
             if (group := group_of(name)) != "mean_only":
                 grouped.setdefault(group, []).append(value)
         return {
             "tasks": self.tasks,
-            "main": main,
+            "main": self.main,
             "grouped": {group: mean(values) for group, values in grouped.items()},
-            "mean": mean(main.values()),
+            "mean": mean(self.main.values()),
             "skipped": self.skipped,
         }
-
-
-def main_metric(metrics: dict[str, float]) -> float:
-    """Top-1 accuracy, mean average precision, or for retrieval the mean of both recalls at 1."""
-    for name in ("acc1", "mean_average_precision"):
-        if name in metrics:
-            return metrics[name]
-    return (metrics["image_to_text_r1"] + metrics["text_to_image_r1"]) / 2
 
 
 def evaluate(
@@ -79,20 +67,24 @@ def evaluate(
         max_unusable_fraction: largest share of a task's samples that may be unusable.
 
     Raises:
-        EvaluationError: if a task is missing or cannot be used, or too many of its samples are unusable.
+        EvaluationError: if a task is missing or cannot be used, too many of its samples are unusable, or its kind does
+            not return finite numbers.
     """
     names = expand_names([tasks] if isinstance(tasks, str) else list(tasks))
     if not names:
         raise EvaluationError("no task is named", remedy="name tasks, or 'stable_eval'", field="tasks")
     encoder = folder_or_model if isinstance(folder_or_model, DualEncoder) else load(folder_or_model)
     loaded = [load_task(name, Path(data_root), encoder, max_unusable_fraction=max_unusable_fraction) for name in names]
-    return EvaluationReport({t.name: run_task(encoder, t) for t in loaded}, {t.name: t.skipped for t in loaded})
+    metrics = {task.name: run_task(encoder, task) for task in loaded}
+    main = {task.name: main_metric(task, metrics[task.name]) for task in loaded}
+    return EvaluationReport(metrics, {task.name: task.skipped for task in loaded}, main)
 
 
 class EvaluateEvery:
     """A callback that evaluates the student every `every` steps and at the end, and passes metrics to other callbacks.
 
-    It comes first, so that the others receive the last metrics before the end of the run.
+    It comes first, so that the others receive the last metrics before the end of the run. Kinds of your own are tried
+    on their smallest task before the first step, so that a mistake in them does not end the run later.
     """
 
     def __init__(self, encoder: DualEncoder, tasks: Sequence[Task], every: int, listeners: Sequence[Callback]) -> None:
@@ -105,6 +97,8 @@ class EvaluateEvery:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._steps = event.steps
+            for task in first_of_own_kinds(self.tasks):
+                run_task(self.encoder, task)
         if isinstance(event, StudentStep) and event.step % self.every == 0 and event.step < self._steps:
             self._tell(event)
         if isinstance(event, RunEnded):

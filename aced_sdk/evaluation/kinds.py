@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of evaluation tasks: how labels are read and which metrics are computed.
 
-To add a kind, write a class with the interface of `Kind`, and add it to `KINDS`.
+To add a kind, write a class with the interface of `Kind`, or a subclass of `ZeroShot` or `Retrieval`, and add an
+instance to `KINDS`.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from statistics import mean
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,9 +42,9 @@ class Task:
 
     Attributes:
         name: as it was asked for.
-        kind: name of its kind: zero_shot, multilabel or retrieval.
+        kind: key of its kind in `KINDS`: classification, multilabel, retrieval, or one of your own.
         images: uint8 [N, 3, H, W].
-        labels: zero_shot: int64 [N], the class of each picture. multilabel: bool [N, C]. retrieval: int64 [T], the
+        labels: classification: int64 [N], the class of each picture. multilabel: bool [N, C]. retrieval: int64 [T], the
             picture that each caption belongs to.
         texts: class names, or the distinct captions.
         captions: int64 [T], the number in `texts` of each caption; empty for classification.
@@ -62,12 +66,12 @@ class Kind(Protocol):
     """A kind of task.
 
     Attributes:
-        name: as `Task.kind` has it.
         has_classes: whether the folder has class names and templates.
+        main_metric: name of the metric that enters means over tasks; the mean of several, if it is a tuple.
     """
 
-    name: str
     has_classes: bool
+    main_metric: str | tuple[str, ...]
 
     def check_size(self, name: str, pictures: int, classes: int) -> None:
         """Raise `EvaluationError` if a task is too large, before its pictures are read."""
@@ -79,14 +83,14 @@ class Kind(Protocol):
         """The labels of all usable samples as `Task` holds them."""
 
     def metrics(self, encoder: DualEncoder, images: Tensor, task: Task) -> dict[str, float]:
-        """The metrics of a task, from the embeddings of its pictures."""
+        """The metrics of a task by name, finite numbers, from the embeddings of its pictures."""
 
 
 class ZeroShot:
     """Classification with one class per picture: KEY.cls."""
 
-    name = "zero_shot"
     has_classes = True
+    main_metric: str | tuple[str, ...] = "acc1"
     score = staticmethod(zero_shot)
 
     def check_size(self, name: str, pictures: int, classes: int) -> None:
@@ -111,7 +115,7 @@ class ZeroShot:
 class Multilabel(ZeroShot):
     """Classification with several classes per picture: KEY.npy, one number per class."""
 
-    name = "multilabel"
+    main_metric: str | tuple[str, ...] = "mean_average_precision"
     score = staticmethod(multilabel)
 
     def check_size(self, name: str, pictures: int, classes: int) -> None:
@@ -138,8 +142,8 @@ class Multilabel(ZeroShot):
 class Retrieval:
     """Pictures and captions, found from each other: KEY.txt, one caption per line."""
 
-    name = "retrieval"
     has_classes = False
+    main_metric: str | tuple[str, ...] = ("image_to_text_r1", "text_to_image_r1")
 
     def check_size(self, name: str, pictures: int, classes: int) -> None:
         """Known only once the captions are counted."""
@@ -167,17 +171,67 @@ class Retrieval:
 
 
 KINDS: dict[str, Kind] = {"classification": ZeroShot(), "multilabel": Multilabel(), "retrieval": Retrieval()}
-"""Kinds by the word in `dataset_type.txt`; without that file a task is a classification."""
+"""Kinds by the word in `dataset_type.txt`, in which capitals do not matter; without that file a task is a
+classification."""
+
+_OURS = dict(KINDS)
+_PARTS = ("has_classes", "main_metric", "check_size", "label", "collect", "metrics")  # of `Kind`
+
+
+def find_kind(word: str) -> str | None:
+    """Key of a kind in `KINDS`; None if it is unknown.
+
+    Raises:
+        EvaluationError: if it lacks a part of `Kind`.
+    """
+    key = word if word in KINDS else {key.lower(): key for key in KINDS}.get(word.lower())
+    if key is not None and (missing := [part for part in _PARTS if not hasattr(KINDS[key], part)]):
+        raise EvaluationError(
+            f"the kind of task '{one_line(key, 80)}' has no {', '.join(missing)}",
+            remedy="give it all of aced_sdk.evaluation.Kind, or make it a subclass of ZeroShot or Retrieval",
+            field=_FIELD,
+        )
+    return key
 
 
 def run_task(encoder: DualEncoder, task: Task) -> dict[str, float]:
     """A task's metrics for an encoder whose preprocessing the task was loaded with.
 
     Raises:
-        EvaluationError: if the encoder's embeddings are not finite: figures of such a model mean nothing.
+        EvaluationError: if the encoder's embeddings are not finite: figures of such a model mean nothing. Or if its
+            kind does not return finite numbers, its main metric among them.
     """
-    kind = next(kind for kind in KINDS.values() if kind.name == task.kind)
-    return kind.metrics(encoder, finite(encoder.encode_image(task.images), task), task)
+    metrics = KINDS[task.kind].metrics(encoder, finite(encoder.encode_image(task.images), task), task)
+    wrong = [name for name, value in metrics.items() if not (isinstance(value, Real) and math.isfinite(value))]
+    wrong += [name for name in _main_names(task) if name not in metrics]
+    if wrong:
+        value = metrics.get(wrong[0], "missing")
+        raise EvaluationError(
+            f"the metric '{one_line(wrong[0], 80)}' of the task '{one_line(task.name)}' is {one_line(repr(value), 80)}",
+            remedy=f"return it from `metrics` of the kind '{one_line(task.kind, 80)}' as a finite number (float)",
+            field=_FIELD,
+        )
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def first_of_own_kinds(tasks: Sequence[Task]) -> list[Task]:
+    """The smallest task of each kind that this package does not have."""
+    own = [task for task in tasks if KINDS[task.kind] is not _OURS.get(task.kind)]
+    largest_first = sorted(own, key=lambda task: len(task.images), reverse=True)
+    return list({task.kind: task for task in largest_first}.values())
+
+
+def main_metric(task: Task, metrics: dict[str, float]) -> float:
+    """The metric of a task that enters means: that of its kind, or the mean of several.
+
+    Top-1 accuracy, mean average precision, or for retrieval the mean of both recalls at 1.
+    """
+    return mean(metrics[name] for name in _main_names(task))
+
+
+def _main_names(task: Task) -> tuple[str, ...]:
+    names = KINDS[task.kind].main_metric
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def finite(embeddings: Tensor, task: Task) -> Tensor:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aced_sdk.config.base import IMPORT_HINT
 from aced_sdk.data.pool import Pool, UnusablePair
 from aced_sdk.data.source import resized
 from aced_sdk.errors import DataError, EvaluationError
-from aced_sdk.evaluation.kinds import KINDS, Kind, Task
+from aced_sdk.evaluation.kinds import KINDS, Task, find_kind
 from aced_sdk.evaluation.stable_eval import folder_names
 from aced_sdk.files import ReadError, inside, memory_limit, one_line, printable, read_text
 from aced_sdk.files.reading import MIB
@@ -40,14 +41,14 @@ class TaskFolder:
 
     Attributes:
         name: as it was asked for.
-        kind: reads labels and computes metrics.
+        kind: key in `KINDS` of what reads labels and computes metrics.
         classes: class names; empty for retrieval.
         templates: prompts with `{c}`; empty for retrieval.
         pool: the samples of its test split.
     """
 
     name: str
-    kind: Kind
+    kind: str
     classes: list[str]
     templates: list[str]
     pool: Pool
@@ -70,7 +71,7 @@ def open_task(name: str, data_root: Path) -> TaskFolder:
     except DataError as error:
         cause = f"the task '{one_line(name)}' cannot be read: {error.cause}"
         raise EvaluationError(cause, remedy=_RESTORE, field=_FIELD) from error
-    if not kind.has_classes:
+    if not KINDS[kind].has_classes:
         return TaskFolder(name, kind, [], [], pool)
     classes, templates = _classes(folder), _templates(folder)
     longest = max(map(len, classes))
@@ -108,7 +109,7 @@ def load_task(
         EvaluationError: as `open_task`, or if too many samples are unusable.
     """
     opened = open_task(name, data_root)
-    pool, kind = opened.pool, opened.kind
+    pool, kind = opened.pool, KINDS[opened.kind]
     kind.check_size(name, len(pool), len(opened.classes))
     images = _room(name, len(pool), encoder.preprocess_config.size)
     own: list[Any] = []  # the label of each picture
@@ -129,7 +130,7 @@ def load_task(
             field="evaluation.max_unusable_fraction",
         )
     labels, texts, captions = kind.collect(name, own, opened.classes)
-    return Task(name, kind.name, images[: len(own)], labels, texts, captions, opened.templates, dict(skipped))
+    return Task(name, opened.kind, images[: len(own)], labels, texts, captions, opened.templates, dict(skipped))
 
 
 def _room(name: str, count: int, size: tuple[int, int]) -> Tensor:
@@ -164,17 +165,17 @@ def _folder(name: str, data_root: Path) -> Path:
     )
 
 
-def _kind(folder: Path) -> Kind:
+def _kind(folder: Path) -> str:
     if not os.path.lexists(folder / "dataset_type.txt"):
-        return KINDS["classification"]
-    text = _read(folder, "dataset_type.txt").strip().lower()
-    if text not in KINDS:
+        return "classification"
+    text = _read(folder, "dataset_type.txt").strip()
+    if (key := find_kind(text)) is None:
         raise EvaluationError(
             f"{printable(folder)} is an unknown kind of task: '{one_line(text[:40])}'",
-            remedy=f"write one of: {', '.join(KINDS)}",
+            remedy=f"write one of: {', '.join(KINDS)}; {IMPORT_HINT}",
             field=_FIELD,
         )
-    return KINDS[text]
+    return key
 
 
 def _classes(folder: Path) -> list[str]:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
+from itertools import count
 from typing import Literal
 
 import torch
@@ -15,6 +17,7 @@ from aced_sdk import config
 from aced_sdk.config.base import named
 from aced_sdk.config.objective import DISTILLATION_LOSSES
 from aced_sdk.errors import ConfigError
+from aced_sdk.files import one_line
 from aced_sdk.objectives import contrastive
 from aced_sdk.towers.embeddings import Embeddings
 
@@ -53,9 +56,18 @@ class WeightedLoss:
 
 @dataclass(frozen=True)
 class WeightedLosses:
-    """A weighted sum of loss terms. Terms of weight 0 are not computed."""
+    """A weighted sum of loss terms. Terms of weight 0 are not computed.
+
+    Raises:
+        ConfigError: if two terms have the same name.
+    """
 
     terms: tuple[WeightedLoss, ...]
+
+    def __post_init__(self) -> None:
+        names = [term.name for term in self.terms]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"two loss terms have the name '{twice}'", remedy="give them different names")
 
     def __call__(
         self,
@@ -88,17 +100,26 @@ class WeightedLosses:
 def build_objective(objective: config.Objective) -> WeightedLosses:
     """Build the objective of a config.
 
-    Terms are named `contrastive`, or after the distillation loss (`softmax`; the second one is `softmax_2`).
+    Terms are named `contrastive`, or after the distillation loss (`softmax`; the second one is `softmax_2`). A name
+    that another term has is counted up.
+
+    Raises:
+        ConfigError: if a loss cannot be found, or does not accept its settings.
     """
     task = objective.contrastive
     terms = [WeightedLoss("contrastive", task.weight, "same", _contrastive(task))] if task.weight > 0 else []
+    names = ["contrastive"]
     for place, term in enumerate(objective.distillation):
-        loss = _with_teacher(_distillation(term), term.teacher)
-        before = sum(other.loss == term.loss for other in objective.distillation[:place])
+        names.append(next(name for name in _names(term.loss) if name not in names))
         if term.weight > 0:
-            name = f"{term.loss}_{before + 1}" if before else term.loss
-            terms.append(WeightedLoss(name, term.weight, term.batch, loss))
+            loss = _with_teacher(term, f"objective.distillation.{place}.loss")
+            terms.append(WeightedLoss(names[-1], term.weight, term.batch, loss))
     return WeightedLosses(tuple(terms))
+
+
+def _names(loss: str) -> Iterator[str]:
+    yield loss
+    yield from (f"{loss}_{number}" for number in count(2))
 
 
 def _contrastive(task: config.Contrastive) -> Callable[[Embeddings, Sequence[Embeddings], Tensor | None], Tensor]:
@@ -110,13 +131,40 @@ def _contrastive(task: config.Contrastive) -> Callable[[Embeddings, Sequence[Emb
     return loss
 
 
-def _distillation(term: config.Distillation) -> Callable[[Embeddings, Embeddings], Tensor]:
-    return partial(named(DISTILLATION_LOSSES[term.loss].target), **term.settings)
+def _distillation(term: config.Distillation, field: str) -> Callable[[Embeddings, Embeddings], Tensor]:
+    """The loss with its settings.
+
+    Raises:
+        ConfigError: if it cannot be found, or does not accept them.
+    """
+    try:
+        loss = named(DISTILLATION_LOSSES[term.loss].target)
+    except ConfigError as error:
+        raise error.under(field) from None
+    try:
+        accepted = signature(loss)
+    except (TypeError, ValueError):  # not callable, or written in C
+        accepted = None
+    try:
+        if accepted is not None:
+            accepted.bind(None, None, **term.settings)
+        elif not callable(loss):
+            raise TypeError("it is not a function")
+    except TypeError as error:
+        given = ", ".join(["student", "teacher", *term.settings])
+        raise ConfigError(
+            f"the distillation loss '{one_line(term.loss, 80)}' cannot be called with ({given}): {error}",
+            remedy="correct the function, or the settings of its LossKind",
+            field=field,
+        ) from None
+    return partial(loss, **term.settings)
 
 
 def _with_teacher(
-    loss: Callable[[Embeddings, Embeddings], Tensor], number: int
+    term: config.Distillation, field: str
 ) -> Callable[[Embeddings, Sequence[Embeddings], Tensor | None], Tensor]:
+    loss, number = _distillation(term, field), term.teacher
+
     def checked(student: Embeddings, teachers: Sequence[Embeddings], captions: Tensor | None) -> Tensor:
         if number >= len(teachers):
             raise ConfigError(
@@ -124,6 +172,14 @@ def _with_teacher(
                 remedy="set teacher=Frozen(model=...), one per index, or a reference to use as teacher",
                 field="teacher",
             )
-        return loss(student, teachers[number])
+        value: object = loss(student, teachers[number])
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            shape = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(
+                f"the distillation loss '{one_line(term.loss, 80)}' returns {shape.removeprefix('torch.')}",
+                remedy="return a 0-dim floating-point tensor, such as the mean over the pairs",
+                field=field,
+            )
+        return value
 
     return checked

@@ -15,7 +15,7 @@ from aced_sdk.config import LossForm
 from aced_sdk.errors import InputError, ModelError
 from aced_sdk.files import tensor_digest
 from aced_sdk.processing.plain import PictureError
-from aced_sdk.processing.plain.inputs import Picture, at_least_one, open_input, picture_batches
+from aced_sdk.processing.plain.inputs import Picture, at_least_one, open_input, picture_batches, remedy_of
 from aced_sdk.processing.processor import Processor
 from aced_sdk.processing.transforms import Preprocess
 from aced_sdk.towers.embeddings import Embeddings
@@ -192,7 +192,7 @@ class DualEncoder(nn.Module):
             return self.resize(picture)
         except PictureError as error:
             place = f"images[{number}]"
-            raise InputError(f"{place}: {error}", remedy="make it an ordinary RGB picture", field=place) from error
+            raise InputError(f"{place}: {error}", remedy=remedy_of(error), field=place) from error
 
     def _image_batch(self) -> int:
         """Pictures per forward pass without gradient: on a CPU no more than its caches take, which is faster."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from aced_sdk.config import DistillConfig
-from aced_sdk.curation import COLLAPSE_REMEDY, select_random
+from aced_sdk.curation import COLLAPSE_REMEDY, check_picked, select_random
 from aced_sdk.data import SuperBatch
 from aced_sdk.data.order import Rows
 from aced_sdk.engine import Learned, Snapshot, Step, stop_signals, take_steps
@@ -40,6 +40,7 @@ def train(config: DistillConfig, parts: Parts, resume_from: Path | None = None) 
 
     Raises:
         ConfigError: if the config sets micro-batches and the student has batch norm.
+        CurationError: if the selector returns something else than a sub-batch.
         EngineError: if losses stay non-finite, all steps were skipped, or a checkpoint cannot be written or read.
         Interrupted: after SIGTERM or SIGUSR1; a checkpoint is written before.
     """
@@ -85,7 +86,12 @@ class _Distillation:
 
         student = score(super_batch, parts.student, config, device) if config.curation.needs_student else None
         reference = parts.reference.rows(super_batch.rows, device) if parts.reference else None
-        picked = parts.selector.select(student, reference, parts.generator).cpu()
+        picked = check_picked(
+            parts.selector.select(student, reference, parts.generator),
+            config.curation.sub_batch,
+            len(super_batch),
+            type(parts.selector).__name__,
+        )
         drawn = picked
         if config.objective.needs_iid_batch:
             drawn = torch.cat([picked, select_random(len(picked), len(super_batch), parts.generator)])

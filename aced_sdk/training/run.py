@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aced_sdk.cache import FrozenSource, build_frozen, open_or_write
+from aced_sdk.cache import FrozenSource, open_or_write
 from aced_sdk.config import DistillConfig
 from aced_sdk.curation import DrawStatistics, Selector
 from aced_sdk.data import Decoding, Order, Pool, RowSet, Source, SuperBatches, build_order, prepare
@@ -21,8 +21,9 @@ from aced_sdk.engine import build_engine, pick_device, step_of
 from aced_sdk.engine.events import Warned
 from aced_sdk.errors import DataError, EngineError, UnsupportedError
 from aced_sdk.files import printable
-from aced_sdk.objectives import build_objective
+from aced_sdk.objectives import WeightedLosses
 from aced_sdk.towers import DualEncoder, build, check_size, names_weights, save
+from aced_sdk.training.components import build_losses, build_selector, build_sources
 from aced_sdk.training.events import RunEnded, RunStarted
 from aced_sdk.training.filtering import best_rows, usable_rows
 from aced_sdk.training.loop import train
@@ -64,12 +65,16 @@ class Inputs:
         student: the encoder to train.
         reference: source of the reference's embeddings; None if curation does not use them.
         teachers: sources of the teachers' embeddings, by index.
+        selector: selects sub-batches.
+        objective: computes the loss of a sub-batch.
     """
 
     pool: Pool
     student: DualEncoder
     reference: FrozenSource | None
     teachers: tuple[FrozenSource, ...]
+    selector: Selector
+    objective: WeightedLosses
 
     @property
     def frozen(self) -> list[FrozenSource]:
@@ -90,7 +95,7 @@ def open_inputs(
 
     Raises:
         UnsupportedError: for ZeRO stage 3.
-        ConfigError: if the config does not match the student or the pool.
+        ConfigError: if the config does not match the student or the pool, or names a component that cannot be used.
         DataError: if the shards cannot be read, or have changed since the checkpoint.
         ModelError: if a model cannot be loaded.
     """
@@ -109,17 +114,14 @@ def open_inputs(
     can_accumulate(config, student)
     if config.curation.scoring_side is not None:
         check_size(student, config.curation.scoring_side, field="curation.scoring_size")
-    built: dict[str, FrozenSource] = {}
-    named = [("reference", config.reference)] if config.curation.needs_reference else []
-    for role, frozen in [*named, *(("teacher", teacher) for teacher in config.teachers)]:
-        if frozen is not None and frozen.hash() not in built:  # load a model with two roles once
-            built[frozen.hash()] = build_frozen(frozen, "reference" if frozen == config.reference else role)
-    reference = built[config.reference.hash()] if named and config.reference is not None else None
-    return Inputs(pool, student, reference, tuple(built[teacher.hash()] for teacher in config.teachers))
+    selector = build_selector(config.curation)
+    reference, teachers = build_sources(config)
+    objective = build_losses(config, student, teachers, pool)
+    return Inputs(pool, student, reference, teachers, selector, objective)
 
 
 def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
-    """Build the components of the loop: cached embeddings, source of pairs, selector, objective and engine.
+    """Build the components of the loop: cached embeddings, source of pairs and engine.
 
     Args:
         config: the run.
@@ -146,7 +148,7 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
         source = Decoding(pool, student.processor, data)
     rows = usable = usable_rows(len(pool), source, list(caches.values()))
     _check_usable(config, usable)
-    selector: Selector = config.curation.build()
+    selector = inputs.selector
     if selector.keep_fraction < 1 and reference is not None:
         rows = best_rows(usable, reference, selector)
     config.check_pool(len(rows))
@@ -159,7 +161,7 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
         selector=selector,
         reference=reference if config.curation.needs_reference and not config.curation.filters_pool else None,
         teachers=tuple(caches[teacher] for teacher in inputs.teachers),
-        objective=build_objective(config.objective),
+        objective=inputs.objective,
         statistics=DrawStatistics(len(pool)),
         pool=pool,
         source=source,

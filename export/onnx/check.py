@@ -155,7 +155,7 @@ def task_metrics(
     for path in map(Path, tasks):
         task = load_task(path.name, path.parent, student)
         for name, encoder in encoders.items():
-            found[name][path.name] = main_metric(run_task(encoder, task))
+            found[name][path.name] = main_metric(task, run_task(encoder, task))
     return found
 
 

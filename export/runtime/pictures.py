@@ -84,8 +84,7 @@ class Geometry:
         elif self.resize_mode == "shortest":
             image = _crop_or_pad(self._to_shortest(image), height, width, 0)
         else:
-            ratio = max(image.height / height, image.width / width)
-            image = image.resize((round(image.width / ratio), round(image.height / ratio)), self.resample)
+            image = image.resize(self._to_longest(*image.size), self.resample)
             image = _crop_or_pad(image, height, width, self.fill_color)
         return np.asarray(image, dtype=np.uint8)
 
@@ -94,6 +93,14 @@ class Geometry:
         if self.resize_mode != "shortest":
             return self.width * self.height
         return int(width * height / min(height / self.height, width / self.width) ** 2)
+
+    def keeps_pixels(self, width: int, height: int) -> bool:
+        """Whether each side of a picture of this size keeps a pixel after its resize."""
+        return self.resize_mode != "longest" or min(self._to_longest(width, height)) > 0
+
+    def _to_longest(self, width: int, height: int) -> tuple[int, int]:
+        ratio = max(height / self.height, width / self.width)
+        return round(width / ratio), round(height / ratio)
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [N, H, W, 3] to the graph's float32 [N, 3, H, W]."""
@@ -132,10 +139,9 @@ def prepare(source: Picture, place: str, geometry: Geometry, max_pixels: int) ->
     """
     image = open_input(source, place, max_pixels)
     most = max(max_pixels, 16 * geometry.width * geometry.height)
-    if geometry.resized_pixels(*image.size) > most:  # the short side of a long strip may have to grow a lot
-        raise InputError(
-            f"{place} is too long and thin: {image.width} x {image.height}", remedy="cut it to pieces", field=place
-        )
+    # The short side of a long strip may have to grow a lot, or vanish.
+    if geometry.resized_pixels(*image.size) > most or not geometry.keeps_pixels(*image.size):
+        raise InputError(f"{place} is too long and thin: {image.width} x {image.height}", remedy="crop it", field=place)
     try:
         return geometry.pixels(image)
     except (ValueError, OSError, MemoryError) as error:

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from aced_sdk import Student
-from aced_sdk.config.curation import Curation
+from aced_sdk.config import Curation, FrozenConfig
 from aced_sdk.config.objective import DISTILLATION_LOSSES
+from aced_sdk.evaluation import KINDS
 from aced_sdk.towers import build, save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +88,17 @@ def write_language(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), **sizes, max_position_embeddings=512)).save_pretrained(folder)
 
 
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a page registers stays its own."""
+    known: tuple[dict[str, Any], ...] = (Curation.methods, FrozenConfig.kinds, DISTILLATION_LOSSES, KINDS)
+    before = [dict(registry) for registry in known]
+    yield
+    for registry, values in zip(known, before, strict=True):
+        registry.clear()
+        registry.update(values)
+
+
 @pytest.fixture
 def world(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the pages may rely on: `pool/`, `heldout/shapes/`, `reference/`, `student/`, `language/`, `picture.png`."""
@@ -124,14 +137,10 @@ def blocks(page: str) -> list[tuple[int, str]]:
 def test_the_code_of_a_page_runs(page: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # classes of a page are found by name
-    monkeypatch.setattr(Curation, "methods", dict(Curation.methods))  # what a page registers stays its own
-    known = dict(DISTILLATION_LOSSES)
     names = vars(module)
     for line, block in blocks(page):
         exec(compile("\n" * line + block, str(ROOT / page), "exec", dont_inherit=True), names)
     assert len(names) > 2  # the blocks did define something
-    for name in DISTILLATION_LOSSES.keys() - known.keys():
-        del DISTILLATION_LOSSES[name]
 
 
 def test_links_between_pages_lead_somewhere() -> None:

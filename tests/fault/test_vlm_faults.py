@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from aced_sdk.errors import (
     UnsupportedError,
 )
 from vlm.model.adapters import check_saved, snapshot
+from vlm.model.loss import AnswerLoss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 from test_vlm import config, language, samples, student
@@ -304,9 +306,44 @@ def test_losses_that_stay_non_finite_stop_the_run_and_leave_the_weights(model: A
     with torch.no_grad():
         llava.lm_head.weight[5] = float("inf")
     before = llava.model.multi_modal_projector.linear_1.weight.clone()
-    with pytest.raises(EngineError, match=r"4 steps in a row were not finite.*field: stages\.0\.learning_rate"):
+    with pytest.raises(EngineError, match=r"nothing was trained: all 4 steps of stage 0 .*non-finite"):
         vlm.tune(*model, samples(), config(align=9), directory=tmp_path)
     assert torch.equal(llava.model.multi_modal_projector.linear_1.weight, before)
+
+
+def added(monkeypatch: pytest.MonkeyPatch, steps: Container[int], value: float) -> None:
+    """Add a constant to the loss of some forward passes (from 1), so that its gradient stays finite."""
+    forward, count = AnswerLoss.forward, iter(range(1, 1000))
+    monkeypatch.setattr(
+        AnswerLoss, "forward", lambda self, *inputs: forward(self, *inputs) + (value if next(count) in steps else 0.0)
+    )
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_non_finite_loss_with_a_finite_gradient_is_skipped(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    added(monkeypatch, {3}, value)
+    heard: list[Any] = []
+    result = vlm.tune(*model, samples(), config(), directory=tmp_path, callbacks=[heard.append])
+    assert [(event.name, event.step) for event in heard if event.name in ("step_done", "step_skipped")] == [
+        ("step_done", 1), ("step_done", 2), ("step_skipped", 3), ("step_done", 4), ("step_done", 5),
+    ]  # fmt: skip
+    assert [len(losses) for losses in result.losses] == [2, 2]
+
+
+def test_a_stage_without_a_step_is_not_done(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        added(patch, range(1000), float("nan"))
+        for _ in range(2):  # fewer steps than may be skipped in a row
+            with pytest.raises(
+                EngineError, match=r"nothing was trained: all 2 steps of stage 0 .*non-finite"
+            ) as caught:
+                vlm.tune(*model, samples(), config(), directory=tmp_path)
+            assert "learning rate" not in caught.value.remedy
+            assert not list(tmp_path.glob("stage-*/checkpoints/*"))
+    result = vlm.tune(*model, samples(), config(), directory=tmp_path)
+    assert [len(losses) for losses in result.losses] == [2, 3]
 
 
 def test_an_artefact_that_lost_its_training_is_refused(model: Any, tmp_path: Path) -> None:

@@ -358,6 +358,7 @@ def test_the_name_of_a_task_stays_on_its_line() -> None:
         for parameter in encoder.parameters():
             parameter.fill_(float("nan"))
     pictures = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    odd = Task("a\nb", "zero_shot", pictures, torch.zeros(2, dtype=torch.int64), ["x"], torch.empty(0), ["{c}"], {})
+    labels = torch.zeros(2, dtype=torch.int64)
+    odd = Task("a\nb", "classification", pictures, labels, ["x"], torch.empty(0), ["{c}"], {})
     with pytest.raises(EvaluationError, match=r"a\\nb"):
         run_task(encoder, odd)

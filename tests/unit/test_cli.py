@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from test_evaluation import classification
 from tiny import distillation, encoder, write_pool
 from typer.testing import CliRunner
@@ -37,9 +38,9 @@ def called(*words: str | Path) -> str:
     return result.stdout
 
 
-def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "aced_sdk.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def process(*words: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from aced_sdk.cli import main; import sys; sys.path.pop(0); main()"]
+    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, check=False, cwd=folder)
 
 
 def test_the_command_has_every_verb() -> None:
@@ -145,3 +146,29 @@ def test_an_invalid_option_of_launchers_is_named(words: list[str]) -> None:
 def test_cache_tells_its_folder_and_counts(world: Path) -> None:
     words = ["cache", world / "reference", world / "pool", "--directory", world / "embeddings"]
     assert json.loads(called(*words)) == {"directory": str(world / "embeddings"), "pairs": 32, "usable": 32}
+
+
+def test_a_module_of_ones_own_is_imported_first(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_parts.py").write_text(
+        "from typing import ClassVar, Literal\n"
+        "from aced_sdk.config import Curation\n"
+        "from aced_sdk.curation import Selector\n"
+        "class Mine(Curation):\n"
+        "    target: ClassVar[str] = 'my_parts:MySelector'\n"
+        "    method: Literal['mine'] = 'mine'\n"
+        "class MySelector(Selector): pass\n"
+    )
+    values = yaml.safe_load((world / "config.yaml").read_text())
+    values |= {"curation": {"method": "mine", "sub_batch": 8}, "directory": str(tmp_path / "run")}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
+    unknown = process("plan", "own.yaml", folder=tmp_path)
+    assert (unknown.returncode, "aced --import MODULE" in unknown.stderr) == (1, True)
+    done = process("--import", "json", "--import", "my_parts", "distill", "own.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = process("--import", "my_parts", "resume", "run", folder=tmp_path)
+    assert json.loads(again.stdout.splitlines()[-1])["step"] == 2
+    for name in ("my_part", ".my_parts", "my_parts.inner"):
+        missing = process("--import", name, "plan", "own.yaml", folder=tmp_path)
+        assert missing.returncode == 1
+        assert missing.stderr.startswith("ConfigError: there is no module '")
+        assert "[field: --import]" in missing.stderr

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import exported
+from tiny import ARCHITECTURE, exported
 
 import aced_sdk as aced
 import export
+from aced_sdk import towers
+from aced_sdk.config import Student
 from aced_sdk.errors import InputError
 from export.runtime.parity import pictures
 
@@ -151,3 +153,13 @@ def test_tensors_are_batches_of_pixels(folder: Path, pixels: torch.Tensor) -> No
     raw = torch.stack([encoder.resize(picture) for picture in PICTURES])
     assert torch.equal(encoder.encode_image(raw), encoder.encode_image(PICTURES))
     assert torch.equal(encoder.encode_image(encoder.normalise(raw)), encoder.encode_image(PICTURES))
+
+
+def test_a_strip_that_would_vanish_is_to_be_cropped(tmp_path: Path) -> None:
+    towers.save(towers.build(Student(architecture=ARCHITECTURE, resize="longest"), 0), tmp_path / "s")
+    export.to_onnx(tmp_path / "s", tmp_path / "o", precisions=("fp32",), measure=False)
+    for encoder in (aced.load(tmp_path / "s"), export.OnnxEncoder(tmp_path / "o")):
+        for size in ((3, 600), (600, 3)):
+            with pytest.raises(InputError, match=r"images\[0\].*too long and thin") as caught:
+                encoder.encode_image(Image.new("RGB", size))
+            assert caught.value.remedy == "crop it"

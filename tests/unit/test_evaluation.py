@@ -143,7 +143,7 @@ def test_a_class_is_the_normalised_mean_of_its_prompts(tower: DualEncoder) -> No
 
 def test_a_classification_task_is_read_and_what_is_broken_is_counted(tmp_path: Path, tower: DualEncoder) -> None:
     task = load_task("shapes", classification(tmp_path, broken=True), tower, max_unusable_fraction=0.2)
-    assert (task.kind, task.texts, task.templates) == ("zero_shot", CLASSES, TEMPLATES)
+    assert (task.kind, task.texts, task.templates) == ("classification", CLASSES, TEMPLATES)
     assert task.labels.tolist() == [n % 6 for n in range(20)]
     assert task.images.shape == (20, 3, 16, 16)
     assert task.skipped == {"unreadable picture": 1, "class out of range": 1, "no class": 1}
@@ -237,6 +237,7 @@ def test_a_report_tells_tasks_groups_and_the_mean(tmp_path: Path, tower: DualEnc
             "mine": {"image_to_text_r1": 0.2, "text_to_image_r1": 0.4},
         },
         {},
+        {"cifar10": 0.5, "dtd": 0.1, "fmow": 0.1, "several": 0.4, "mine": 0.3},
     ).to_dict()
     assert fixed["grouped"] == {"object": 0.5, "scene": 0.1, "other": pytest.approx(0.35)}
     assert fixed["mean"] == pytest.approx((0.5 + 0.1 + 0.1 + 0.4 + 0.3) / 5)

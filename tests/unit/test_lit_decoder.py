@@ -12,9 +12,10 @@ from PIL import Image
 from tiny import encoder
 
 import vlm
-from aced_sdk.errors import ConfigError, DataError, EvaluationError
+from aced_sdk.errors import ConfigError, DataError, EngineError, EvaluationError
 from aced_sdk.towers import DualEncoder
 from vlm.model.towers import open_tower
+from vlm.probing import lit
 from vlm.probing.lit import features, learn_tokens, turns
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
@@ -132,3 +133,16 @@ def test_what_cannot_be_learned_or_scored_is_refused(tmp_path: Path) -> None:
     ranking = vlm.rank_encoders({"a": encoder()}, good, samples(3, 1), CONFIG.replace(steps=1), seeds=(0,))
     with pytest.raises(EvaluationError, match="no accuracy of 'b'"):
         ranking.lead("a", "b")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    forward = lit._Decoder.forward
+
+    def wrong(self: lit._Decoder, *inputs: torch.Tensor) -> torch.Tensor:
+        loss = forward(self, *inputs)
+        return loss * float("nan") if what == "loss" else loss + (loss - loss).sqrt()
+
+    monkeypatch.setattr(lit._Decoder, "forward", wrong)
+    with pytest.raises(EngineError, match=f"the decoder's {what} is not finite at step 1"):
+        vlm.lit_decoder(encoder(), samples(3, 0), CONFIG.replace(steps=3))

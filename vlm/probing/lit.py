@@ -9,6 +9,7 @@ Shapes: P pictures, T tokens of a tower, W their width; R rows of a batch, L the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +220,7 @@ def lit_decoder(
     Raises:
         ModelError: if the tower cannot be loaded.
         DataError: if a conversation has no or several pictures, is too long, or its picture cannot be read.
-        EngineError: if the loss is not finite.
+        EngineError: if the loss or its gradient is not finite.
     """
     config = config or LitDecoder()
     tower, held = open_tower(vision), turns(data)
@@ -356,8 +357,9 @@ class _Learning:
         """Never called."""
 
     def diverged(self, step: Step, in_a_row: int) -> EngineError:
+        what = "gradient" if math.isfinite(step.loss) else "loss"
         return EngineError(
-            f"the decoder's loss is {step.loss} at step {step.number}",
+            f"the decoder's {what} is not finite at step {step.number}",
             remedy="lower the learning rate, and check the tower's features",
             field="config.learning_rate",
         )

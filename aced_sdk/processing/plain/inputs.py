@@ -24,8 +24,14 @@ MAX_CHARACTERS = 10_000  # of one text: a tower reads some hundred, and cleaning
 _KINDS = "PIL images, paths, encoded bytes, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4]"
 _REMEDIES = {
     "too many pixels": "make it smaller, or raise max_pixels",
-    "too long and thin": "cut it to pieces",
+    "too long and thin": "crop it",
+    "samples of 32 bits": "make it an ordinary RGB picture",
 }
+
+
+def remedy_of(error: pictures.PictureError) -> str:
+    """The remedy for a picture that cannot be read or resized."""
+    return _REMEDIES.get(error.reason, f"give a whole picture in one of {', '.join(pictures.FORMATS)}")
 
 
 def at_least_one(**values: int) -> None:
@@ -121,7 +127,7 @@ def _input_errors(place: str, source: Picture) -> Iterator[None]:
         where = f"{place} ({printable(source)})" if isinstance(source, str | PathLike) else place
         raise InputError(
             f"{where} cannot be decoded: {printable(error)}",
-            remedy=_REMEDIES.get(error.reason, f"give a whole picture in one of {', '.join(pictures.FORMATS)}"),
+            remedy=remedy_of(error),
             field=place,
         ) from error
 
