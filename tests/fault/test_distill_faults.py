@@ -147,10 +147,10 @@ def test_a_missing_task_is_told_before_anything_is_cached(tmp_path: Path, monkey
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Makes the losses of some steps (1 is the first) NaN."""
-    original, count = room.build_objective, [0]
+    original, count = room.build_losses, [0]
 
-    def poisoned(objective: Any) -> Any:
-        real = original(objective)
+    def poisoned(*inputs: Any) -> Any:
+        real = original(*inputs)
 
         def loss(student: Any, teachers: Any = (), **more: Any) -> Any:
             count[0] += 1
@@ -159,7 +159,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
         return loss
 
-    monkeypatch.setattr(room, "build_objective", poisoned)
+    monkeypatch.setattr(room, "build_losses", poisoned)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
