@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The index of a shard: where each pair's files are. One binary file per shard, memory-mapped.
 
-Layout, little-endian: a header of 256 bytes, then the arrays of `IndexHeader.layout`. A shard of 10,000 pairs has an
+Layout, little-endian: a header of 256 bytes, then the arrays of `_ARRAYS`. A shard of 10,000 pairs has an
 index of about 0.6 MB. The index is bound to the shard's size, times of change and inode; its header stores the digest
 of the shard's bytes, so that they are hashed once.
 """
@@ -34,6 +34,19 @@ _FULL = 2**32 - 1  # size of a file of 4 GB or more
 _NOISY, _CLEAN = 1, 2  # flags of a pair; none of them: unknown
 _PROBLEMS = ("", "a name is twice in the shard", "a link to a file that is not in the shard")  # numbered in the flags
 _PROBLEM = 4  # factor of the problem's number
+
+# Name of each array: the field of the header that has its length, and its dtype.
+_ARRAYS: dict[str, tuple[str, np.dtype[Any]]] = {
+    "offsets": ("members", np.dtype("<u8")),
+    "sizes": ("members", np.dtype("<u4")),
+    "key_ends": ("rows", np.dtype("<u4")),
+    "member_ends": ("rows", np.dtype("<u4")),
+    "kinds": ("members", np.dtype("<u2")),
+    "flags": ("rows", np.dtype("u1")),
+    "keys": ("key_bytes", np.dtype("u1")),
+    "extensions": ("kind_bytes", np.dtype("u1")),
+}
+_ITEM_BYTES = tuple((count, dtype.itemsize) for count, dtype in _ARRAYS.values())
 
 Rows = NDArray[np.int64]
 
@@ -109,19 +122,9 @@ class IndexHeader:
 
     def layout(self) -> dict[str, tuple[int, int, np.dtype[Any]]]:
         """Offset, length and dtype of each array."""
-        lengths = {
-            "offsets": (self.members, "<u8"),
-            "sizes": (self.members, "<u4"),
-            "key_ends": (self.rows, "<u4"),
-            "member_ends": (self.rows, "<u4"),
-            "kinds": (self.members, "<u2"),
-            "flags": (self.rows, "u1"),
-            "keys": (self.key_bytes, "u1"),
-            "extensions": (self.kind_bytes, "u1"),
-        }
         placed, offset = {}, _HEADER_BYTES
-        for array, (length, code) in lengths.items():
-            dtype = np.dtype(code)
+        for array, (count, dtype) in _ARRAYS.items():
+            length: int = getattr(self, count)
             placed[array] = (offset, length, dtype)
             offset += length * dtype.itemsize
         return placed
@@ -129,8 +132,8 @@ class IndexHeader:
     @property
     def file_bytes(self) -> int:
         """Length of the whole index file."""
-        offset, length, dtype = self.layout()["extensions"]
-        return offset + length * dtype.itemsize
+        total: int = sum(getattr(self, count) * size for count, size in _ITEM_BYTES)
+        return _HEADER_BYTES + total
 
 
 def _tag(name: str) -> bytes:
