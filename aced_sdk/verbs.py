@@ -31,10 +31,10 @@ from aced_sdk.engine import (
     step_of,
     thread_limit,
 )
-from aced_sdk.engine.events import Event
+from aced_sdk.engine.events import Event, StepDone
 from aced_sdk.errors import ConfigError, EngineError, UnsupportedError
 from aced_sdk.evaluation import EvaluateEvery, evaluate, expand_names, load_task, open_task
-from aced_sdk.files import alone, inside, one_line, printable
+from aced_sdk.files import alone, home, inside, one_line, printable
 from aced_sdk.planning import Plan, estimate
 from aced_sdk.reporting import JsonlWriter, read_events
 from aced_sdk.reporting.run_bar import RunBar
@@ -79,6 +79,8 @@ def distill(
         _check_run(directory)
     # Lock before writing the config: another process may be preparing its run in this folder.
     with _alone(directory):
+        if resume == "must" and not _holds_run(directory):
+            raise _no_run(directory)
         if resume == "must" or (resume == "auto" and _holds_run(directory)):
             return _resume(config, callbacks)
         _check_free(directory)
@@ -177,9 +179,13 @@ def resume(directory: str | Path, callbacks: Sequence[Callback] = ()) -> Run:
 
 def _check_run(directory: Path) -> None:
     if not os.path.isfile(directory / CONFIG):
-        raise EngineError(
-            f"{printable(directory)} holds no run", remedy="start one with aced.distill(config)", field="directory"
-        )
+        raise _no_run(directory)
+
+
+def _no_run(directory: Path) -> EngineError:
+    return EngineError(
+        f"{printable(directory)} holds no run", remedy="start one with aced.distill(config)", field="directory"
+    )
 
 
 def _resume(config: DistillConfig, callbacks: Sequence[Callback], directory: Path | None = None) -> Run:
@@ -193,11 +199,9 @@ def _resume(config: DistillConfig, callbacks: Sequence[Callback], directory: Pat
     found = config.directory if directory is None else directory
     resume_from = newest_intact(found)
     _warn_of_changes(found, config, resume_from)
-    if directory is None:
-        config.to_yaml(found / CONFIG)
-    elif os.path.realpath(config.directory) != os.path.realpath(directory):
+    if directory is not None and os.path.realpath(config.directory) != os.path.realpath(directory):
         config = config.replace(directory=directory)  # the folder was moved
-    return _run(config, callbacks, resume_from)
+    return _run(config, callbacks, resume_from, new_config=directory is None)
 
 
 def _warn_of_changes(directory: Path, config: DistillConfig, resume_from: Path | None) -> None:
@@ -227,7 +231,10 @@ def _warn_of_changes(directory: Path, config: DistillConfig, resume_from: Path |
         warnings.warn(f"{where}: the run's checkpoints are gone; it starts again at step 0", stacklevel=4)
 
 
-def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None) -> Run:
+def _run(
+    config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path | None, new_config: bool = False
+) -> Run:
+    """Run to the end; with `new_config`, config.yaml is replaced once a step is taken: before, it may be refused."""
     events = config.directory / EVENTS
     with (
         JsonlWriter(events) as writer,
@@ -239,8 +246,12 @@ def _run(config: DistillConfig, callbacks: Sequence[Callback], resume_from: Path
         metrics = {task: values for row in rows for task, values in row["metrics"].items()}
 
         def remember(event: Event) -> None:
+            nonlocal new_config
             if isinstance(event, Evaluated):
                 metrics.update(event.metrics)
+            if new_config and isinstance(event, StepDone):
+                config.to_yaml(config.directory / CONFIG)
+                new_config = False
 
         inputs = open_inputs(config, resume_from, partial(bar.watch, "index the pool"))
         listeners: list[Callback] = [writer, bar, remember, *callbacks]
@@ -327,6 +338,9 @@ def cache_embeddings(
     with ranks.guarded(), RunBar("cache embeddings") as bar:
         pool = index(data)
         target = Path(directory) if directory is not None else default_directory(source.fingerprint, pool)
+        given = {"model": source.fingerprint, "data": data.hash(), "directory": str(target.absolute())}
+        given |= {"dtype": str(dtype), "batch size": str(batch_size)}
+        ranks.agree(given, remedy="call it with the same arguments in all processes")
         watch = partial(bar.watch, "cache embeddings")
         return source.write(pool, target, data, batch_size, watch, dtype, ranks)
 
@@ -360,6 +374,12 @@ def index(
         ranks.together(lambda: open_indexes(own, watch, beside_shards=beside, workers=workers))
         pool = ranks.together(lambda: Pool(data.shards, caption_lines=data.caption_lines))
         ranks.agree({"pool": pool.fingerprint}, remedy="let all processes see the same files")
+        if pool.unsaved:
+            warnings.warn(
+                f"{pool.unsaved} indexes cannot be written to {printable(home())}, so they are built at each opening; "
+                "set ACED_HOME to a folder that can be written, or index beside the shards",
+                stacklevel=2,
+            )
         return pool
 
 

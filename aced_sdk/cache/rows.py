@@ -182,6 +182,7 @@ class RowWriter:
     def __init__(self, directory: Path, layout: Layout) -> None:
         self.layout = layout
         self._handle = open_own(directory / ROWS, only=True)
+        self.closed = False
 
     def reserve(self) -> bool:
         """Give the file its size and reserve its space on the disk. Return whether it was new.
@@ -220,8 +221,10 @@ class RowWriter:
         os.fsync(self._handle)
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._handle)
+        """Close the file; its number may be that of another file afterwards."""
+        if not self.closed:
+            self.closed = True
+            os.close(self._handle)
 
     def _put(self, numbers: Rows, rows: Words) -> None:
         """Add the checksums to rows (uint64 [K, words + 1]) and write each run of consecutive rows at once."""

@@ -123,7 +123,14 @@ class CacheWriter:
         Raises:
             CacheError: if the rows or shapes are wrong, embeddings are zero or not finite, or the disk fails.
         """
-        numbers = np.asarray(rows, dtype=np.int64)
+        if self._file.closed:
+            raise _wrong("the writer is closed", "write before its block ends, or open another writer", "rows")
+        numbers = np.asarray(rows)
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+            cause = f"rows are {numbers.dtype} of shape {list(numbers.shape)}"
+            raise _wrong(cause, "pass integer row numbers [K]", "rows")
+        numbers = numbers.astype(np.int64)
+        image, text = torch.as_tensor(image), torch.as_tensor(text)
         shape, last = (len(numbers), self._manifest.dim), len(self._intact) - 1
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() <= last:
             raise _wrong(f"rows of this pool are 0 to {last}", "pass row numbers of the pool", "rows")
@@ -141,7 +148,9 @@ class CacheWriter:
         self._intact[numbers] = self._usable[numbers] = True
 
     def close(self) -> None:
-        """Mark the cache as complete. Rows that were not written count as unusable pairs."""
+        """Mark the cache as complete. Rows that were not written are unusable pairs. A second call does nothing."""
+        if self._file.closed:
+            return
         with self._held, writable(self._directory):
             self._file.blank(self.missing())
             self._file.sync()

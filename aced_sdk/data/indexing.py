@@ -74,6 +74,8 @@ def parse_metadata(content: bytes) -> dict[str, Any]:
 
 def _mark(content: bytes) -> bool | None:
     """Whether KEY.json marks the caption as wrong; None if it does not say."""
+    if _KEY not in content:
+        return None
     flat = content.count(b"{") == 1 and content.count(b"[") < _MAX_LISTS and content.count(_KEY) == 1
     if flat and (found := _NOISY.search(content)):
         return None if found[1] == b"null" else found[1] == b"true"  # a flat object; parsing takes ten times as long
@@ -225,6 +227,8 @@ def _add(files: _Files, buffer: bytes, base: int, heads: NDArray[np.int64]) -> b
         return False
     regular = blocks[:, 156] == _FILE
     blocks, heads = blocks[regular], heads[regular]
+    if not len(heads):
+        return True
     parsed = _names(blocks)
     if parsed is None:
         return False
@@ -303,6 +307,7 @@ def _names(blocks: NDArray[np.uint8]) -> tuple[NDArray[np.bytes_], NDArray[np.ui
         or (ends - dot[:, 0] - 1 > 8).any()
         or (names[:, 1:].astype(np.bool_) > names[:, :-1].astype(np.bool_)).any()  # a NUL inside
         or ((tails == ord("/")) | ((tails >= ord("A")) & (tails <= ord("Z")))).any()
+        or (names[:, 0] == ord("/")).any()
         or blocks[:, 345].any()
     ):
         return None

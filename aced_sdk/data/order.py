@@ -7,10 +7,11 @@ is read does not depend on W. The state of an order is a few integers per lane.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from aced_sdk.errors import ConfigError
 Rows = NDArray[np.int64]
 
 _MOST_LANES = 64  # by default
-_SLOTS = 1000  # of a mixing pattern: weights are rounded to thousandths
+_SLOTS, _MOST_SLOTS = 1000, 1_000_000  # of a mixing pattern
 
 
 class Order(Protocol):
@@ -64,12 +65,13 @@ class Mixing:
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
-        quotas = _quotas(np.array(weights, dtype=np.float64))
-        slots = int(quotas.sum())
-        self.quotas = quotas
-        self.pattern = np.repeat(np.arange(len(quotas)), quotas)[Permutation(slots, seed, 1)(np.arange(slots))]
-        hits = self.pattern[:, None] == np.arange(len(quotas))
-        self._before = np.vstack([np.zeros((1, len(quotas)), np.int64), hits.cumsum(axis=0)])
+        self.quotas = _quotas(np.array(weights, dtype=np.float64))
+        slots = int(self.quotas.sum())
+        self.pattern = np.repeat(np.arange(len(weights)), self.quotas)[Permutation(slots, seed, 1)(np.arange(slots))]
+        of_source = self.pattern.argsort(kind="stable")
+        starts = np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
+        self._earlier = np.empty(slots, dtype=np.int64)  # slots of the same source before each
+        self._earlier[of_source] = np.arange(slots) - starts
 
     def sources(self, positions: Rows) -> Rows:
         """The source of each position, int64 of the same shape."""
@@ -79,18 +81,30 @@ class Mixing:
     def taken(self, positions: Rows, sources: Rows) -> Rows:
         """How many earlier positions read the same source, for each position."""
         cycles, slots = np.divmod(positions, len(self.pattern))
-        taken: Rows = cycles * self.quotas[sources] + self._before[slots, sources]
+        taken: Rows = cycles * self.quotas[sources] + self._earlier[slots]
         return taken
 
 
 def _quotas(weights: NDArray[np.float64]) -> Rows:
-    """Whole numbers in proportion to weights; each at least 1. A single source needs one slot."""
+    """Whole numbers in proportion to weights, each at least 10 (or 1 of 1). Their sum is 1000 or more.
+
+    Raises:
+        ConfigError: if a source has less than a hundred-thousandth of the weight.
+    """
     if len(weights) == 1:
         return np.ones(1, dtype=np.int64)
-    exact = weights / weights.sum() * _SLOTS
-    quotas: Rows = np.maximum(1, np.floor(exact)).astype(np.int64)
+    fractions = weights / weights.sum()
+    slots = max(_SLOTS, math.ceil(10 / fractions.min()))
+    if slots > _MOST_SLOTS:
+        raise ConfigError(
+            f"source {int(fractions.argmin())} (counted from 0) has {fractions.min():.1e} of the weights",
+            remedy="remove it, or give it at least a hundred-thousandth",
+            field="data.weights",
+        )
+    exact = fractions * slots
+    quotas: Rows = np.floor(exact).astype(np.int64)
     rest = np.argsort(quotas - exact, kind="stable")  # most is missing first
-    quotas[rest[: max(0, _SLOTS - int(quotas.sum()))]] += 1
+    quotas[rest[: slots - int(quotas.sum())]] += 1
     return quotas
 
 
@@ -222,6 +236,28 @@ class WindowOrder:
         dealt = self._dealt(source, epoch)[lane :: self.lanes].tolist()
         shards = [shard for number in dealt if len(shard := self._sources[source][number])]
         return shards, np.cumsum([len(shard) for shard in shards])
+
+
+class Listed:
+    """An order of the places in a list of rows: of those that may be drawn.
+
+    Args:
+        order: of places, 0 to K - 1.
+        rows: integers [K], ascending.
+    """
+
+    def __init__(self, order: Order, rows: NDArray[Any]) -> None:
+        self.lanes, self.pairs = order.lanes, order.pairs
+        self._order, self._rows = order, rows
+
+    def start(self) -> Rows:
+        return self._order.start()
+
+    def rows(self, lanes: Rows, state: Rows, count: int) -> Rows:
+        return self._rows[self._order.rows(lanes, state, count)].astype(np.int64)
+
+    def advance(self, lanes: Rows, state: Rows, counts: Rows) -> Rows:
+        return self._order.advance(lanes, state, counts)
 
 
 def default_lanes(candidates: int, shards: int | None = None) -> int:

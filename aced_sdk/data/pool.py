@@ -94,6 +94,11 @@ class Pool:
         return hashlib.sha256("".join(self.bindings).encode()).hexdigest()
 
     @property
+    def unsaved(self) -> int:
+        """Number of indexes that could not be written and are kept in memory."""
+        return sum(opened.content is not None for opened in self._opened)
+
+    @property
     def knows_noisy(self) -> bool:
         """Whether any KEY.json says if its caption is noisy."""
         return any(opened.header.marked for opened in self._opened)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,11 @@ class RowSet:
             return np.ones(rows.shape, dtype=np.bool_)
         held: NDArray[np.bool_] = (self._bits[rows >> 3] >> (7 - (rows & 7)).astype(np.uint8) & 1).astype(np.bool_)
         return held
+
+    def listed(self) -> NDArray[Any]:
+        """All rows of the set, ascending: uint32 [K], or int64 for pools of 2**32 pairs and more."""
+        small = np.uint32 if self.pairs <= 2**32 else np.int64
+        return np.concatenate([self.rows(block).astype(small) for block in blocks(self.pairs)])
 
     def rows(self, block: slice) -> Rows:
         """The rows of the set in a block, ascending."""

@@ -279,11 +279,15 @@ def _mapped(folder: Path, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -
     return array
 
 
-def _reserve(file: Path) -> None:
-    """Take a sparse file's whole space now: a full disk is an error here, and a crash when a map is written to."""
+def reserve(handle: int, size: int) -> None:
+    """Take the space of a file now: a full disk is an error here, and a crash when a map is written to.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    os.truncate(handle, size)
     if sys.platform == "linux":
-        with file.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+        os.posix_fallocate(handle, 0, size)
 
 
 def prepare(
@@ -309,7 +313,8 @@ def prepare(
     try:
         with whole_folder(folder) as temporary:
             images = np.lib.format.open_memmap(temporary / _IMAGES, "w+", np.uint8, (count, 3, height, width))
-            _reserve(temporary / _IMAGES)
+            with (temporary / _IMAGES).open("r+b") as stream:
+                reserve(stream.fileno(), (temporary / _IMAGES).stat().st_size)
             tokens = np.zeros((count, length), dtype=np.int32)
             usable, sums = np.zeros(count, dtype=np.bool_), np.zeros(count, dtype=np.uint32)
             for start in range(0, count, 512):

@@ -15,6 +15,7 @@ from aced_sdk.data.order import Order, Rows
 from aced_sdk.data.source import Source, SuperBatch
 from aced_sdk.errors import DataError
 
+_EPOCHS = 50  # of a lane without a usable pair
 _AT_ONCE = 16  # times the rows that are missing: when few rows may be drawn, so many are looked at
 
 
@@ -77,7 +78,7 @@ class SuperBatches:
         parts: list[SuperBatch] = []
         places: list[Rows] = []
         filled = np.zeros(len(lanes), dtype=np.int64)
-        in_vain = 0
+        in_vain = np.zeros(len(lanes), dtype=np.int64)
         while (missing := each - filled).any():
             looked_at = int(missing.max()) * (1 if len(self._filter) * 2 > self._order.pairs else _AT_ONCE)
             rows = self._order.rows(lanes, own, looked_at)
@@ -94,9 +95,10 @@ class SuperBatches:
             parts.append(batch)
             filled += usable.sum(axis=1)
             own = self._order.advance(lanes, own, consumed)
-            in_vain = 0 if len(batch) else in_vain + int(consumed.sum())
-            if in_vain > 2 * self._order.pairs:
-                raise DataError("no pair of the pool is usable", remedy="check the shards", field="data.shards")
+            in_vain = np.where(usable.any(axis=1), 0, in_vain + consumed)
+            if (in_vain > self._order.pairs * max(2, _EPOCHS / self._order.lanes)).any():
+                cause = f"no pair of the pool is usable: {int(in_vain.max()):,} rows in a row cannot be used"
+                raise DataError(cause, remedy="check the shards", field="data.shards")
         after = state.copy()
         after[lanes] = own
         order = torch.from_numpy(np.concatenate(places).argsort())

@@ -15,7 +15,9 @@ from aced_sdk.cache import EmbeddingCache
 from aced_sdk.curation import Selector
 from aced_sdk.data import RowSet, Source
 from aced_sdk.data.rowset import blocks
-from aced_sdk.files import home
+from aced_sdk.data.source import reserve
+from aced_sdk.errors import CurationError
+from aced_sdk.files import home, printable
 
 _BINS = 2**16
 _AT_ONCE = 2**16  # rows whose embeddings are in memory
@@ -47,7 +49,14 @@ def best_rows(usable: RowSet, reference: EmbeddingCache, selector: Selector) -> 
             for start in range(0, len(rows), _AT_ONCE):
                 some = rows[start : start + _AT_ONCE]
                 found = reference.rows(torch.from_numpy(some), torch.device("cpu"))
-                scores[some] = selector.pool_scores(found).cpu().numpy()
+                of_some = selector.pool_scores(found)
+                if of_some.shape != (len(some),) or not bool(of_some.isfinite().all()):
+                    raise CurationError(
+                        f"the scores of {len(some)} pairs have the shape {list(of_some.shape)} or are not finite",
+                        remedy="return one finite score for each pair from pool_scores",
+                        field="curation",
+                    )
+                scores[some] = of_some.cpu().numpy()
         threshold, ties = _threshold(scores, usable, kept)
         left = ties
 
@@ -66,9 +75,17 @@ def best_rows(usable: RowSet, reference: EmbeddingCache, selector: Selector) -> 
 
 @contextmanager
 def _temporary(pairs: int) -> Iterator[Scores]:
-    home().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=home()) as file:
-        yield np.memmap(file, np.float32, "w+", shape=(pairs,))
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=home())  # noqa: SIM115, it is closed below
+        reserve(file.fileno(), 4 * pairs)
+    except OSError as error:
+        raise CurationError(
+            f"scores of {pairs:,} pairs cannot be stored in {printable(home())}: {error.strerror or error}",
+            remedy="free disk space there, or set ACED_HOME to another folder",
+        ) from error
+    with file:
+        yield np.memmap(file, np.float32, "r+", shape=(pairs,))
 
 
 def _sortable(scores: Scores) -> NDArray[np.uint32]:

@@ -15,7 +15,7 @@ from aced_sdk.config import DistillConfig
 from aced_sdk.data.order import Rows
 from aced_sdk.engine import Snapshot, load_checkpoint, read_checkpoint_state
 from aced_sdk.engine.state import unreadable
-from aced_sdk.errors import CacheError, DataError
+from aced_sdk.errors import CacheError, ConfigError, DataError
 from aced_sdk.training.parts import Parts
 
 Total = Annotated[int, Field(strict=True, ge=0, le=2**53)]  # the range of an event log
@@ -85,6 +85,7 @@ def restore(folder: Path, parts: Parts) -> tuple[Totals, Rows]:
         EngineError: if the checkpoint cannot be read.
         CurationError: if its pool has another size.
         CacheError: if the run was trained with other frozen models.
+        ConfigError: if the config has other lanes.
     """
     state, tensors = load_checkpoint(folder, parts.engine)
     if state.get("frozen", parts.frozen) != parts.frozen:  # older checkpoints lack it
@@ -101,12 +102,19 @@ def restore(folder: Path, parts: Parts) -> tuple[Totals, Rows]:
             raise ValueError("the draw counts are not those of its steps")
         if draws.shape != () or int(draws) != done.trained:
             raise ValueError("the number of draws is not that of its steps")
-        if (lanes.dtype, lanes.shape) != (torch.int64, parts.order.start().shape) or bool((lanes < 0).any()):
-            raise ValueError("the lanes are not those of the config")
+        if lanes.dtype != torch.int64 or bool((lanes < 0).any()):
+            raise ValueError("the lanes are no positions")
         parts.generator.set_state(tensors["generator"])
         set_noise_state(tensors, parts.engine.device)
     except (ValidationError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise unreadable(folder, error) from error
+    if lanes.shape != parts.order.start().shape:
+        raise ConfigError(
+            f"the run reads its pool in another order: its checkpoint has {len(lanes)} lanes of {lanes[0].numel()} "
+            f"positions, and the config {' lanes of '.join(map(str, parts.order.start().shape))}",
+            remedy="restore data.order, data.lanes, data.weights and the batch sizes of the run, or start a new run",
+            field="data.lanes",
+        )
     parts.statistics.load_state_dict(tensors)
     return done, lanes.numpy()
 

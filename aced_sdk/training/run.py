@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from aced_sdk.cache import FrozenSource, open_or_write
 from aced_sdk.config import DistillConfig
 from aced_sdk.curation import DrawStatistics, Selector
 from aced_sdk.data import Decoding, Order, Pool, RowSet, Source, SuperBatches, build_order, prepare
+from aced_sdk.data.order import Listed, Rows
 from aced_sdk.engine import build_engine, pick_device, step_of
 from aced_sdk.engine.events import Warned
 from aced_sdk.errors import DataError, EngineError, UnsupportedError
@@ -34,6 +37,7 @@ from aced_sdk.training.step import can_accumulate
 CONFIG = "config.yaml"
 STUDENT = "student"
 _SKIPPED = "check the shards; data.max_unusable_fraction limits the unusable pairs"
+_MOST_LISTED = 2**24  # rows; their list takes 64 MB
 _LINES = "if each line is a separate caption, set data.caption_lines to 'first'"
 Watch = Callable[[str, int, int], None]
 
@@ -152,12 +156,12 @@ def assemble(config: DistillConfig, inputs: Inputs, watch: Watch) -> Parts:
     if selector.keep_fraction < 1 and reference is not None:
         rows = best_rows(usable, reference, selector)
     config.check_pool(len(rows))
-    order = open_order(config, pool)
+    order, allowed = _order_of(config, pool, rows)
     return Parts(
         engine=build_engine(Trainee(student), config.engine, config.optimizer),
         student=student,
         order=order,
-        batches=lambda state: SuperBatches(source, order, config.curation.candidates, state, rows),
+        batches=lambda state: SuperBatches(source, order, config.curation.candidates, state, allowed),
         selector=selector,
         reference=reference if config.curation.needs_reference and not config.curation.filters_pool else None,
         teachers=tuple(caches[teacher] for teacher in inputs.teachers),
@@ -251,14 +255,33 @@ def student_facts(config: DistillConfig, counts: dict[str, int]) -> dict[str, An
     }
 
 
-def open_order(config: DistillConfig, pool: Pool) -> Order:
+def open_order(config: DistillConfig, pool: Pool, ends: Rows | None = None) -> Order:
     """The order of a run.
+
+    Args:
+        config: the run.
+        pool: the pairs.
+        ends: int64 [shards], the row after the last one of each shard; default: those of the pool.
 
     Raises:
         ConfigError: if its lanes fit neither the batches nor the shards.
     """
-    shard_rows = [rows for _, rows in pool.shard_rows()]
+    bounds = [0, *(pool.shard_ends if ends is None else ends).tolist()]
+    shard_rows = [range(start, end) for start, end in pairwise(bounds)]
     return build_order(config.data, shard_rows, pool.sources, config.curation.candidates, config.seed)
+
+
+def _order_of(config: DistillConfig, pool: Pool, rows: RowSet) -> tuple[Order, RowSet]:
+    """The order of the rows that may be drawn, and the rows that the stream does not skip.
+
+    Up to `_MOST_LISTED` rows are listed, so that each is read once per epoch. If there are more, others are skipped in
+    the order of the whole pool, and lanes reach the end of an epoch at different times.
+    """
+    if len(rows) == rows.pairs or len(rows) > _MOST_LISTED:
+        return open_order(config, pool), rows
+    listed = rows.listed()
+    ends = np.searchsorted(listed, pool.shard_ends)
+    return Listed(open_order(config, pool, ends), listed), RowSet(len(pool))
 
 
 def _check_usable(config: DistillConfig, usable: RowSet) -> None:

@@ -241,3 +241,22 @@ def test_a_run_refuses_a_cache_of_another_model_or_an_incomplete_one(tmp_path: P
     nowhere = incomplete.replace(reference=aced.Cached(directory=tmp_path / "nowhere"))
     with pytest.raises(CacheError, match="no embedding cache"):
         aced.distill(nowhere)
+
+
+def test_a_closed_writer_touches_no_other_file(tmp_path: Path, pool: Pool) -> None:
+    with writer(tmp_path / "cache", pool) as made:
+        made.write(np.arange(2), torch.ones(2, 16), torch.ones(2, 16))
+        made.close()
+    with (tmp_path / "other").open("w+b") as other, pytest.raises(CacheError, match="the writer is closed"):
+        made.write(np.arange(2), torch.ones(2, 16), torch.ones(2, 16))
+        other.seek(0)
+    assert (tmp_path / "other").read_bytes() == b""
+    assert open_cache(tmp_path / "cache", pool).usable.sum() == 2
+
+
+@pytest.mark.parametrize(
+    "rows", [np.array([True, False]), np.array([1.9, 2.9]), np.zeros((2, 1), np.int64), np.array([0, 2**63], np.uint64)]
+)
+def test_rows_that_are_no_row_numbers_are_refused(tmp_path: Path, pool: Pool, rows: Any) -> None:
+    with writer(tmp_path / "cache", pool) as made, pytest.raises(CacheError):
+        made.write(rows, torch.ones(2, 16), torch.ones(2, 16))

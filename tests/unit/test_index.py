@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tiny import pair, write_pool, write_tar
 
+import aced_sdk
 from aced_sdk.data import Pool, indexing, open_indexes, opening
 from aced_sdk.data.index import IndexHeader, ShardIndex, beside, in_home
 from aced_sdk.errors import DataError
@@ -77,6 +78,8 @@ TARS = {
         "7.json": b'{"a": {}, "noisy": true}',
         "8.json": b'{"noisy": true',
     },
+    "a path from the root": {"/1.txt": b"x", "/1.png": b"y"},
+    "escaped marks": {"1.json": b'{"no\\u0069sy": true}'},
     "nothing": {},
 }
 
@@ -201,3 +204,18 @@ def test_an_index_is_kept_in_memory_if_nothing_can_be_written(tmp_path: Path, mo
     assert Pool([folder]).metadata(3) == json.loads(pair(3)["json"])
     with pytest.raises(DataError, match="cannot be written"):
         open_indexes([folder / "0000.tar"], beside_shards=True)
+
+
+def test_a_window_without_a_regular_file_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "_CHUNK", 4096)
+    files = {"1.jpg": bytes(2 * 2**20), "1.txt": b"x", "2.jpg": bytes(2 * 2**20 - 1536), "2.txt": b"y"}
+    path = tar(tmp_path / "0.tar", files, tarfile.PAX_FORMAT)
+    assert [key for key, *_ in described(path)] == ["1", "2"]
+
+
+def test_indexing_a_pool_warns_if_indexes_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_pool(tmp_path / "pool", pairs=20)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("ACED_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="2 indexes cannot be written"):
+        assert len(aced_sdk.index(folder)) == 20

@@ -17,6 +17,7 @@ from aced_sdk.curation import DrawStatistics, statistics
 from aced_sdk.curation.statistics import even_pool_size
 from aced_sdk.data import RowSet
 from aced_sdk.data.rowset import BLOCK
+from aced_sdk.errors import CurationError
 from aced_sdk.reporting import JsonlWriter, read_events
 from aced_sdk.training.events import Selected, digests
 from aced_sdk.training.filtering import best_rows
@@ -100,3 +101,23 @@ def test_a_static_filter_keeps_what_a_sort_keeps(
     best = rows[np.argsort(-scores[rows], kind="stable")][: max(1, round(fraction * len(rows)))]
     np.testing.assert_array_equal(np.flatnonzero(kept(np.arange(pairs))), np.sort(best))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scores", [torch.tensor([float("nan"), 1.0]), torch.ones(1), torch.ones(3)])
+def test_scores_that_are_no_numbers_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scores: torch.Tensor
+) -> None:
+    monkeypatch.setenv("ACED_HOME", str(tmp_path))
+    selector: Any = SimpleNamespace(keep_fraction=0.5, pool_scores=lambda _: scores)
+    cache: Any = Cache(np.zeros(2, dtype=np.float32))
+    with pytest.raises(CurationError, match="not finite"):
+        best_rows(RowSet(2), cache, selector)
+
+
+def test_scores_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("ACED_HOME", str(tmp_path / "file"))
+    selector: Any = SimpleNamespace(keep_fraction=0.5, pool_scores=torch.from_numpy)
+    cache: Any = Cache(np.zeros(2, dtype=np.float32))
+    with pytest.raises(CurationError, match="cannot be stored"):
+        best_rows(RowSet(2), cache, selector)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aced_sdk.config import Data
 from aced_sdk.data import FullOrder, Order, RowSet, SuperBatch, SuperBatches, WindowOrder, build_order, own_lanes
-from aced_sdk.data.order import Rows, default_lanes
+from aced_sdk.data.order import Listed, Mixing, Rows, default_lanes
 from aced_sdk.data.permutation import Permutation
 from aced_sdk.errors import ConfigError, DataError
 
@@ -214,3 +214,39 @@ def test_a_row_set_holds_what_it_was_made_of() -> None:
     np.testing.assert_array_equal(rows(asked), chosen[asked])
     np.testing.assert_array_equal(rows.rows(slice(2**20, 2**20 + 100)), 2**20 + np.flatnonzero(chosen[2**20 :][:100]))
     assert RowSet(5)(np.arange(5)).all()
+
+
+def test_a_list_of_rows_gives_each_of_them_once_per_epoch() -> None:
+    kept = np.flatnonzero(np.random.default_rng(0).random(108) < 0.3).astype(np.uint32)
+    kept = kept[: len(kept) // 8 * 8]
+    order = Listed(FullOrder([range(len(kept))], 8, 0), kept)
+    found, _ = stream(order, order.start(), 2, len(kept) // 8, Numbers(), RowSet(108))
+    rows = [row for batch in found for row in batch]
+    for epoch in range(2):
+        assert sorted(rows[epoch * len(kept) : (epoch + 1) * len(kept)]) == kept.tolist()
+
+
+@pytest.mark.parametrize("weights", [(9000.0, *[1.0] * 1000), (3.0, 1.0, 1.0), (1e-4, 1.0)])
+def test_sources_of_any_weight_have_their_proportion(weights: tuple[float, ...]) -> None:
+    mixing = Mixing(weights, 0)
+    positions = np.arange(len(mixing.pattern) * 2)
+    sources = mixing.sources(positions)
+    expected = np.array(weights) / sum(weights)
+    np.testing.assert_allclose(np.bincount(sources) / len(sources), expected, rtol=0.06)
+    for source in range(min(3, len(weights))):
+        np.testing.assert_array_equal(
+            mixing.taken(positions, sources)[sources == source], np.arange((sources == source).sum())
+        )
+
+
+def test_a_vanishing_weight_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"source 0 \(counted from 0\) has") as caught:
+        Mixing((1e-9, 1.0), 0)
+    assert caught.value.field == "data.weights"
+
+
+def test_lanes_without_usable_pairs_wait_for_their_next_epoch() -> None:
+    """All usable pairs are in one shard, which each epoch deals to another lane."""
+    order = WindowOrder([shards(*[10] * 8)], 4, 0, 1)
+    found, _ = stream(order, order.start(), 1, 20, Numbers(frozenset(range(10, 80))), RowSet(80))
+    assert {row for batch in found for row in batch} == set(range(10))
