@@ -12,6 +12,7 @@ import hashlib
 import mmap
 import os
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,9 +28,10 @@ from aced_sdk.files import ReadError, home, open_regular, whole_file
 MAX_KINDS = 2**16 - 1
 """Different file extensions that an index can hold."""
 
-_MAGIC = b"acedidx1"
+_MAGIC = b"acedidx2"
 _HEADER = struct.Struct("<8s16sQqqQQQQQQQ32s")
 _HEADER_BYTES = 256  # with the digest of what precedes it in the last 32
+_DAMAGED = "is damaged: the checksum of a pair differs"
 _FULL = 2**32 - 1  # size of a file of 4 GB or more
 _NOISY, _CLEAN = 1, 2  # flags of a pair; none of them: unknown
 _PROBLEMS = ("", "a name is twice in the shard", "a link to a file that is not in the shard")  # numbered in the flags
@@ -42,11 +44,15 @@ _ARRAYS: dict[str, tuple[str, np.dtype[Any]]] = {
     "key_ends": ("rows", np.dtype("<u4")),
     "member_ends": ("rows", np.dtype("<u4")),
     "kinds": ("members", np.dtype("<u2")),
+    "checks": ("rows", np.dtype("<u4")),
     "flags": ("rows", np.dtype("u1")),
     "keys": ("key_bytes", np.dtype("u1")),
     "extensions": ("kind_bytes", np.dtype("u1")),
 }
 _ITEM_BYTES = tuple((count, dtype.itemsize) for count, dtype in _ARRAYS.values())
+
+_MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("kind", "<u4")])  # as the checksum of a pair reads it
+_PACKED = struct.Struct("<QII")
 
 Rows = NDArray[np.int64]
 
@@ -140,6 +146,23 @@ def _tag(name: str) -> bytes:
     return hashlib.sha256(os.fsencode(name)).digest()[:16]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A pair in an index.
+
+    Attributes:
+        key: folder and name without the extension.
+        members: its files by extension, in the shard's order.
+        problem: why its files cannot be read; empty if they can.
+        marked: whether the caption is marked as wrong; None if KEY.json does not say.
+    """
+
+    key: str
+    members: dict[str, Member]
+    problem: str
+    marked: bool | None
+
+
 class ShardIndex:
     """The pairs of one shard.
 
@@ -147,82 +170,74 @@ class ShardIndex:
         header: its header.
         content: the index file's bytes, or a memory map of them.
 
-    Attributes:
-        member_ends: uint32 [N], the end of each pair's files among the M files.
-        flags: uint8 [N].
     """
 
     def __init__(self, header: IndexHeader, content: bytes | mmap.mmap) -> None:
-        self.header = header
+        self._header = header
         self._content = content
         self._layout = header.layout()
-        self.member_ends: NDArray[np.uint32] = self._array("member_ends")
-        self.flags: NDArray[np.uint8] = self._array("flags")
+        self._flags = self._array("flags")
 
     def _array(self, name: str) -> NDArray[Any]:
         offset, length, dtype = self._layout[name]
         return np.frombuffer(self._content, dtype, length, offset)
 
     @cached_property
-    def offsets(self) -> NDArray[np.uint64]:
-        """uint64 [M]: where the content of each file begins in the shard."""
-        return self._array("offsets")
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        names = ("key_ends", "keys", "member_ends", "offsets", "sizes", "kinds", "checks")
+        return tuple(self._array(name) for name in names)
 
     @cached_property
-    def sizes(self) -> NDArray[np.uint32]:
-        """uint32 [M]: bytes of each file; 2**32 - 1 stands for 4 GB and more."""
-        return self._array("sizes")
+    def _extensions(self) -> list[tuple[str, int]]:
+        """Each extension with its checksum."""
+        names = self._array("extensions").tobytes().split(b"\0") if self._header.members else []
+        return [(name.decode("utf-8", "surrogateescape"), zlib.crc32(name)) for name in names]
 
-    @cached_property
-    def kinds(self) -> NDArray[np.uint16]:
-        """uint16 [M]: numbers of the files' extensions in `extensions`."""
-        return self._array("kinds")
+    def entry(self, row: int) -> Entry:
+        """What the index has about a pair; `row` counts in this shard.
 
-    @cached_property
-    def extensions(self) -> tuple[str, ...]:
-        """Names of the extensions, in small letters."""
-        text = self._array("extensions").tobytes().decode("utf-8", "surrogateescape")
-        return tuple(text.split("\0")) if self.header.members else ()
-
-    @cached_property
-    def _key_ends(self) -> NDArray[np.uint32]:
-        return self._array("key_ends")
-
-    @cached_property
-    def _keys(self) -> NDArray[np.uint8]:
-        return self._array("keys")
-
-    def key(self, row: int) -> str:
-        """The key of a pair; `row` counts in this shard."""
-        start = int(self._key_ends[row - 1]) if row else 0
-        return self._keys[start : int(self._key_ends[row])].tobytes().decode(errors="replace")
-
-    def members(self, row: int) -> dict[str, Member]:
-        """The files of a pair by extension, in the shard's order."""
-        start = int(self.member_ends[row - 1]) if row else 0
-        places = range(start, int(self.member_ends[row]))
-        return {
-            self.extensions[int(self.kinds[place])]: Member(int(self.offsets[place]), int(self.sizes[place]))
-            for place in places
-        }
-
-    def problem(self, row: int) -> str:
-        """Why the files of a pair cannot be read; empty if they can."""
-        return _PROBLEMS[int(self.flags[row]) // _PROBLEM]
+        Raises:
+            IndexFileError: if its checksum differs.
+        """
+        key_ends, keys, member_ends, offsets, sizes, kinds, checks = self._arrays
+        start, end = (int(member_ends[row - 1]) if row else 0), int(member_ends[row])
+        first, last = (int(key_ends[row - 1]) if row else 0), int(key_ends[row])
+        if start > end or end > len(offsets) or first > last or last > len(keys):
+            raise IndexFileError(_DAMAGED)
+        flag, key, extensions = int(self._flags[row]), keys[first:last].tobytes(), self._extensions
+        members: dict[str, Member] = {}
+        check = zlib.crc32(key, flag)
+        of = slice(start, end)
+        for offset, size, kind in zip(offsets[of].tolist(), sizes[of].tolist(), kinds[of].tolist(), strict=True):
+            if kind >= len(extensions):
+                raise IndexFileError(_DAMAGED)
+            name, digest = extensions[kind]
+            check = zlib.crc32(_PACKED.pack(offset, size, digest), check)
+            members[name] = Member(offset, size)
+        if check != int(checks[row]) or flag // _PROBLEM >= len(_PROBLEMS):
+            raise IndexFileError(_DAMAGED)
+        mark = True if flag & _NOISY else False if flag & _CLEAN else None
+        return Entry(key.decode(errors="replace"), members, _PROBLEMS[flag // _PROBLEM], mark)
 
     def noisy(self, rows: Rows) -> NDArray[np.bool_]:
         """bool [K]: whether the caption is marked as wrong (`"noisy": true` in KEY.json)."""
-        return (self.flags[rows] & _NOISY).astype(np.bool_)
-
-    def marked(self, row: int) -> bool | None:
-        """Whether the caption is marked as wrong; None if KEY.json does not say."""
-        flag = int(self.flags[row])
-        return True if flag & _NOISY else False if flag & _CLEAN else None
+        return (self._flags[rows] & _NOISY).astype(np.bool_)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What an index stores, before it is written; arrays as in `ShardIndex`."""
+    """What an index stores of N pairs with M files, before it is written.
+
+    Attributes:
+        keys: [N].
+        member_ends: integers [N], the end of each pair's files among the M files.
+        offsets: integers [M], where the content of each file begins in the shard.
+        sizes: integers [M], in bytes; 4 GB and more are stored as 2**32 - 1.
+        kinds: integers [M], numbers of their extensions in `extensions`.
+        extensions: in small letters.
+        noisy: row to whether the caption is marked as wrong, where KEY.json says so.
+        problems: row to the reason why the files of a pair cannot be read.
+    """
 
     keys: list[bytes]
     member_ends: NDArray[Any]
@@ -240,6 +255,13 @@ class Columns:
             flags[row] = _NOISY if wrong else _CLEAN
         for row, problem in self.problems.items():
             flags[row] += _PROBLEM * _PROBLEMS.index(problem)
+        member_ends = np.asarray(self.member_ends, dtype=np.int64)
+        sizes = np.minimum(self.sizes, _FULL)
+        packed = np.empty(len(sizes), dtype=_MEMBER)
+        packed["offset"], packed["size"] = self.offsets, sizes
+        packed["kind"] = np.array([zlib.crc32(name) for name in self.extensions], dtype=np.uint32)[self.kinds]
+        raw, ends = packed.tobytes(), (_MEMBER.itemsize * member_ends).tolist()
+        rows = zip(keys, flags.tolist(), [0, *ends], ends, strict=False)
         extensions = b"\0".join(self.extensions)
         joined = b"".join(keys)
         noisy = sum(self.noisy.values())
@@ -247,10 +269,11 @@ class Columns:
         header = IndexHeader(identity, *counts, digest)
         arrays: dict[str, Any] = {
             "offsets": self.offsets,
-            "sizes": np.minimum(self.sizes, _FULL),
+            "sizes": sizes,
             "key_ends": np.cumsum([len(key) for key in keys]),
-            "member_ends": self.member_ends,
+            "member_ends": member_ends,
             "kinds": self.kinds,
+            "checks": [zlib.crc32(raw[start:end], zlib.crc32(key, flag)) for key, flag, start, end in rows],
             "flags": flags,
             "keys": np.frombuffer(joined, np.uint8),
             "extensions": np.frombuffer(extensions, np.uint8),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aced_sdk.config import CaptionLines
-from aced_sdk.data.index import Identity, IndexFileError, Rows, ShardIndex, map_index
+from aced_sdk.data.index import Entry, Identity, IndexFileError, Rows, ShardIndex, map_index
 from aced_sdk.data.indexing import MAX_METADATA, parse_metadata
 from aced_sdk.data.opening import Opened, open_indexes
 from aced_sdk.data.samples import IMAGES
@@ -132,18 +132,16 @@ class Pool:
 
     def key(self, row: int) -> str:
         """The key of a pair: folder and name without the extension."""
-        index, local, _ = self._place(row)
-        return index.key(local)
+        return self._entry(row)[0].key
 
     def members(self, row: int) -> dict[str, Member]:
         """The files of a pair by extension."""
-        index, local, _ = self._place(row)
-        return index.members(local)
+        return self._entry(row)[0].members
 
     def name(self, row: int) -> str:
         """A pair's key and shard, for messages."""
-        index, local, shard = self._place(row)
-        return f"{printable(index.key(local))} in {printable(self.shards[shard])}"
+        entry, shard = self._entry(row)
+        return f"{printable(entry.key)} in {printable(self.shards[shard])}"
 
     def read(self, row: int, extension: str, limit: int = MAX_BYTES) -> bytes | None:
         """The bytes of one member; None if the pair has none of that extension.
@@ -153,10 +151,10 @@ class Pool:
             ReadError: if the shard cannot be read any more.
             DataError: if the shard was cut off, altered or replaced since it was opened, or its index does not fit it.
         """
-        index, local, shard = self._place(row)
-        if problem := index.problem(local):
-            raise UnusablePair(problem)
-        member = index.members(local).get(extension)
+        entry, shard = self._entry(row)
+        if entry.problem:
+            raise UnusablePair(entry.problem)
+        member = entry.members.get(extension)
         if member is None:
             return None
         if member.size > limit:
@@ -182,10 +180,13 @@ class Pool:
             path = printable(self.shards[shard])
             raise wrong(f"the shard {path} was {what} while it was in use", "restore it, and start again")
 
-    def _place(self, row: int) -> tuple[ShardIndex, int, int]:
-        """The index of a row's shard, its number in the shard, and the shard's number."""
+    def _entry(self, row: int) -> tuple[Entry, int]:
+        """What the index has about a row, and the number of its shard."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
-        return self._index(shard), row - (int(self._ends[shard - 1]) if shard else 0), shard
+        try:
+            return self._index(shard).entry(row - (int(self._ends[shard - 1]) if shard else 0)), shard
+        except IndexFileError as error:
+            raise self._damaged(shard, error) from None
 
     def _map(self, shard: int) -> ShardIndex:
         opened = self._opened[shard]
@@ -194,7 +195,10 @@ class Pool:
         try:
             return map_index(opened.path, opened.header)
         except IndexFileError as error:
-            raise wrong(f"the index {printable(opened.path)} {error}", "start again: it is made anew") from None
+            raise self._damaged(shard, error) from None
+
+    def _damaged(self, shard: int, error: IndexFileError) -> DataError:
+        return wrong(f"the index {printable(self._opened[shard].path)} {error}", "delete it: it is made again")
 
     def image(self, row: int, max_pixels: int) -> Image.Image:
         """The decoded picture.
@@ -220,10 +224,10 @@ class Pool:
         Raises:
             UnusablePair: if there is none, or it has too many bytes.
         """
-        index, local, _ = self._place(row)
-        extension = next((e for e in index.members(local) if e in IMAGES), None)
+        entry, _ = self._entry(row)
+        extension = next((e for e in entry.members if e in IMAGES), None)
         if extension is None:
-            raise UnusablePair(index.problem(local) or "no picture")
+            raise UnusablePair(entry.problem or "no picture")
         return self.read(row, extension) or b""
 
     def text(self, row: int, max_bytes: int = MAX_CAPTION) -> str:

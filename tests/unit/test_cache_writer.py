@@ -224,7 +224,7 @@ def test_a_run_uses_a_cache_of_ones_own(tmp_path: Path, pool: Pool, monkeypatch:
     assert aced.plan(config).pairs == 48
     assert aced.distill(config).step == 6
     assert aced.DistillConfig.from_yaml(tmp_path / "run" / "config.yaml").reference == cached
-    assert not (tmp_path / "home").exists()
+    assert not (tmp_path / "home" / "embeddings").exists()
 
 
 def test_a_run_refuses_a_cache_of_another_model_or_an_incomplete_one(tmp_path: Path, pool: Pool) -> None:
@@ -245,11 +245,12 @@ def test_a_run_refuses_a_cache_of_another_model_or_an_incomplete_one(tmp_path: P
 
 def test_a_closed_writer_touches_no_other_file(tmp_path: Path, pool: Pool) -> None:
     with writer(tmp_path / "cache", pool) as made:
-        made.write(np.arange(2), torch.ones(2, 16), torch.ones(2, 16))
+        made.write(np.arange(2), torch.ones(2, DIM), torch.ones(2, DIM))
         made.close()
-    with (tmp_path / "other").open("w+b") as other, pytest.raises(CacheError, match="the writer is closed"):
-        made.write(np.arange(2), torch.ones(2, 16), torch.ones(2, 16))
-        other.seek(0)
+    other = (tmp_path / "other").open("w+b")
+    with pytest.raises(CacheError, match="the writer is closed"):
+        made.write(np.arange(2), torch.ones(2, DIM), torch.ones(2, DIM))
+    other.close()
     assert (tmp_path / "other").read_bytes() == b""
     assert open_cache(tmp_path / "cache", pool).usable.sum() == 2
 
@@ -259,4 +260,4 @@ def test_a_closed_writer_touches_no_other_file(tmp_path: Path, pool: Pool) -> No
 )
 def test_rows_that_are_no_row_numbers_are_refused(tmp_path: Path, pool: Pool, rows: Any) -> None:
     with writer(tmp_path / "cache", pool) as made, pytest.raises(CacheError):
-        made.write(rows, torch.ones(2, 16), torch.ones(2, 16))
+        made.write(rows, torch.ones(2, DIM), torch.ones(2, DIM))
