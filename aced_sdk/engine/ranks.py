@@ -202,7 +202,8 @@ def join(launch: Launch, device: torch.device, timeout_seconds: float | None = N
         torch.cuda.set_device(device)
     if distributed.is_initialized():
         if timeout_seconds is not None:
-            distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds))
+            older = distributed.distributed_c10d._set_pg_timeout  # of torch before `set_timeout`
+            getattr(distributed, "set_timeout", older)(timedelta(seconds=timeout_seconds))
         return
     seconds = TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
     if launch.world_size == 1:

@@ -223,7 +223,6 @@ def test_ranks_share_the_indexing_of_a_pool(root: Path, tmp_path: Path) -> None:
         str(free_port()),
         "--module",
         "aced_sdk.cli",
-        "index",
     ]
     done = subprocess.run(
         [*command, "index", str(pool)],

@@ -219,13 +219,13 @@ def _distill_beside(root: Path) -> list[int]:
 
 STATES: dict[str, Any] = {
     "a list": [],
-    "another step": {"step": 3, "position": 32},
-    "a text": {"step": 4, "position": "32"},
-    "a negative position": {"step": 4, "position": -1},
-    "a huge position": {"step": 4, "position": 10**30},
-    "a number too large for JSON": '{"step": 4, "position": ' + "9" * 5000 + "}",
-    "a truth": {"step": 4, "position": True},
-    "a fraction": {"step": 4, "position": 1.5},
+    "another step": {"step": 3, "trained": 32},
+    "a text": {"step": 4, "trained": "32"},
+    "a negative number": {"step": 4, "trained": -1},
+    "a huge number": {"step": 4, "trained": 10**30},
+    "a number too large for JSON": '{"step": 4, "trained": ' + "9" * 5000 + "}",
+    "a truth": {"step": 4, "trained": True},
+    "a fraction": {"step": 4, "trained": 1.5},
     "deep": "[" * 100_000,
     "nothing at all": "",
 }
