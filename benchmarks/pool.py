@@ -84,6 +84,7 @@ def main() -> None:
         "machine": machine("cpu"),
         "indexing": indexing_costs,
         "pools": pools,
+        "events": logged(arguments.repeats),
         "points": continued(arguments.points),
     }
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
