@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `aced` command: one subcommand per verb of the Python API.
 
-It starts alike under plain python, deepspeed, torchrun, accelerate, srun and mpirun. `distill`, `resume` and `cache`
-get all ranks; rank 0 alone runs the other commands, while the other ranks wait.
+It starts alike under plain python, deepspeed, torchrun, accelerate, srun and mpirun. `distill`, `resume`, `cache`
+and `index` run on all ranks; the other commands run on rank 0, while the other ranks wait.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="a DistillConfig as YAML")]
 _INTERRUPTED = 130  # typer's exit code after Ctrl-C
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run")]
-_OVER_RANKS = ("distill", "resume", "cache", "index")  # rank 0 alone runs the other commands
+_OVER_RANKS = ("distill", "resume", "cache", "index")
 _LAUNCHED = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set by a launcher
 
 
@@ -183,7 +183,7 @@ def _launch() -> Launch | None:
     from aced_sdk.engine import read_launch
 
     launch = read_launch(local_rank=local_rank)
-    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # for those who read the launch later
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # for later calls of `read_launch`
     return launch if launch.world_size > 1 else None
 
 

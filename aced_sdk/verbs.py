@@ -79,10 +79,10 @@ def distill(
         _check_run(directory)
     # Lock before writing the config: another process may be preparing its run in this folder.
     with _alone(directory):
-        if resume == "must" and not _holds_run(directory):
-            raise _no_run(directory)
-        if resume == "must" or (resume == "auto" and _holds_run(directory)):
+        if resume != "never" and _holds_run(directory):
             return _resume(config, callbacks)
+        if resume == "must":
+            raise _no_run(directory)
         _check_free(directory)
         config.to_yaml(directory / CONFIG)
         return _run(config, callbacks, None)
@@ -342,7 +342,7 @@ def cache_embeddings(
         given |= {"dtype": str(dtype), "batch size": str(batch_size)}
         ranks.agree(given, remedy="call it with the same arguments in all processes")
         watch = partial(bar.watch, "cache embeddings")
-        return source.write(pool, target, data, batch_size, watch, dtype, ranks)
+        return source.write(pool, target, data, batch_size=batch_size, progress=watch, dtype=dtype, ranks=ranks)
 
 
 def index(

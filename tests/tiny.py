@@ -89,6 +89,20 @@ def distillation(directory: Path, pool: Path, reference: Path | None, **changes:
     return config.DistillConfig(**(values | changes))
 
 
+def write_world(root: Path, pairs: int = 64) -> Path:
+    """A pool and a reference under `root`, for `run_in`."""
+    write_pool(root / "pool", pairs=pairs)
+    towers.save(encoder(1), root / "reference")
+    return root
+
+
+def run_in(world: Path, directory: Path, **changes: Any) -> config.DistillConfig:
+    """`distillation` on a world. All its runs share one embedding cache."""
+    reference = config.Frozen(model=str(world / "reference"), cache=world / "cache")
+    made = distillation(directory, world / "pool", world / "reference")
+    return made.replace(**({"reference": reference} | changes))
+
+
 def exported(folder: Path, seed: int = 0) -> Path:
     """A small student's export in fp32, under `folder`."""
     import export

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of frozen embeddings: a model, embeddings stored in the shards, or a cache written by somebody else."""
+"""Sources of frozen embeddings: a model, embeddings stored in the shards, or an existing cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self, TypedDict, Unpack
 
 import torch
 
@@ -22,7 +22,15 @@ from aced_sdk.files import printable
 from aced_sdk.towers import DualEncoder, load
 
 Watch = Callable[[int, int], None]
-_BATCH = 256  # pairs per forward pass
+
+
+class WriteOptions(TypedDict, total=False):
+    """Options of `FrozenSource.write`; as the arguments of `write_cache`."""
+
+    batch_size: int
+    progress: Watch | None
+    dtype: Dtype | None
+    ranks: Ranks | None
 
 
 class FrozenSource(Protocol):
@@ -42,17 +50,8 @@ class FrozenSource(Protocol):
     def width(self, pool: Pool) -> int:
         """D, the embedding dimension."""
 
-    def write(
-        self,
-        pool: Pool,
-        directory: Path,
-        data: Data,
-        batch_size: int,
-        progress: Watch | None,
-        dtype: Dtype | None,
-        ranks: Ranks | None = None,
-    ) -> EmbeddingCache:
-        """Write the missing rows of the cache; arguments as for `write_cache`."""
+    def write(self, pool: Pool, directory: Path, data: Data, **options: Unpack[WriteOptions]) -> EmbeddingCache:
+        """Write the missing rows of the cache; as `write_cache`."""
 
 
 class FrozenModel:
@@ -78,20 +77,19 @@ class FrozenModel:
     def width(self, pool: Pool) -> int:
         return self.encoder.embedding_dim
 
-    def write(
-        self,
-        pool: Pool,
-        directory: Path,
-        data: Data,
-        batch_size: int,
-        progress: Watch | None,
-        dtype: Dtype | None,
-        ranks: Ranks | None = None,
-    ) -> EmbeddingCache:
-        return write_cache(self.encoder, pool, directory, data, batch_size, progress, dtype, ranks)
+    def write(self, pool: Pool, directory: Path, data: Data, **options: Unpack[WriteOptions]) -> EmbeddingCache:
+        return write_cache(self.encoder, pool, directory, data, **options)
 
 
-class StoredEmbeddings:
+class _WithoutModel:
+    """A source that does not compute."""
+
+    def to(self, device: torch.device) -> Self:
+        """Do nothing."""
+        return self
+
+
+class StoredEmbeddings(_WithoutModel):
     """Embeddings stored in the shards (`Stored`)."""
 
     def __init__(self, config: Stored) -> None:
@@ -99,27 +97,14 @@ class StoredEmbeddings:
         self.fingerprint = stored_fingerprint(config)
         self.cache = config.cache
 
-    def to(self, device: torch.device) -> FrozenSource:
-        """Do nothing: there is no model."""
-        return self
-
     def width(self, pool: Pool) -> int:
         return stored_width(self.config, pool)
 
-    def write(
-        self,
-        pool: Pool,
-        directory: Path,
-        data: Data,
-        batch_size: int,
-        progress: Watch | None,
-        dtype: Dtype | None,
-        ranks: Ranks | None = None,
-    ) -> EmbeddingCache:
-        return write_stored(self.config, pool, directory, data, batch_size, progress, dtype, ranks)
+    def write(self, pool: Pool, directory: Path, data: Data, **options: Unpack[WriteOptions]) -> EmbeddingCache:
+        return write_stored(self.config, pool, directory, data, **options)
 
 
-class CachedEmbeddings:
+class CachedEmbeddings(_WithoutModel):
     """Embeddings in an existing cache (`Cached`)."""
 
     def __init__(self, config: Cached) -> None:
@@ -133,23 +118,10 @@ class CachedEmbeddings:
         self.fingerprint = self._manifest.model
         self.cache: Path | None = config.directory
 
-    def to(self, device: torch.device) -> FrozenSource:
-        """Do nothing: there is no model."""
-        return self
-
     def width(self, pool: Pool) -> int:
         return self._manifest.dim
 
-    def write(
-        self,
-        pool: Pool,
-        directory: Path,
-        data: Data,
-        batch_size: int,
-        progress: Watch | None,
-        dtype: Dtype | None,
-        ranks: Ranks | None = None,
-    ) -> EmbeddingCache:
+    def write(self, pool: Pool, directory: Path, data: Data, **options: Unpack[WriteOptions]) -> EmbeddingCache:
         """Open the cache, which only its own writer can complete."""
         return open_cache(directory, pool, self.fingerprint)
 
@@ -208,6 +180,6 @@ def open_or_write(
     if cache is not None and not (missing if ranks is None else ranks.sum(missing)):
         return cache
     try:
-        return source.to(device).write(pool, directory, data, _BATCH, progress, None, ranks)
+        return source.to(device).write(pool, directory, data, progress=progress, ranks=ranks)
     finally:
         source.to(torch.device("cpu"))

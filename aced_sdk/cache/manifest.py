@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cache.json`: what the embeddings of a cache are bound to."""
+"""`cache.json`: model, shards and dtype of a cache."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def check_binding(
     dtype: Dtype | None = None,
     dim: int | None = None,
 ) -> None:
-    """Compare a cache with what it is needed for. None: not compared.
+    """Check that a cache matches the given values; None is not checked.
 
     Raises:
         CacheError: if model, shards, dtype or dimension differ.

@@ -8,8 +8,6 @@ checksums also mark which rows are complete, and after a crash no other file is 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import mmap
 import os
@@ -23,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aced_sdk.cache.manifest import DTYPES, CacheManifest
-from aced_sdk.data.source import Rows
+from aced_sdk.data.rowset import Rows
 from aced_sdk.errors import CacheError
-from aced_sdk.files import ReadError, inside, open_own, open_regular, printable
+from aced_sdk.files import ReadError, inside, open_own, open_regular, printable, reserve
 
 ROWS = "rows.bin"
 AGAIN = "write the cache again (aced.cache_embeddings): intact rows are kept"
@@ -173,7 +171,7 @@ class RowReader:
 
 
 class RowWriter:
-    """Write rows at their places. Several processes may write different rows of one file.
+    """Write rows to the file. Several processes may write different rows.
 
     Raises:
         OSError: from all methods, if the disk is full or fails.
@@ -190,17 +188,9 @@ class RowWriter:
         Raises:
             OSError: if the disk has not enough space; a new file is then empty again.
         """
-        facts, disk = os.fstat(self._handle), os.fstatvfs(self._handle)
-        missing = self.layout.size - min(512 * facts.st_blocks, self.layout.size)
-        if missing > disk.f_bavail * disk.f_frsize:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {missing:,} bytes are needed")
-        os.truncate(self._handle, self.layout.size)
-        try:
-            _allocate(self._handle, self.layout.size)
-        except OSError:
-            os.truncate(self._handle, facts.st_size)
-            raise
-        return facts.st_size == 0
+        new = os.fstat(self._handle).st_size == 0
+        reserve(self._handle, self.layout.size)
+        return new
 
     def write(self, numbers: Rows, image: Tensor, text: Tensor) -> None:
         """Write embeddings (float [K, D]) to rows (int64 [K])."""
@@ -221,7 +211,7 @@ class RowWriter:
         os.fsync(self._handle)
 
     def close(self) -> None:
-        """Close the file; its number may be that of another file afterwards."""
+        """Close the file. A second call does nothing: the file number may belong to another file."""
         if not self.closed:
             self.closed = True
             os.close(self._handle)
@@ -238,19 +228,3 @@ class RowWriter:
             while content:
                 written = os.pwrite(self._handle, content, offset)
                 content, offset = content[written:], offset + written
-
-
-def _allocate(handle: int, size: int) -> None:
-    """Reserve the space of a file where its file system can.
-
-    Python's `posix_fallocate` is not used: where the file system cannot, it writes to every block instead.
-    """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Linux
-    if fallocate is None:
-        return
-    while fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
-        code = ctypes.get_errno()
-        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
-            return
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))

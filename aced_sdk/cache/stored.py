@@ -26,7 +26,7 @@ from aced_sdk.cache.writing import Embedded, check_usable, write_rows
 from aced_sdk.config import Data, Stored
 from aced_sdk.data import Pool, UnusablePair
 from aced_sdk.data.arrays import read_array_header
-from aced_sdk.data.source import Rows
+from aced_sdk.data.rowset import Rows
 from aced_sdk.engine import Ranks
 from aced_sdk.errors import DataError
 from aced_sdk.files.reading import MIB

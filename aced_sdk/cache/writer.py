@@ -30,7 +30,7 @@ from aced_sdk.cache.manifest import (
 from aced_sdk.cache.rows import ROWS, Layout, RowReader, RowWriter
 from aced_sdk.config import LossForm
 from aced_sdk.data import Pool
-from aced_sdk.data.source import Rows
+from aced_sdk.data.rowset import Rows
 from aced_sdk.errors import CacheError
 from aced_sdk.files import alone, printable, write_json
 
@@ -173,7 +173,7 @@ def scan(reader: RowReader, rows: range, intact: NDArray[np.bool_], usable: NDAr
 
 
 def bind(directory: Path, manifest: CacheManifest, dtype: Dtype | None) -> CacheManifest:
-    """Write the manifest, or compare it with that of the existing cache and return the latter.
+    """Write the manifest, or check and return that of the existing cache.
 
     Requires the lock. Temporary files of killed writers are removed; files with other names are kept.
 

@@ -22,7 +22,7 @@ from aced_sdk.cache.rows import Layout, RowReader, RowWriter
 from aced_sdk.cache.writer import bind, lock, scan, writable
 from aced_sdk.config import Data
 from aced_sdk.data import Decoding, Pool, SuperBatch, check_skipped
-from aced_sdk.data.source import Rows
+from aced_sdk.data.rowset import Rows
 from aced_sdk.engine import Launch, Ranks
 from aced_sdk.errors import ModelError
 from aced_sdk.files import inside, read_bytes, whole_file
@@ -144,23 +144,23 @@ def write_rows(
                 file.reserve()
 
         ranks.in_first(partial(_named, directory, prepare))
-        share = ranks.together(lambda: _Share(directory, pool, ranks, batch_size, progress))
-        held.callback(share.close)
-        ranks.together(share.find_missing)
-        if rounds := int(ranks.max(len(share.missing))):
+        own = ranks.together(lambda: _OwnShards(directory, pool, ranks, batch_size, progress))
+        held.callback(own.close)
+        ranks.together(own.find_missing)
+        if rounds := int(ranks.max(len(own.missing))):
             ranks.in_first(lambda: (directory / USABLE).unlink(missing_ok=True))
-            batches = chain.from_iterable(share.missing.values())
+            batches = chain.from_iterable(own.missing.values())
             numbers = (np.arange(batch.start, batch.stop, dtype=np.int64) for batch in batches)
             with closing(read_ahead(read, numbers, threads=1, ahead=_AHEAD)) as ahead:
                 # One shard at a time on all ranks, so that a failure ends all soon.
-                for shard in [*share.missing, *[None] * (rounds - len(share.missing))]:
-                    ranks.together(partial(_named, directory, partial(share.write, shard, ahead, embed)))
-        ranks.together(partial(_named, directory, share.save))
-        ranks.in_first(partial(_named, directory, share.merge))
-        return ranks.together(lambda: EmbeddingCache(directory, share.manifest, len(pool)))
+                for shard in [*own.missing, *[None] * (rounds - len(own.missing))]:
+                    ranks.together(partial(_named, directory, partial(own.write, shard, ahead, embed)))
+        ranks.together(partial(_named, directory, own.save))
+        ranks.in_first(partial(_named, directory, own.merge))
+        return ranks.together(lambda: EmbeddingCache(directory, own.manifest, len(pool)))
 
 
-class _Share:
+class _OwnShards:
     """The shards of one rank.
 
     Attributes:
@@ -177,7 +177,7 @@ class _Share:
         self._shards = [rows for _, rows in pool.shard_rows()]
         self._own = range(ranks.rank, len(self._shards), ranks.world_size)
         self._usable = {shard: np.zeros(len(self._shards[shard]), np.bool_) for shard in self._own}
-        self._batch_size, self._tell, self._done = batch_size, progress or (lambda *_: None), 0
+        self._batch_size, self._progress, self._done = batch_size, progress or (lambda *_: None), 0
         self._total = sum(len(usable) for usable in self._usable.values())
         layout = Layout(self.manifest, len(pool))
         self._reader, self._file = RowReader(directory, layout), RowWriter(directory, layout)
@@ -217,7 +217,7 @@ class _Share:
         if self.missing:
             self._file.sync()
         if self._rank:
-            with whole_file(_share_path(self._directory, self._rank)) as temporary:
+            with whole_file(_usable_path(self._directory, self._rank)) as temporary:
                 temporary.write_bytes(b"".join(usable.tobytes() for usable in self._usable.values()))
 
     def merge(self) -> None:
@@ -226,7 +226,7 @@ class _Share:
         for rank in range(self._ranks):
             shards = self._shards[rank :: self._ranks]
             if rank:
-                path = _share_path(self._directory, rank)
+                path = _usable_path(self._directory, rank)
                 content = read_bytes(inside(self._directory, path.name), sum(map(len, shards)))
                 parts = np.split(np.frombuffer(content, np.bool_), np.cumsum([len(rows) for rows in shards])[:-1])
                 path.unlink()
@@ -239,7 +239,7 @@ class _Share:
     def _advance(self, pairs: int) -> None:
         if pairs:
             self._done += pairs
-            self._tell(self._done, self._total)
+            self._progress(self._done, self._total)
 
 
 def check_usable(cache: EmbeddingCache, skipped: Counter[str], data: Data) -> None:
@@ -259,5 +259,5 @@ def _named(directory: Path, action: Callable[[], None]) -> None:
         action()
 
 
-def _share_path(directory: Path, rank: int) -> Path:
+def _usable_path(directory: Path, rank: int) -> Path:
     return directory / f".usable-{rank:05d}"

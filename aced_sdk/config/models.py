@@ -122,11 +122,8 @@ class Cached(FrozenConfig):
     model: str | None = Field(None, description="required name of the model; None: any")
 
 
-_WITHOUT_KIND: tuple[type[FrozenConfig], ...] = (
-    Frozen,
-    Stored,
-    Cached,
-)  # a mapping without a kind is read as one of these
+# A mapping without a kind is read as one of these.
+_WITHOUT_KIND: tuple[type[FrozenConfig], ...] = (Frozen, Stored, Cached)
 
 
 def _of_kind(value: Any, info: ValidationInfo) -> FrozenConfig:

@@ -18,7 +18,7 @@ from aced_sdk.towers.embeddings import Embeddings
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """The quantiles returned by `Selector.quantiles`."""
 
-_ALL_SCORED, _FOR_QUANTILES = 4096, 512  # of more pairs than the first number, so many are scored for quantiles
+_ALL_SCORED, _FOR_QUANTILES = 4096, 512  # above 4096 pairs, 512 are scored for quantiles
 
 
 class Selector:

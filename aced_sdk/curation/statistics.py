@@ -18,7 +18,7 @@ COLLAPSE_REMEDY = "lower curation.gain or the filter ratio (a smaller curation.s
 """Remedy for `DrawStatistics.collapsed`."""
 
 MAX_COUNTED = 2**22
-"""Pairs with a draw count of their own; of larger pools, a fixed random sample of so many pairs is counted."""
+"""Largest number of draw counts. In larger pools, a fixed random sample of so many pairs is counted."""
 
 _SAMPLE = 0x5A3D  # key of the sample
 _MANY = 1e6  # above this many draws per pair, random variation is negligible
@@ -74,7 +74,8 @@ class DrawStatistics:
             raise CurationError(f"the pool has {num_pairs} pairs", remedy="use a pool with pairs", field="num_pairs")
         self.num_pairs = num_pairs
         counted = min(num_pairs, MAX_COUNTED)
-        self._place = Permutation(num_pairs, _SAMPLE) if num_pairs > counted else None  # below `counted`: in the sample
+        # A pair is in the sample if its place is below `counted`.
+        self._place = Permutation(num_pairs, _SAMPLE) if num_pairs > counted else None
         self._draws = 0
         self._count(np.zeros(counted, dtype=np.int32))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The index of a shard: where each pair's files are. One binary file per shard, memory-mapped.
+"""The index of a shard: key, offsets and sizes of each pair. One binary file per shard, memory-mapped.
 
 Layout, little-endian: a header of 256 bytes, then the arrays of `_ARRAYS`. A shard of 10,000 pairs has an
 index of about 0.6 MB. The index is bound to the shard's size, times of change and inode; its header stores the digest
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aced_sdk.data.rowset import Rows
 from aced_sdk.data.tars import Member
 from aced_sdk.files import ReadError, home, open_regular, whole_file
 
@@ -54,8 +55,6 @@ _ITEM_BYTES = tuple((count, dtype.itemsize) for count, dtype in _ARRAYS.values()
 _MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("kind", "<u4")])  # as the checksum of a pair reads it
 _PACKED = struct.Struct("<QII")
 
-Rows = NDArray[np.int64]
-
 
 class IndexFileError(Exception):
     """An index file that is damaged or of another shard; its argument says which."""
@@ -63,7 +62,7 @@ class IndexFileError(Exception):
 
 @dataclass(frozen=True)
 class Identity:
-    """What differs once a shard is changed or replaced.
+    """Size, times of change and inode of a file. At least one differs after the file is changed or replaced.
 
     Tools that copy or unpack keep the time of change (mtime); ctime and inode still differ.
     """
@@ -194,7 +193,7 @@ class ShardIndex:
         return [(name.decode("utf-8", "surrogateescape"), zlib.crc32(name)) for name in names]
 
     def entry(self, row: int) -> Entry:
-        """What the index has about a pair; `row` counts in this shard.
+        """Return the entry of a pair; `row` counts in this shard.
 
         Raises:
             IndexFileError: if its checksum differs.
@@ -226,7 +225,7 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class Columns:
-    """What an index stores of N pairs with M files, before it is written.
+    """The content of an index of N pairs with M files, before it is written.
 
     Attributes:
         keys: [N].
@@ -283,12 +282,12 @@ class Columns:
 
 
 def beside(shard: Path) -> Path:
-    """Where `aced index --beside` keeps the index of a shard."""
+    """Path of the index beside its shard, for `aced index --beside`."""
     return shard.with_name(f"{shard.name}.index")
 
 
 def in_home(shard: Path) -> Path:
-    """Where the index of a shard is kept by default: in the cache home, named after the shard's path."""
+    """Default path of the index of a shard: in the cache home, named after the shard's path."""
     tag = hashlib.sha256(os.fsencode(shard)).hexdigest()
     return home() / "index" / tag[:2] / f"{tag[2:34]}.index"
 

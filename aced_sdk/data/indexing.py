@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aced_sdk.data.index import MAX_KINDS, Columns, Identity, Rows
+from aced_sdk.data.index import MAX_KINDS, Columns, Identity
+from aced_sdk.data.rowset import Rows
 from aced_sdk.data.samples import Sample, group
 from aced_sdk.data.tars import BLOCK, Member, TarError, UnsupportedTar, check_header, entries
 from aced_sdk.files import ReadError, open_regular, parse_json
@@ -84,7 +85,7 @@ def _mark(content: bytes) -> bool | None:
 
 
 def _exact(stream: BufferedReader, size: int) -> Columns:
-    """The columns of any tar."""
+    """Read any tar."""
     files: list[tuple[int, str, Member | None]] = []
     try:
         files.extend(entries(stream, size))
@@ -162,7 +163,7 @@ class _Files:
 
 
 def _fast(stream: BufferedReader, digest: Any) -> Columns | None:
-    """The columns of a usual tar, and its bytes into `digest`; None if anything in it is unusual."""
+    """Read a usual tar and add its bytes to `digest`; None if anything in it is unusual."""
     files, buffer, base, offset = _Files(), b"", 0, 0
     while True:
         chunk = stream.read(_CHUNK)
@@ -181,11 +182,11 @@ def _fast(stream: BufferedReader, digest: Any) -> Columns | None:
 
 
 def _headers(buffer: bytes, at: int, last: bool) -> tuple[list[int] | None, int, bool]:
-    """Walk the headers in a buffer.
+    """Find the headers in a buffer.
 
     Args:
-        buffer: part of a tar, from a block's begin.
-        at: place of the first header; it may lie behind the buffer.
+        buffer: part of a tar that starts at a block.
+        at: place of the first header; it may be beyond the end of the buffer.
         last: no more bytes follow.
 
     Returns:
@@ -316,7 +317,7 @@ def _names(blocks: NDArray[np.uint8]) -> tuple[NDArray[np.bytes_], NDArray[np.ui
 
 
 def _only_zeros(rest: bytes, stream: BufferedReader, digest: Any) -> bool:
-    """Whether nothing but zeros follows, up to the file's end; the bytes are hashed."""
+    """Whether the rest of the file is zeros. Its bytes are added to `digest`."""
     while not rest.strip(b"\0"):
         rest = stream.read(_CHUNK)
         if not rest:

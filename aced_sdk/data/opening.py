@@ -48,7 +48,7 @@ def open_indexes(
     beside_shards: bool = False,
     workers: int = _THREADS,
 ) -> list[Opened]:
-    """The index of each shard: the file beside it, else the one in the cache home. Missing and stale ones are built.
+    """Find the index of each shard: beside it, else in the cache home. Missing and outdated indexes are built.
 
     Args:
         shards: tar files.
@@ -98,7 +98,7 @@ def _identities(shards: Sequence[Path]) -> list[Identity]:
 
 
 def _find(shard: Path, identity: Identity) -> Opened | None:
-    """The index of a shard; None if there is none, or the shard has changed since.
+    """Find the index of a shard; None if it is missing, or older than the shard.
 
     Raises:
         DataError: if the one beside the shard is damaged or of another shard.
@@ -115,7 +115,7 @@ def _find(shard: Path, identity: Identity) -> Opened | None:
     try:
         header = read_header(path, shard.name)
     except IndexFileError:
-        return None  # made again
+        return None  # it is built again
     return None if header is None or header.identity != identity else Opened(path, header)
 
 

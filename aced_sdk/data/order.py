@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which a run reads its pool: a function of the seed and of positions, in bounded memory.
+"""The order in which a run reads its pool. It depends on the seed and on positions, and takes bounded memory.
 
 Every order has L lanes. A super-batch takes equally many pairs of each lane, and a rank of W owns L / W lanes, so what
 is read does not depend on W. The state of an order is a few integers per lane.
@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from aced_sdk.config import Data
 from aced_sdk.data.permutation import Permutation
+from aced_sdk.data.rowset import Rows
 from aced_sdk.errors import ConfigError
-
-Rows = NDArray[np.int64]
 
 _MOST_LANES = 64  # by default
 _SLOTS, _MOST_SLOTS = 1000, 1_000_000  # of a mixing pattern
@@ -57,7 +56,7 @@ class Order(Protocol):
 
 
 class Mixing:
-    """Which source each position reads: a shuffled pattern that repeats, with the sources in the given proportions.
+    """A shuffled pattern of sources in given proportions. It repeats, and gives the source of each position.
 
     Args:
         weights: of each source; above 0.
@@ -70,7 +69,7 @@ class Mixing:
         self.pattern = np.repeat(np.arange(len(weights)), self.quotas)[Permutation(slots, seed, 1)(np.arange(slots))]
         of_source = self.pattern.argsort(kind="stable")
         starts = np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
-        self._earlier = np.empty(slots, dtype=np.int64)  # slots of the same source before each
+        self._earlier = np.empty(slots, dtype=np.int64)  # number of earlier slots with the same source
         self._earlier[of_source] = np.arange(slots) - starts
 
     def sources(self, positions: Rows) -> Rows:
@@ -86,7 +85,7 @@ class Mixing:
 
 
 def _quotas(weights: NDArray[np.float64]) -> Rows:
-    """Whole numbers in proportion to weights, each at least 10 (or 1 of 1). Their sum is 1000 or more.
+    """Slots of each source, in proportion to the weights: at least 10 each, 1000 or more in all. A single source has 1.
 
     Raises:
         ConfigError: if a source has less than a hundred-thousandth of the weight.
@@ -103,13 +102,13 @@ def _quotas(weights: NDArray[np.float64]) -> Rows:
         )
     exact = fractions * slots
     quotas: Rows = np.floor(exact).astype(np.int64)
-    rest = np.argsort(quotas - exact, kind="stable")  # most is missing first
+    rest = np.argsort(quotas - exact, kind="stable")  # rounded down most comes first
     quotas[rest[: slots - int(quotas.sum())]] += 1
     return quotas
 
 
 class FullOrder:
-    """One keyed permutation of a source's rows after another: for storage with fast random access.
+    """A new keyed permutation of each source's rows in every epoch, for storage with fast random access.
 
     Position p belongs to lane p mod L. Its state is the number of rows that each lane has given.
 
@@ -151,7 +150,7 @@ class FullOrder:
 
 
 class WindowOrder:
-    """Shards in shuffled order, read in windows of a few shards and shuffled inside each: for slow or remote storage.
+    """Shuffled shards, read in windows of a few shards with shuffled rows, for slow or remote storage.
 
     In each epoch, the shards of a source are dealt to the lanes in a new order. The state of a lane is the number of
     rows that it has given, and for each source its epoch and the rows taken of it.
@@ -239,7 +238,7 @@ class WindowOrder:
 
 
 class Listed:
-    """An order of the places in a list of rows: of those that may be drawn.
+    """An order over a list of rows, such as the rows that may be drawn.
 
     Args:
         order: of places, 0 to K - 1.

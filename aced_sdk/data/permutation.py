@@ -14,16 +14,16 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from aced_sdk.data.rowset import Rows
+
 _ROUNDS = 6
 _TABLE = 2**16  # largest size of a table
 _MIX = np.uint64(0xD6E8FEB86659FD93)  # odd, from Rau's mixing function
 _SHIFT = np.uint64(32)
 
-Rows = NDArray[np.int64]
-
 
 class Permutation:
-    """A permutation of 0 to `size` - 1 that a key selects. It takes at most 0.5 MB.
+    """A permutation of 0 to `size` - 1, selected by a key. It takes at most 0.5 MB.
 
     Args:
         size: at most 2**62.

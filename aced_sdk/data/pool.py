@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs in WebDataset tars, addressed by row. Each shard's index makes any order and an exact resume cheap."""
+"""Pairs in WebDataset tars, addressed by row. Indexes of the shards give random access."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aced_sdk.config import CaptionLines
-from aced_sdk.data.index import Entry, Identity, IndexFileError, Rows, ShardIndex, map_index
+from aced_sdk.data.index import Entry, Identity, IndexFileError, ShardIndex, map_index
 from aced_sdk.data.indexing import MAX_METADATA, parse_metadata
 from aced_sdk.data.opening import Opened, open_indexes
+from aced_sdk.data.rowset import Rows
 from aced_sdk.data.samples import IMAGES
 from aced_sdk.data.shards import shard_paths, wrong
 from aced_sdk.data.tars import BLOCK, Member, TarError, check_header
@@ -69,6 +70,7 @@ class Pool:
         self.caption_lines = caption_lines
         self._opened: list[Opened] = open_indexes(self.shards, progress)
         self._ends = np.cumsum([opened.header.rows for opened in self._opened], dtype=np.int64)
+        self._starts = np.append(0, self._ends[:-1])
         self._index = lru_cache(_MAPPED)(self._map)
         if not len(self):
             raise DataError(
@@ -118,7 +120,7 @@ class Pool:
     def locate(self, rows: Rows) -> tuple[Rows, Rows]:
         """The shard of each row and its number in that shard, int64 [K] each."""
         shards = np.searchsorted(self._ends, rows, side="right")
-        return shards, rows - np.append(0, self._ends)[shards]
+        return shards, rows - self._starts[shards]
 
     def noisy(self, rows: Rows) -> NDArray[np.bool_]:
         """bool [K]: whether the pair's caption is marked as wrong (`"noisy": true` in KEY.json)."""
@@ -169,7 +171,7 @@ class Pool:
         if len(content) < member.size or not _is_header(header, member.size):
             raise wrong(
                 f"the index of the shard {printable(self.shards[shard])} does not fit its bytes",
-                f"delete {printable(self._opened[shard].path)}: it is made again",
+                f"delete {printable(self._opened[shard].path)}; it is built again",
             )
         return content
 
@@ -181,10 +183,10 @@ class Pool:
             raise wrong(f"the shard {path} was {what} while it was in use", "restore it, and start again")
 
     def _entry(self, row: int) -> tuple[Entry, int]:
-        """What the index has about a row, and the number of its shard."""
+        """The index entry of a row, and the number of its shard."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         try:
-            return self._index(shard).entry(row - (int(self._ends[shard - 1]) if shard else 0)), shard
+            return self._index(shard).entry(row - int(self._starts[shard])), shard
         except IndexFileError as error:
             raise self._damaged(shard, error) from None
 
@@ -198,7 +200,7 @@ class Pool:
             raise self._damaged(shard, error) from None
 
     def _damaged(self, shard: int, error: IndexFileError) -> DataError:
-        return wrong(f"the index {printable(self._opened[shard].path)} {error}", "delete it: it is made again")
+        return wrong(f"the index {printable(self._opened[shard].path)} {error}", "delete it; it is built again")
 
     def image(self, row: int, max_pixels: int) -> Image.Image:
         """The decoded picture.

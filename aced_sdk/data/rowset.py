@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A set of rows of a pool, one bit each."""
+"""Rows of a pool: their type, and sets of them with one bit per row."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aced_sdk.data.order import Rows
+Rows = NDArray[np.int64]
+"""Numbers of pairs in a pool."""
 
 BLOCK = 2**20
-"""Rows that are handled together when a whole pool is looked through; a multiple of 8."""
+"""Rows per block in passes over a whole pool; a multiple of 8."""
 
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
 
 
 class RowSet:
-    """Some rows of a pool of `pairs` rows; all of them take no memory, others one bit per row of the pool.
+    """A set of rows of a pool. It takes one bit per row of the pool, or nothing if it contains all rows.
 
     Args:
         pairs: N.

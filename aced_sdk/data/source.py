@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from aced_sdk.config import Data
 from aced_sdk.data.arrays import read_array_header
 from aced_sdk.data.pool import Pool, UnusablePair
+from aced_sdk.data.rowset import Rows
 from aced_sdk.errors import DataError
 from aced_sdk.files import (
     check_digests,
@@ -30,6 +30,7 @@ from aced_sdk.files import (
     open_regular,
     printable,
     read_json,
+    reserve,
     sha256,
     whole_folder,
     write_json,
@@ -49,8 +50,6 @@ _AGAIN = "delete that folder and start again: it is made anew"
 # Pixels of the large pictures that threads work on at a time: each takes up to 16 bytes.
 _LARGE = 2**23
 _IN_WORK = Room(2**26)
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +86,7 @@ class Source(Protocol):
     skipped: Counter[str]
 
     def usable(self, block: slice) -> NDArray[np.bool_]:
-        """Whether each row of a block may be asked for; a decoding source learns of broken ones when it meets them."""
+        """Whether each row of a block may be read: bool. `Decoding` finds broken pairs only when it reads them."""
 
     def fetch(self, rows: Rows) -> SuperBatch:
         """The usable pairs among `rows`, in order."""
@@ -279,17 +278,6 @@ def _mapped(folder: Path, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -
     return array
 
 
-def reserve(handle: int, size: int) -> None:
-    """Take the space of a file now: a full disk is an error here, and a crash when a map is written to.
-
-    Raises:
-        OSError: if the disk is full.
-    """
-    os.truncate(handle, size)
-    if sys.platform == "linux":
-        os.posix_fallocate(handle, 0, size)
-
-
 def prepare(
     pool: Pool, processor: Processor, config: Data, root: Path, progress: Callable[[int, int], None] | None = None
 ) -> Prepared:
@@ -314,7 +302,7 @@ def prepare(
         with whole_folder(folder) as temporary:
             images = np.lib.format.open_memmap(temporary / _IMAGES, "w+", np.uint8, (count, 3, height, width))
             with (temporary / _IMAGES).open("r+b") as stream:
-                reserve(stream.fileno(), (temporary / _IMAGES).stat().st_size)
+                reserve(stream.fileno(), (temporary / _IMAGES).stat().st_size, mapped=True)
             tokens = np.zeros((count, length), dtype=np.int32)
             usable, sums = np.zeros(count, dtype=np.bool_), np.zeros(count, dtype=np.uint32)
             for start in range(0, count, 512):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Super-batches in an order that seed and positions alone decide, read one step ahead."""
+"""Super-batches in the order of the lanes, read one step ahead."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aced_sdk.data.order import Order, Rows
+from aced_sdk.data.order import Order
+from aced_sdk.data.rowset import Rows
 from aced_sdk.data.source import Source, SuperBatch
 from aced_sdk.errors import DataError
 
 _EPOCHS = 50  # of a lane without a usable pair
-_AT_ONCE = 16  # times the rows that are missing: when few rows may be drawn, so many are looked at
+_AT_ONCE = 16  # rows that are looked at for each missing one, if few rows may be drawn
 
 
 class RowFilter(Protocol):
@@ -30,7 +31,7 @@ class RowFilter(Protocol):
 
 
 class SuperBatches:
-    """Endless super-batches of exactly `size` usable pairs, in W parts if there are W ranks.
+    """Endless super-batches of exactly `size` usable pairs. Each of W ranks reads the part of its lanes.
 
     The pairs of a super-batch are ordered by their place in the lane, then by lane. A row that may not be drawn or is
     unusable is replaced by the next row of its lane.
@@ -84,7 +85,7 @@ class SuperBatches:
             rows = self._order.rows(lanes, own, looked_at)
             allowed = self._filter(rows)
             wanted = allowed & (allowed.cumsum(axis=1) <= missing[:, None])
-            # A lane that gets all it needs stops after its last row; another one has been looked through.
+            # A lane that has all it needs stops after its last row. The others consumed all rows looked at.
             last = looked_at - np.argmax(wanted[:, ::-1], axis=1)
             consumed = np.where(wanted.sum(axis=1) == missing, np.where(missing > 0, last, 0), looked_at)
             batch = self.source.fetch(rows[wanted])

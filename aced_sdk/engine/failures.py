@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report one failure once in a launch of several ranks, name ranks that were killed or hang, and end all ranks.
+"""Report a failure of a launch once, name ranks that were killed or hang, and end all ranks.
 
 Ranks write to the key-value store of the process group, which works when collectives do not.
 """
@@ -22,9 +22,9 @@ from aced_sdk.errors import AcedError, EngineError
 from aced_sdk.files import one_line
 
 _FAILURE, _LOST, _LEFT, _REPORTED = "aced/failure", "aced/lost", "aced/left", "aced/reported"
-_ROLL_CALL_SECONDS = 2.0  # in which the ranks that lost a connection say so
-_LEAVING_SECONDS = 5.0  # after a failure elsewhere, until a rank that has not left is ended
-_LATER_SECONDS = 1.0  # that the other ranks live longer: launchers name the first process that ends
+_ROLL_CALL_SECONDS = 2.0  # time in which ranks report a lost connection
+_LEAVING_SECONDS = 5.0  # after a failure on another rank; then this process is ended
+_LATER_SECONDS = 1.0  # the other ranks end later, because launchers name the first process that ends
 _POLL_SECONDS = 0.05
 
 
@@ -103,7 +103,7 @@ class Failures:
             ended.set()
 
     def _settle(self, error: BaseException) -> BaseException:
-        """Publish an error of this rank, or find the rank that failed; returns the error to raise."""
+        """Publish an error of this rank, or find the rank that failed. Return the error to raise."""
         if isinstance(error, AcedError) and error.reported_by is not None:
             return error
         if lost_connection(error):
@@ -140,7 +140,7 @@ class Failures:
         return EngineError(text, remedy=remedy, field="engine.timeout_seconds")
 
     def _publish(self, text: str) -> tuple[int, str]:
-        """Publish a failure unless there is one; returns the rank and text of the one that is published."""
+        """Publish a failure if there is none yet. Return rank and text of the published failure."""
         self._store.compare_set(_FAILURE, "", json.dumps([self.rank, text]))
         found = self._published()
         return found or (self.rank, text)

@@ -64,7 +64,7 @@ def read_launch(environment: Mapping[str, str] | None = None, local_rank: str | 
 
 
 def master(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
-    """Host and port at which the ranks meet.
+    """Host and port of the process group.
 
     Raises:
         EngineError: if MASTER_ADDR or MASTER_PORT is missing or invalid.

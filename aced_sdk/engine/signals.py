@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGUSR1 end a run with a checkpoint: schedulers send them before they end a job."""
+"""End a run with a checkpoint on SIGTERM and SIGUSR1, which schedulers send before they end a job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StopSignal:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Record SIGTERM and SIGUSR1 in the block; the handlers before are restored.
+    """Record SIGTERM and SIGUSR1 in the block. The previous handlers are restored afterwards.
 
     A signal that the training did not react to is sent again after the block. In other threads than the main thread,
     Python allows no handlers, and nothing is recorded.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -107,6 +108,43 @@ def _put(temporary: Path, target: Path, old: Path) -> None:
                 raise
     if old.is_dir():
         shutil.rmtree(old)
+
+
+def reserve(handle: int, size: int, *, mapped: bool = False) -> None:
+    """Give an open file its size, and reserve the space on the disk.
+
+    Args:
+        handle: the open file.
+        size: bytes.
+        mapped: the file is written through a memory map, where a full disk ends the process. If the file system cannot
+            reserve space, every block is written. False: then only the free space is checked.
+
+    Raises:
+        OSError: if the disk has not enough space; the file has its old size again.
+    """
+    facts, disk = os.fstat(handle), os.fstatvfs(handle)
+    missing = size - min(512 * facts.st_blocks, size)
+    if missing > disk.f_bavail * disk.f_frsize:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {missing:,} bytes are needed")
+    os.truncate(handle, size)
+    try:
+        _allocate(handle, size, mapped)
+    except OSError:
+        os.truncate(handle, facts.st_size)
+        raise
+
+
+def _allocate(handle: int, size: int, mapped: bool) -> None:
+    if mapped and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+        return
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Linux
+    while fallocate and fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def sync(folder: Path) -> None:

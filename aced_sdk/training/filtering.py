@@ -15,9 +15,8 @@ from aced_sdk.cache import EmbeddingCache
 from aced_sdk.curation import Selector
 from aced_sdk.data import RowSet, Source
 from aced_sdk.data.rowset import blocks
-from aced_sdk.data.source import reserve
 from aced_sdk.errors import CurationError
-from aced_sdk.files import home, printable
+from aced_sdk.files import home, printable, reserve
 
 _BINS = 2**16
 _AT_ONCE = 2**16  # rows whose embeddings are in memory
@@ -44,19 +43,17 @@ def best_rows(usable: RowSet, reference: EmbeddingCache, selector: Selector) -> 
     """
     kept = max(1, round(selector.keep_fraction * len(usable)))
     with _temporary(usable.pairs) as scores:
-        for block in blocks(usable.pairs):
-            rows = usable.rows(block)
-            for start in range(0, len(rows), _AT_ONCE):
-                some = rows[start : start + _AT_ONCE]
-                found = reference.rows(torch.from_numpy(some), torch.device("cpu"))
-                of_some = selector.pool_scores(found)
-                if of_some.shape != (len(some),) or not bool(of_some.isfinite().all()):
-                    raise CurationError(
-                        f"the scores of {len(some)} pairs have the shape {list(of_some.shape)} or are not finite",
-                        remedy="return one finite score for each pair from pool_scores",
-                        field="curation",
-                    )
-                scores[some] = of_some.cpu().numpy()
+        for block, embeddings in reference.blocks(_AT_ONCE):
+            rows = np.arange(block.start, block.stop)
+            inside = usable(rows)
+            found = selector.pool_scores(embeddings[torch.from_numpy(inside)])
+            if found.shape != (inside.sum(),) or not bool(found.isfinite().all()):
+                raise CurationError(
+                    f"the scores of {inside.sum()} pairs have the shape {list(found.shape)} or are not finite",
+                    remedy="return one finite score for each pair from pool_scores",
+                    field="curation",
+                )
+            scores[rows[inside]] = found.cpu().numpy()
         threshold, ties = _threshold(scores, usable, kept)
         left = ties
 
@@ -78,7 +75,7 @@ def _temporary(pairs: int) -> Iterator[Scores]:
     try:
         home().mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=home())  # noqa: SIM115, it is closed below
-        reserve(file.fileno(), 4 * pairs)
+        reserve(file.fileno(), 4 * pairs, mapped=True)
     except OSError as error:
         raise CurationError(
             f"scores of {pairs:,} pairs cannot be stored in {printable(home())}: {error.strerror or error}",

@@ -14,7 +14,7 @@ import torch
 from aced_sdk.config import DistillConfig
 from aced_sdk.curation import COLLAPSE_REMEDY, check_picked, select_random
 from aced_sdk.data import SuperBatch
-from aced_sdk.data.order import Rows
+from aced_sdk.data.rowset import Rows
 from aced_sdk.engine import Learned, Snapshot, Step, stop_signals, take_steps
 from aced_sdk.engine.events import CheckpointSaved, StepSkipped, Warned
 from aced_sdk.errors import EngineError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aced_sdk.cache import EmbeddingCache
 from aced_sdk.curation import DrawStatistics, Selector
 from aced_sdk.data import Order, Pool, RowSet, Source, SuperBatches
-from aced_sdk.data.source import Rows
+from aced_sdk.data.rowset import Rows
 from aced_sdk.engine import Callback, TrainingEngine
 from aced_sdk.engine.events import Event
 from aced_sdk.files import one_line

@@ -12,7 +12,7 @@ from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 from torch import Tensor
 
 from aced_sdk.config import DistillConfig
-from aced_sdk.data.order import Rows
+from aced_sdk.data.rowset import Rows
 from aced_sdk.engine import Snapshot, load_checkpoint, read_checkpoint_state
 from aced_sdk.engine.state import unreadable
 from aced_sdk.errors import CacheError, ConfigError, DataError

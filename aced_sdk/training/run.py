@@ -19,7 +19,8 @@ from aced_sdk.cache import FrozenSource, open_or_write
 from aced_sdk.config import DistillConfig
 from aced_sdk.curation import DrawStatistics, Selector
 from aced_sdk.data import Decoding, Order, Pool, RowSet, Source, SuperBatches, build_order, prepare
-from aced_sdk.data.order import Listed, Rows
+from aced_sdk.data.order import Listed
+from aced_sdk.data.rowset import Rows
 from aced_sdk.engine import build_engine, pick_device, step_of
 from aced_sdk.engine.events import Warned
 from aced_sdk.errors import DataError, EngineError, UnsupportedError
@@ -111,7 +112,7 @@ def open_inputs(
         )
     pool = Pool(config.data.shards, caption_lines=config.data.caption_lines, progress=progress)
     config.check_pool(len(pool))
-    open_order(config, pool)
+    open_order(config, pool)  # checks lanes and weights
     if resume_from is not None:
         check_pool(resume_from, pool.fingerprint)
     student = build(config.student, config.seed)

@@ -23,7 +23,7 @@ from aced_sdk.config import Data
 from aced_sdk.data import Decoding, Pool
 from aced_sdk.errors import CacheError, DataError, ModelError
 
-# Stops where it is told to, so that the kill meets it there.
+# Stops at the given moment, where it is killed.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -133,10 +133,10 @@ def test_a_disk_that_fails_keeps_whole_rows(pool: Pool, tmp_path: Path, monkeypa
 def test_a_disk_without_room_is_an_error_at_the_start(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(handle: int, size: int) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("aced_sdk.cache.rows._allocate", full)
+    monkeypatch.setattr("aced_sdk.files.writing._allocate", full)
     monkeypatch.setattr(Decoding, "fetch", lambda self, rows: pytest.fail("read before the space was there"))
     with pytest.raises(CacheError, match="No space left on device"):
         write_cache(encoder(), pool, tmp_path / "c", settings(pool))

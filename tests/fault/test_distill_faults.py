@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ARCHITECTURE, distillation, encoder, picture, write_pool
+from tiny import ARCHITECTURE, distillation, encoder, picture, run_in, write_pool, write_world
 from torch import Tensor
 
 import aced_sdk as aced
@@ -35,16 +35,7 @@ from aced_sdk.training import run as room
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_pool(root / "pool", pairs=64)
-    towers.save(encoder(1), root / "reference")
-    return root
-
-
-def config(world: Path, directory: Path, **changes: Any) -> DistillConfig:
-    made = distillation(directory, world / "pool", world / "reference")
-    reference = made.reference and made.reference.replace(cache=world / "cache")
-    return made.replace(**({"reference": reference} | changes))
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def iid(directory: Path, pool: Path, **data: Any) -> DistillConfig:
@@ -170,7 +161,7 @@ def test_a_loss_that_is_not_finite_is_skipped(
     poison(monkeypatch, {2, 3, 5})
     heard: list[Event] = []
     engine = aced.Engine(kind=kind, device="cpu", max_nonfinite_steps=2, micro_batch=micro_batch)
-    run = aced.distill(config(world, tmp_path / "run", engine=engine), callbacks=[heard.append])
+    run = aced.distill(run_in(world, tmp_path / "run", engine=engine), callbacks=[heard.append])
     skipped = [(event.step, event.in_a_row) for event in heard if isinstance(event, StepSkipped)]
     assert skipped == [(2, 1), (3, 2), (5, 1)]
     assert (run.step, run.metrics["trained"], run.metrics["scored"]) == (6, 24, 96)
@@ -180,7 +171,7 @@ def test_a_loss_that_is_not_finite_is_skipped(
 def test_a_skipped_step_names_its_pairs(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {2})
     heard: list[Event] = []
-    made = config(world, tmp_path / "run", curation=aced.Iid(sub_batch=16))
+    made = run_in(world, tmp_path / "run", curation=aced.Iid(sub_batch=16))
     aced.distill(made, callbacks=[heard.append])
     (skipped,) = [event for event in heard if isinstance(event, StepSkipped)]
     order = FullOrder([range(64)], 16, seed=0)
@@ -203,7 +194,7 @@ def test_pairs_whose_embeddings_are_broken_are_named_first(
     monkeypatch.setattr(towers.DualEncoder, "forward", poisoned)
     heard: list[Event] = []
     engine = aced.Engine(kind="single", device="cpu", micro_batch=micro_batch, max_nonfinite_steps=0)
-    made = config(world, tmp_path / "run", curation=aced.Iid(sub_batch=16), engine=engine)
+    made = run_in(world, tmp_path / "run", curation=aced.Iid(sub_batch=16), engine=engine)
     with pytest.raises(EngineError, match="whose pairs are 000037"):
         aced.distill(made, callbacks=[heard.append])
     assert [event.keys for event in heard if isinstance(event, StepSkipped)] == [("000037",)]
@@ -214,16 +205,16 @@ def test_micro_batches_of_a_student_with_batch_norm_are_refused(world: Path, tmp
     student = aced.Student(architecture=ARCHITECTURE | {"vision_cfg": convolutional})
     engine = aced.Engine(kind="single", device="cpu", micro_batch=4)
     with pytest.raises(ConfigError, match="batch norms") as caught:
-        aced.distill(config(world, tmp_path / "run", student=student, engine=engine))
+        aced.distill(run_in(world, tmp_path / "run", student=student, engine=engine))
     assert caught.value.field == "engine.micro_batch"
-    assert aced.distill(config(world, tmp_path / "whole", student=student)).step == 6
+    assert aced.distill(run_in(world, tmp_path / "whole", student=student)).step == 6
 
 
 def test_losses_that_stay_not_finite_stop_the_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, set(range(4, 100)))
     told = r"not finite in 2 steps in a row, up to step 5, whose pairs are \d{6}, \d{6}, \d{6} and 5 more"
     with pytest.raises(EngineError, match=told) as caught:
-        aced.distill(config(world, tmp_path / "run", engine=aced.Engine(
+        aced.distill(run_in(world, tmp_path / "run", engine=aced.Engine(
             kind="single", device="cpu", checkpoint_every=2, max_nonfinite_steps=1)))  # fmt: skip
     assert caught.value.field == "optimizer.learning_rate"
     assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [2]
@@ -237,7 +228,7 @@ def test_losses_that_stay_not_finite_stop_the_run(world: Path, tmp_path: Path, m
 
 
 def test_a_directory_that_holds_a_run_is_refused(world: Path, tmp_path: Path) -> None:
-    made = config(world, tmp_path / "run")
+    made = run_in(world, tmp_path / "run")
     aced.distill(made)
     student = (tmp_path / "run" / "student" / "open_clip_model.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="holds a run already") as caught:
@@ -248,7 +239,7 @@ def test_a_directory_that_holds_a_run_is_refused(world: Path, tmp_path: Path) ->
 
 
 def test_a_start_that_failed_over_its_config_may_be_made_again(world: Path, tmp_path: Path) -> None:
-    made = config(world, tmp_path / "run")
+    made = run_in(world, tmp_path / "run")
     with pytest.raises(DataError):
         aced.distill(made.replace(data=aced.Data(shards=(str(tmp_path / "typo"),))))
     assert aced.distill(made).step == 6
@@ -265,7 +256,7 @@ def test_resume_after_a_break_before_the_first_checkpoint_starts_anew(world: Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        aced.distill(config(world, tmp_path / "run"), callbacks=[stop])
+        aced.distill(run_in(world, tmp_path / "run"), callbacks=[stop])
     assert checkpoints(tmp_path / "run") == []
     assert aced.resume(tmp_path / "run").step == 6
 
@@ -275,7 +266,7 @@ def test_resume_after_a_break_before_the_first_checkpoint_starts_anew(world: Pat
 def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(
     world: Path, tmp_path: Path, whole: dict[str, Tensor], file: str, damage: str
 ) -> None:
-    aced.distill(config(world, tmp_path / "run"))
+    aced.distill(run_in(world, tmp_path / "run"))
     path = checkpoints(tmp_path / "run")[-1] / file
     content = bytearray(path.read_bytes())
     if damage == "flipped bit":
@@ -298,12 +289,12 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(
 @pytest.fixture(scope="module")
 def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The weights of an uninterrupted run."""
-    run = aced.distill(config(world, tmp_path_factory.mktemp("whole") / "run"))
+    run = aced.distill(run_in(world, tmp_path_factory.mktemp("whole") / "run"))
     return run.student.model.state_dict()
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_resumed(world: Path, tmp_path: Path) -> None:
-    aced.distill(config(world, tmp_path / "run"))
+    aced.distill(run_in(world, tmp_path / "run"))
     for checkpoint in checkpoints(tmp_path / "run"):
         (checkpoint / "loop.safetensors").write_bytes(b"torn")
     with pytest.raises(EngineError, match="step-00000006 cannot be read"):
@@ -336,13 +327,13 @@ def test_a_cache_of_another_model_is_refused(world: Path, tmp_path: Path) -> Non
     aced.cache_embeddings(tmp_path / "other", world / "pool", tmp_path / "cache")
     reference = aced.Frozen(model=str(world / "reference"), cache=tmp_path / "cache")
     with pytest.raises(CacheError, match="of another model") as caught:
-        aced.distill(config(world, tmp_path / "run", reference=reference))
+        aced.distill(run_in(world, tmp_path / "run", reference=reference))
     assert caught.value.field == "cache"
 
 
 def test_a_missing_reference_is_told(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no folder") as caught:
-        aced.distill(config(world, tmp_path / "run", reference=aced.Frozen(model=str(tmp_path / "none"))))
+        aced.distill(run_in(world, tmp_path / "run", reference=aced.Frozen(model=str(tmp_path / "none"))))
     assert caught.value.field == "reference.model"
 
 
@@ -350,7 +341,7 @@ def test_several_processes_are_refused(world: Path, tmp_path: Path, monkeypatch:
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    made = config(world, tmp_path / "run")
+    made = run_in(world, tmp_path / "run")
     for verb in (lambda: aced.distill(made), lambda: aced.resume(tmp_path / "run")):
         with pytest.raises(UnsupportedError, match="distillation over ranks is planned") as caught:
             verb()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import distillation, encoder, write_pool
+from tiny import run_in, write_world
 from torch import Tensor
 
 import aced_sdk as aced
@@ -27,22 +27,13 @@ from aced_sdk.errors import ConfigError, EngineError, Interrupted, ModelError
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_pool(root / "pool", pairs=64)
-    towers.save(encoder(1), root / "reference")
-    return root
-
-
-def config(world: Path, directory: Path, **changes: Any) -> DistillConfig:
-    made = distillation(directory, world / "pool", world / "reference")
-    reference = made.reference and made.reference.replace(cache=world / "cache")
-    return made.replace(**({"reference": reference} | changes))
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
 def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The weights of an uninterrupted run."""
-    run = aced.distill(config(world, tmp_path_factory.mktemp("whole") / "run"))
+    run = aced.distill(run_in(world, tmp_path_factory.mktemp("whole") / "run"))
     return run.student.model.state_dict()
 
 
@@ -74,14 +65,14 @@ def started(root: Path, folder: Path, limit: bool) -> subprocess.Popen[str]:
 def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_older_ones(
     root: Path, world: Path, tmp_path: Path
 ) -> None:
-    config(world, tmp_path / "run").to_yaml(tmp_path / "given.yaml")
+    run_in(world, tmp_path / "run").to_yaml(tmp_path / "given.yaml")
     _, errors = started(root, tmp_path, limit=True).communicate(timeout=120)
     assert "EngineError: the checkpoint of step 4 cannot be written" in errors
     assert "free disk space" in errors
     assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [2]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     resumed = aced.resume(tmp_path / "run")
-    whole = aced.distill(config(world, tmp_path / "whole"))
+    whole = aced.distill(run_in(world, tmp_path / "whole"))
     for name, tensor in whole.student.model.state_dict().items():
         assert torch.equal(tensor, resumed.student.model.state_dict()[name]), name
 
@@ -108,7 +99,7 @@ aced.distill(DistillConfig.from_yaml(sys.argv[1]))
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(
     root: Path, world: Path, tmp_path: Path, whole: dict[str, Tensor]
 ) -> None:
-    made = config(world, tmp_path / "run")
+    made = run_in(world, tmp_path / "run")
     made.to_yaml(tmp_path / "given.yaml")
     environment = os.environ | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-c", WRITING, str(tmp_path / "given.yaml")]
@@ -126,7 +117,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(
 
 def test_a_killed_process_is_resumed_to_the_same_student(root: Path, world: Path, tmp_path: Path) -> None:
     long = aced.Schedule(steps=200, shape="constant", warmup=0, cooldown=0)
-    config(world, tmp_path / "run", schedule=long).to_yaml(tmp_path / "given.yaml")
+    run_in(world, tmp_path / "run", schedule=long).to_yaml(tmp_path / "given.yaml")
     process = started(root, tmp_path, limit=False)
     assert process.stdout is not None
     for line in process.stdout:
@@ -144,7 +135,7 @@ def test_a_killed_process_is_resumed_to_the_same_student(root: Path, world: Path
         tmp_path / "run" / "config.yaml"
     )
     resumed = aced.resume(tmp_path / "run")
-    whole = aced.distill(config(world, tmp_path / "whole", schedule=short))
+    whole = aced.distill(run_in(world, tmp_path / "whole", schedule=short))
     for name, tensor in whole.student.model.state_dict().items():
         assert torch.equal(tensor, resumed.student.model.state_dict()[name]), name
     steps = [
@@ -169,7 +160,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
         if isinstance(event, StepDone) and event.step == 3:
             os.kill(os.getpid(), signal.Signals[number])
 
-    made = config(world, tmp_path / "run", engine=engine)
+    made = run_in(world, tmp_path / "run", engine=engine)
     with pytest.raises(Interrupted, match=f"{number} ended the run after step 3") as caught:
         aced.distill(made, callbacks=[send])
     assert [signal.getsignal(each) for each in signals] == handlers
@@ -190,7 +181,7 @@ def test_a_signal_in_another_thread_is_left_alone(world: Path, tmp_path: Path) -
         seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(
-        target=lambda: done.append(aced.distill(config(world, tmp_path / "run"), callbacks=[listen]))
+        target=lambda: done.append(aced.distill(run_in(world, tmp_path / "run"), callbacks=[listen]))
     )
     thread.start()
     thread.join()
@@ -199,7 +190,7 @@ def test_a_signal_in_another_thread_is_left_alone(world: Path, tmp_path: Path) -
 
 
 def test_distill_with_resume_warns_of_another_config(world: Path, tmp_path: Path) -> None:
-    made = config(world, tmp_path / "run")
+    made = run_in(world, tmp_path / "run")
     with pytest.raises(EngineError, match="holds no run"):
         aced.distill(made, resume="must")
     assert not (tmp_path / "run").exists()
@@ -213,7 +204,7 @@ def test_distill_with_resume_warns_of_another_config(world: Path, tmp_path: Path
 
 
 def test_a_full_disk_at_the_end_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = config(world, tmp_path / "run")
+    made = run_in(world, tmp_path / "run")
 
     def full(target: Path, tensors: object, metadata: object = None) -> None:
         raise OSError(28, "No space left on device")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURE, distillation, encoder, write_pool
+from tiny import ARCHITECTURE, distillation, write_world
 from torch import Tensor, nn
 
 import aced_sdk as aced
@@ -232,10 +232,7 @@ def test_batch_norm_is_refused_with_micro_batches_alone() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_pool(root / "pool", pairs=64)
-    towers.save(encoder(1), root / "reference")
-    return root
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def trained(world: Path, directory: Path, engine: dict[str, Any], **changes: Any) -> tuple[list[StepDone], Tensor]:

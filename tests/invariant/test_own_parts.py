@@ -61,22 +61,10 @@ def test_a_curation_of_a_users_own_trains_and_survives_yaml(tmp_path: Path) -> N
 
 
 def test_the_base_of_curations_cannot_be_used_itself() -> None:
-    with pytest.raises(ConfigError, match="unknown method ''"):
-        aced.DistillConfig(
-            student=aced.Student(architecture="ViT-B-32"),
-            data=aced.Data(shards="x.tar"),
-            schedule=aced.Schedule(steps=1),
-            directory=Path("run"),
-            curation={"method": ""},  # type: ignore[arg-type]
-        )
-    with pytest.raises(ConfigError, match="the base class selects nothing"):
-        aced.DistillConfig(
-            student=aced.Student(architecture="ViT-B-32"),
-            data=aced.Data(shards="x.tar"),
-            schedule=aced.Schedule(steps=1),
-            directory=Path("run"),
-            curation=Curation(),
-        )
+    plain = distillation(Path("run"), Path("x.tar"), None, curation=aced.Iid(), objective=aced.Objective())
+    for curation, message in (({"method": ""}, "unknown method ''"), (Curation(), "the base class selects nothing")):
+        with pytest.raises(ConfigError, match=message):
+            plain.replace(curation=curation)
 
 
 def test_frozen_models_are_freed_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from tiny import distillation, encoder, write_pool
+from tiny import distillation, write_world
 from torch import Tensor
 
 import aced_sdk as aced
-from aced_sdk import towers
 from aced_sdk.cache import FrozenModel
 from aced_sdk.config import Curation, FrozenConfig, Iid, Joint
 from aced_sdk.config.objective import DISTILLATION_LOSSES, LossKind
@@ -38,10 +37,7 @@ def registries() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("own")
-    write_pool(root / "pool", pairs=32)
-    towers.save(encoder(1), root / "reference")
-    return root
+    return write_world(tmp_path_factory.mktemp("own"), pairs=32)
 
 
 def run_config(world: Path, directory: Path, **changes: Any) -> aced.DistillConfig:

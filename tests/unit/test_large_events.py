@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,8 +81,10 @@ class Cache:
     def __init__(self, scores: np.ndarray) -> None:
         self.scores = scores
 
-    def rows(self, rows: torch.Tensor, device: torch.device) -> Any:
-        return self.scores[rows.numpy()]
+    def blocks(self, rows_at_once: int) -> Iterator[tuple[range, Any]]:
+        for start in range(0, len(self.scores), rows_at_once):
+            block = range(start, min(start + rows_at_once, len(self.scores)))
+            yield block, torch.from_numpy(self.scores[block.start : block.stop])
 
 
 @pytest.mark.parametrize("levels", [3, 10**9])
@@ -94,7 +97,7 @@ def test_a_static_filter_keeps_what_a_sort_keeps(
     dice = np.random.default_rng(1)
     scores = (dice.integers(-levels, levels, pairs) / 7).astype(np.float32)
     usable = dice.random(pairs) < 0.9
-    selector: Any = SimpleNamespace(keep_fraction=fraction, pool_scores=torch.from_numpy)
+    selector: Any = SimpleNamespace(keep_fraction=fraction, pool_scores=lambda scores: scores)
     cache: Any = Cache(scores)
     kept = best_rows(RowSet.of(pairs, lambda block: usable[block]), cache, selector)
     rows = np.flatnonzero(usable)
@@ -117,7 +120,7 @@ def test_scores_that_are_no_numbers_are_refused(
 def test_scores_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("ACED_HOME", str(tmp_path / "file"))
-    selector: Any = SimpleNamespace(keep_fraction=0.5, pool_scores=torch.from_numpy)
+    selector: Any = SimpleNamespace(keep_fraction=0.5, pool_scores=lambda scores: scores)
     cache: Any = Cache(np.zeros(2, dtype=np.float32))
     with pytest.raises(CurationError, match="cannot be stored"):
         best_rows(RowSet(2), cache, selector)

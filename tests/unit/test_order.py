@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from aced_sdk.config import Data
 from aced_sdk.data import FullOrder, Order, RowSet, SuperBatch, SuperBatches, WindowOrder, build_order, own_lanes
-from aced_sdk.data.order import Listed, Mixing, Rows, default_lanes
+from aced_sdk.data.order import Listed, Mixing, default_lanes
 from aced_sdk.data.permutation import Permutation
+from aced_sdk.data.rowset import Rows
 from aced_sdk.errors import ConfigError, DataError
 
 
