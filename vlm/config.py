@@ -60,7 +60,7 @@ class _Stage(Config):
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak rate; cosine to zero")
     weight_decay: float = Field(0.0, ge=0, description="decoupled; matrices only")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with a linear rise")
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
 
 

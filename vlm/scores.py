@@ -38,7 +38,7 @@ class KindScore:
 
     Attributes:
         count: questions.
-        accuracy: share of right answers.
+        accuracy: fraction of right answers.
         exact: share of answers that are right to the very character.
         blind: `accuracy` with other samples' pictures, over the questions with pictures; None if that was not asked.
         metrics: what `metric` adds: `vqa`, or the keys of `vlm.caption_scores`.

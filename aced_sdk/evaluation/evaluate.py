@@ -64,7 +64,7 @@ def evaluate(
         data_root: tasks in CLIP_benchmark's WebDataset layout (`classnames.txt`, `test/*.tar` with KEY.png and KEY.cls;
             `dataset_type.txt` = retrieval with KEY.txt, or multilabel with KEY.npy). Folders may have the names under
             which CLIP_benchmark and DataComp publish them (`wds_vtab-pets`).
-        max_unusable_fraction: largest share of a task's samples that may be unusable.
+        max_unusable_fraction: largest fraction of a task's samples that may be unusable.
 
     Raises:
         EvaluationError: if a task is missing or cannot be used, too many of its samples are unusable, or its kind does
@@ -100,11 +100,11 @@ class EvaluateEvery:
             for task in first_of_own_kinds(self.tasks):
                 run_task(self.encoder, task)
         if isinstance(event, StudentStep) and event.step % self.every == 0 and event.step < self._steps:
-            self._tell(event)
+            self._evaluate(event)
         if isinstance(event, RunEnded):
-            self._tell(event)
+            self._evaluate(event)
 
-    def _tell(self, event: StudentStep | RunEnded) -> None:
+    def _evaluate(self, event: StudentStep | RunEnded) -> None:
         metrics = {task.name: run_task(self.encoder, task) for task in self.tasks}
         for listener in self.listeners:
             listener(Evaluated(event.step, metrics, event.trained, event.scored))

@@ -47,7 +47,7 @@ def zero_shot(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, floa
 
 
 def multilabel(images: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
-    """Mean over classes of the average precision, a share in 0..1; 0 for a class without a positive.
+    """Mean over classes of the average precision, in 0..1; 0 for a class without a positive.
 
     Args:
         images: L2-normalised [N, D].

@@ -103,7 +103,7 @@ def load_task(
         data_root: as in `open_task`.
         encoder: whose preprocessing is used.
         max_pixels: larger pictures are skipped.
-        max_unusable_fraction: largest share of unusable samples; above it there is no figure.
+        max_unusable_fraction: largest fraction of unusable samples; above it there is no figure.
 
     Raises:
         EvaluationError: as `open_task`, or if too many samples are unusable.

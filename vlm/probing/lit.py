@@ -54,7 +54,7 @@ class LitDecoder(Config):
     batch_size: int = Field(64, gt=0, description="questions with their answers per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW; cosine to zero")
     weight_decay: float = Field(0.01, ge=0, description="decoupled; matrices only")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear rise")
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps with a linear rise")
 
     @property
     def places(self) -> int:
